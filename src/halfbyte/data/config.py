@@ -1,0 +1,49 @@
+"""Recipe section `data`: what is learned from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from halfbyte.config_base import Section
+
+Shape = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+
+
+class SourceConfig(Section):
+    """One source of examples."""
+
+    path: str
+    """A file (JSONL, JSON, CSV, Parquet, text), a directory of them, a Hub dataset id, or `python-docs`."""
+    shape: Shape = "auto"
+    """messages | sharegpt | alpaca | prompt_completion | text, or auto: recognised from the columns, and reported."""
+    split: str = "train"
+    """Split of a Hub dataset."""
+    config: str | None = None
+    """Configuration (subset) of a Hub dataset."""
+    revision: str | None = None
+    """Commit of a Hub dataset."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often an epoch visits this source: 0.2 takes a fifth of it, 2 takes it twice."""
+    limit: int | None = Field(default=None, ge=1)
+    """Take only the first so many examples."""
+
+
+class DataConfig(Section):
+    """What is learned from, and how it is laid out."""
+
+    train: list[SourceConfig] = Field(min_length=1)
+    """The sources of the training set."""
+    eval: float | list[SourceConfig] = 0.05
+    """Held-out examples: a share of train (0 for none), or sources of their own."""
+    template: str = "auto"
+    """Chat template: auto (the tokenizer's own), a named one (chatml, alpaca, plain), or a path to a Jinja file."""
+    system: str | None = None
+    """System message for examples that have none."""
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens are learned: every assistant turn, the last one only, or everything."""
+    tokens: int = Field(default=2048, ge=16)
+    """Row length: every row holds exactly so many tokens."""
+    too_long: Literal["drop", "truncate", "split", "error"] = "drop"
+    """What happens to an example longer than a row; plain text is always split."""

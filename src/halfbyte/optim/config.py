@@ -1,0 +1,26 @@
+"""Recipe section `optim`: the optimizer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from halfbyte.config_base import Section
+
+
+class OptimConfig(Section):
+    """The optimizer. Learning rate and schedule stand in `train`."""
+
+    kind: Literal["adamw"] = "adamw"
+    """AdamW with decoupled weight decay (arXiv 1711.05101)."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the square root of the second moment."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of matrices (never of norms and biases)."""
+    lora_plus: float = Field(default=1.0, ge=1)
+    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 16 is the paper's choice, 1 is off."""

@@ -1,0 +1,55 @@
+"""Recipe sections `train` and `log`: how long, how fast, how often, and what is told."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from halfbyte.config_base import Section
+
+
+class TrainConfig(Section):
+    """How a run goes."""
+
+    batch: int = Field(default=8, ge=1)
+    """Rows in one optimizer step."""
+    epochs: float = Field(default=3, gt=0)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after so many optimizer steps, if that comes first."""
+    max_minutes: float | None = Field(default=None, gt=0)
+    """Stop (and save) after so many minutes of training, if that comes first."""
+    lr: float = Field(default=2e-4, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes on after the warm-up: to zero along a cosine or a line, or not at all."""
+    warmup: float = Field(default=0.03, ge=0)
+    """Warm-up: a share of all steps when below 1, a number of steps otherwise."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest norm of the whole gradient; 0 never clips."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of data order, adapter initialisation and dropout."""
+    eval_every: int = Field(default=100, ge=0)
+    """Optimizer steps between evaluations; 0 evaluates at the start and the end only."""
+    save_every: int = Field(default=100, ge=0)
+    """Optimizer steps between checkpoints; 0 saves at the end only."""
+    log_every: int = Field(default=1, ge=1)
+    """Optimizer steps between log lines."""
+    keep: int = Field(default=2, ge=2)
+    """Checkpoints kept besides the best one."""
+    best: bool = True
+    """Export the adapter of the lowest held-out loss instead of the last one."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations without a lower held-out loss."""
+    prompts: list[str] = Field(default_factory=list)
+    """Questions answered before, during and after the run."""
+    sample_tokens: int = Field(default=48, ge=1)
+    """Longest answer to such a question, in tokens."""
+
+
+class LogConfig(Section):
+    """Where progress goes besides the terminal, `metrics.jsonl` and `loss.png`."""
+
+    to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    """Trackers: tensorboard, wandb."""
