@@ -42,7 +42,7 @@ class Packed:
 
     shape: of the weight, `[N, K]` (any rank for the codebook formats). dtype: of the weight that was quantised; what
     `dequantize` returns unless told otherwise.
-    codes          uint8 [ceil(n/2)]  two codes a byte, the first element in the HIGH nibble (int4: each row padded to a whole byte);
+    codes          uint8 [ceil(n/2)]  two codes a byte, the first element in the HIGH nibble (int4: rows padded to whole bytes);
                    int8: uint8 [n], the bytes of int8 codes
     scales         uint8 bytes of fp32 [blocks]; nested: uint8 [blocks], codes of the signed dynamic map
     nested_scales  uint8 bytes of fp32 [ceil(blocks/256)]; empty unless nested

@@ -55,9 +55,9 @@ def scales_of(packed: Packed) -> Tensor:
         return packed.scales.view(torch.float32)
     from halfbyte.formats.dynamic8 import dequantize_blockwise
 
-    return dequantize_blockwise(
-        packed.scales, packed.nested_scales.view(torch.float32), NESTED_BLOCK
-    ) + packed.nested_offset.view(torch.float32)
+    return dequantize_blockwise(packed.scales, packed.nested_scales.view(torch.float32), NESTED_BLOCK) + packed.nested_offset.view(
+        torch.float32
+    )
 
 
 def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
