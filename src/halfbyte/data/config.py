@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from halfbyte.config_base import Section
 
@@ -15,7 +15,7 @@ class SourceConfig(Section):
     """One source of examples."""
 
     path: str
-    """A file (JSONL, JSON, CSV, Parquet, text), a directory of them, a Hub dataset id, or `python-docs`."""
+    """A file (JSONL, JSON, CSV, Parquet, text), a directory of them, a pattern, a Hub dataset id, or `python-docs`."""
     shape: Shape = "auto"
     """messages | sharegpt | alpaca | prompt_completion | text, or auto: recognised from the columns, and reported."""
     split: str = "train"
@@ -34,7 +34,7 @@ class DataConfig(Section):
     """What is learned from, and how it is laid out."""
 
     train: list[SourceConfig] = Field(min_length=1)
-    """The sources of the training set."""
+    """The sources of the training set; a bare path stands for a source."""
     eval: float | list[SourceConfig] = 0.05
     """Held-out examples: a share of train (0 for none), or sources of their own."""
     template: str = "auto"
@@ -47,3 +47,19 @@ class DataConfig(Section):
     """Row length: every row holds exactly so many tokens."""
     too_long: Literal["drop", "truncate", "split", "error"] = "drop"
     """What happens to an example longer than a row; plain text is always split."""
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _paths(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [value]
+        return [{"path": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+
+    @field_validator("eval")
+    @classmethod
+    def _share(cls, value: float | list[SourceConfig]) -> float | list[SourceConfig]:
+        if isinstance(value, float) and not 0 <= value < 1:
+            raise ValueError("a share of train is at least 0 and below 1")
+        if isinstance(value, list) and any(source.weight != 1 for source in value):
+            raise ValueError("a held-out source has no `weight`: it is read whole, once")
+        return value
