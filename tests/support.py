@@ -1,0 +1,113 @@
+"""Tiny things that tests share: random models of every family, a byte tokenizer with a chat template, chats on disk.
+
+Why here: a test that downloads nothing and lasts milliseconds is run often. Every builder is seeded, so that two calls
+give the same weights. Torch and transformers are imported on first use, for the tests that must not have them loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+VOCAB = 272
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_SMALL = {"vocab_size": VOCAB, "max_position_embeddings": 512, "bos_token_id": 256, "eos_token_id": 258, "pad_token_id": 259}
+_LLAMA = _SMALL | {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA | {"sliding_window": 24},
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA | {"head_dim": 16},
+    "gemma2": _LLAMA | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 24},
+    "phi3": _LLAMA,
+    "gpt2": _SMALL | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "falcon": _SMALL | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": False},
+    "gpt_neox": _SMALL | {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+FAMILIES["gpt2"].pop("max_position_embeddings")
+"""Settings of one tiny model a family; keys are transformers' `model_type`."""
+
+
+def tiny_config(family: str = "llama", **changes: Any) -> dict[str, Any]:
+    """The `config.json` of a tiny model, as a dict."""
+    from transformers import AutoConfig
+
+    return dict(AutoConfig.for_model(family, **FAMILIES[family] | changes).to_dict())
+
+
+def tiny_model(family: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random fp32 causal language model in eval mode: two layers, 64 wide, 272 tokens; `changes` go to its config."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **FAMILIES[family] | changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():  # norms and biases start at 1 and 0: move them, so that a test notices when one is lost
+            for p in model.parameters():
+                if p.ndim == 1:
+                    p.add_(0.1 * torch.randn_like(p))
+    model.eval()
+    return model
+
+
+def tiny_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A byte tokenizer: token i is byte-level BPE's i-th byte symbol, 256 `<|endoftext|>`, 257 `<|im_start|>`,
+    258 `<|im_end|>` (eos), 259 `<|pad|>`; ChatML template unless told otherwise."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={s: i for i, s in enumerate(symbols)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(list(SPECIALS))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=SPECIALS[0], eos_token=SPECIALS[2], pad_token=SPECIALS[3], model_max_length=512
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def save_tiny(directory: Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
+    """Writes a tiny model and its tokenizer as transformers would (safetensors); returns the directory."""
+    model = tiny_model(family, seed=seed, **changes)
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def chats(count: int = 24) -> list[dict[str, Any]]:
+    """Short two-turn chats of differing lengths, in the `messages` shape."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {i} plus {i % 7}?"},
+                {"role": "assistant", "content": f"It is {i + i % 7}{'.' * (1 + i % 5)}"},
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Writes one JSON object a line; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
