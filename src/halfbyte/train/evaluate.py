@@ -48,8 +48,7 @@ def evaluate(parts: Parts, stop: Stop | None = None) -> dict[str, Score] | None:
 def _score(parts: Parts, loader: Loader, stop: Stop | None) -> Score | None:
     total = torch.zeros(2, dtype=torch.float64, device=parts.device)
     tokens = 0
-    for index in range(loader.batches_per_epoch):
-        batch = loader.batch(0, index)
+    for batch in loader.sweep():
         for part in batch.microbatches(parts.microbatch):
             if stop:
                 return None

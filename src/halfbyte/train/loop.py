@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 
 from halfbyte.errors import Interrupted
-from halfbyte.train import progress, saving
+from halfbyte.train import metrics, saving
 from halfbyte.train.evaluate import evaluate, record
 from halfbyte.train.signals import Stop
 from halfbyte.train.state import Batch, Parts, State
@@ -42,14 +42,18 @@ def train(parts: Parts, state: State, stop: Stop) -> None:
         if at_boundary(parts, state):
             settle(parts, state, pending)
         if due(state.step, parts.config.log_every):
-            progress.log(parts, state)
+            metrics.log(parts, state)
         survey(parts, state, stop)
         if due(state.step, parts.config.save_every) or state.best_step == state.step:
             saving.save(parts, state)
     settle(parts, state, pending)
-    saving.save(parts, state, last=True)
-    if stop and not finished(parts, state):
-        raise Interrupted(f"stopped by {stop.name} at step {state.step} of {parts.total_steps}; saved", hint="run the same command again")
+    saving.save(parts, state)
+    if stop.signal and not (finished(parts, state) and state.evaluated == state.step):
+        raise Interrupted(
+            f"stopped by {stop.signal.name} at step {state.step} of {parts.total_steps}; the run is saved",
+            hint="run the same command again to resume",
+            code="train.interrupted",
+        )
 
 
 def one_step(parts: Parts, state: State, stop: Stop) -> Outcome | None:
@@ -71,8 +75,8 @@ def one_step(parts: Parts, state: State, stop: Stop) -> Outcome | None:
 
 
 def fetch(parts: Parts, state: State) -> Batch:
-    """The batch at the state's position: a function of (seed, epoch, index)."""
-    return parts.loader.batch(state.epoch, state.index)
+    """The next batch: a function of seed and step."""
+    return parts.loader.at(state.step)
 
 
 def survey(parts: Parts, state: State, stop: Stop) -> None:

@@ -41,11 +41,12 @@ class Batch(Protocol):
 
 
 class Loader(Protocol):
-    """Batches as a function of (epoch, index)."""
+    """Batches as a function of the step; `position` is (epoch, row), `sweep` is every row once, for evaluation."""
 
-    @property
-    def batches_per_epoch(self) -> int: ...
-    def batch(self, epoch: int, index: int) -> Batch: ...
+    def at(self, step: int) -> Batch: ...
+    def position(self, step: int) -> tuple[int, int]: ...
+    def rows(self, epoch: int) -> int: ...
+    def sweep(self) -> Iterator[Batch]: ...
 
 
 class Reporter(Protocol):
@@ -92,20 +93,20 @@ class Parts:
 class State:
     """Where a run stands, at an optimizer-step boundary. All of it is plain JSON.
 
-    step: optimizer steps done, skipped ones included. epoch, index: the next batch. window: log values since the last log
+    step: optimizer steps done, skipped ones included; also the number of the next batch. window: log values since the last log
     line. evaluated, saved: steps of the last evaluation and checkpoint (-1: none). stale: evaluations since the best one.
     """
 
     step: int = 0
-    epoch: int = 0
-    index: int = 0
-    rows: int = 0
     trained_tokens: int = 0
     skipped: int = 0
     non_finite: int = 0
     seconds: float = 0.0
+    logged_seconds: float = 0.0
+    logged_step: int = 0
     evaluated: int = -1
     saved: int = -1
+    save_failures: int = 0
     best_step: int | None = None
     best_loss: float | None = None
     stale: int = 0

@@ -6,7 +6,6 @@ reads them (`settle`), so a skipped step costs no synchronisation either.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -55,7 +54,7 @@ def mixed(parts: Parts) -> AbstractContextManager[object]:
 
 def forward(parts: Parts, part: Microbatch) -> Tensor:
     """Hidden states `[1, S, H]` after the final norm."""
-    return parts.forward(part.input_ids.to(parts.device), part.position_ids.to(parts.device), part.cu_seqlens.to(parts.device))
+    return parts.forward(part.input_ids.to(parts.device), part.position_ids.to(parts.device), part.cu_seqlens)
 
 
 def objective(parts: Parts, hidden: Tensor, part: Microbatch, batch: Batch) -> Tensor:
@@ -86,11 +85,7 @@ def optimizer_step(parts: Parts, state: State, values: Tensor, batch: Batch) -> 
     parts.optimizer.step(lr, values[2])
     parts.scale.update(values[2])
     state.step += 1
-    state.rows += len(batch.example_ids)
     state.trained_tokens += batch.trained_tokens
-    state.index += 1
-    if state.index == parts.loader.batches_per_epoch:
-        state.epoch, state.index = state.epoch + 1, 0
     return Outcome(state.step, lr, values, batch)
 
 
@@ -145,8 +140,3 @@ def _anomaly(parts: Parts, state: State, outcome: Outcome, loss: float, norm: fl
             "if they are sound, lower train.lr or set compute to bf16 or fp32",
             code="train.non-finite",
         )
-
-
-def line(event: dict[str, object]) -> str:
-    """An event as one JSON line."""
-    return json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n"
