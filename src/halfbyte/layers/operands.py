@@ -91,7 +91,12 @@ def supports_operand(module: nn.Module) -> SupportsOperand | None:
 
 
 def run_group(x: Tensor, modules: list[nn.Module]) -> list[Tensor]:
-    """x `[..., K]` through several linear modules: as one operation where all are understood, else one call each."""
+    """x `[..., K]` through several linear modules: as one operation where all are understood, else one call each.
+
+    Under autocast the product runs in autocast's dtype, as `nn.Linear` does.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     members = [supports_operand(module) for module in modules]
     known = [member for member in members if member is not None]
     if len(known) == len(modules):

@@ -35,8 +35,8 @@ Source = Callable[[str], "Tensor | Packed"]
 def plan_packing(model: nn.Module, skip: Iterable[str] = (), fmt: Format | None = None) -> SwapReport:
     """What would be packed: one row a parameter, tied ones once. Works on a meta-device model; changes nothing.
 
-    skip: module patterns (`lm_head`, `*.down_proj`, `model.layers.0`) kept besides the defaults; `fmt` gives the bytes of packed
-    rows (None: nothing is packed). Raises ModelError (`format.skip-no-match`) for a pattern that matches no module.
+    skip: module patterns (`lm_head`, `*.down_proj`, `model.layers.0`) kept besides the defaults. fmt: gives the bytes of packed rows
+    (None: as they are now). Raises ModelError (`format.skip-no-match`) for a pattern that matches no module.
     """
     skip = list(skip)
     _check_patterns(model, skip)
@@ -56,8 +56,6 @@ def plan_packing(model: nn.Module, skip: Iterable[str] = (), fmt: Format | None 
             if not reason:
                 pattern = next((p for p in skip if matches(module_path, p)), None)
                 reason = f"skip: {pattern}" if pattern is not None else ""
-            if not reason and fmt is None:
-                reason = "format none"
             packed = not reason
             size = packed_bytes((parameter.shape[1], parameter.shape[0]) if kind == "conv1d" else tuple(parameter.shape), fmt) \
                 if packed and fmt is not None else parameter.numel() * parameter.element_size()
@@ -157,7 +155,9 @@ def pack(model: nn.Module, source: Source | None, fmt: Format | None, skip: Iter
     report = plan_packing(model, skip, fmt)
     rows = []
     for row in report.rows:
-        if row.packed:
+        if row.packed and fmt is None:
+            row = with_fields(row, packed=False, reason="format none")
+        elif row.packed:
             weight = source(row.path) if source is not None else model.get_parameter(row.path).detach()
             layer = pack_module(model, row.module, weight, fmt)
             row = with_fields(row, bytes=layer.packed.nbytes)
