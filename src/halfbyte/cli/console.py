@@ -18,11 +18,11 @@ DEFAULTS_OF_LIBRARIES = {
 """Environment variables that are set unless the user has: no telemetry, and no second voice beside ours."""
 
 
-def words() -> Console:
-    """The console for words: stderr."""
+def console(*, stderr: bool = False) -> Console:
+    """A rich console: stdout for what was asked for, stderr for words about it."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=stderr, highlight=False)
 
 
 def say(text: str) -> None:
