@@ -2,7 +2,7 @@
 
     adapter_config.json         PEFT's; what is needed to rebuild the adapter
     adapter_model.safetensors   PEFT's; see adapters/state.py for the names
-    halfbyte.json               the base it was trained on (name, revision, digest), format, compute, version, SHA-256 of the tensors
+    halfbyte.json               the base it was trained on (name, revision, digest), format, compute, version, SHA-256
     recipe.yaml                 the resolved recipe (when trained here)
     chat_template.jinja         the chat template it was trained with
 
@@ -107,7 +107,7 @@ def read(directory: str | Path) -> AdapterFiles:
             if (folder / name).is_file():
                 raise UnsafeFileError(
                     f"{folder / name} is a pickle, which can run code when it is loaded",
-                    hint="where you trust it, load it with PEFT and save it again with save_pretrained(..., safe_serialization=True)",
+                    hint="where you trust it: load it with PEFT and save it again, which writes safetensors",
                     code="adapter.pickle",
                 )
         raise CheckpointError(f"{folder} has no {TENSORS}", hint="copy the directory again, whole")
