@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from halfbyte.config_base import Section
 
@@ -30,12 +30,24 @@ class SourceConfig(Section):
     """Take only the first so many examples."""
 
 
+def _sources(value: Any) -> Any:
+    """`train: a.jsonl` and `train: [a.jsonl, b.jsonl]` are short for a list of `{path: ...}`."""
+    entries = [value] if isinstance(value, str | dict) else value
+    return [{"path": e} if isinstance(e, str) else e for e in entries] if isinstance(entries, list) else entries
+
+
+Sources = Annotated[list[SourceConfig], Field(min_length=1)]
+
+
 class DataConfig(Section):
     """What is learned from, and how it is laid out."""
 
-    train: list[SourceConfig] = Field(min_length=1)
-    """The sources of the training set."""
-    eval: float | list[SourceConfig] = 0.05
+    train: Annotated[Sources, BeforeValidator(_sources, json_schema_input_type=str | list[str | SourceConfig])]
+    """The sources of the training set: a list of sections, or of paths."""
+    eval: Annotated[
+        Annotated[float, Field(ge=0, lt=1)] | Sources,
+        BeforeValidator(_sources, json_schema_input_type=float | str | list[str | SourceConfig]),
+    ] = 0.05
     """Held-out examples: a share of train (0 for none), or sources of their own."""
     template: str = "auto"
     """Chat template: auto (the tokenizer's own), a named one (chatml, alpaca, plain), or a path to a Jinja file."""

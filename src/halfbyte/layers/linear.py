@@ -14,11 +14,12 @@ from halfbyte.kernels.lora_linear import Dropout, LowRank, lora_linear
 
 @dataclass(frozen=True)
 class Operand:
-    """What a linear layer contributes to a grouped product: its weight (packed or dense `[N, K]`), bias, adapter."""
+    """What a linear layer contributes to a grouped product: its weight (packed or dense `[N, K]`), bias, adapter, mask."""
 
     weight: Packed | Tensor
     bias: Tensor | None = None
     lora: LowRank | None = None
+    dropout: Dropout | None = None
 
 
 class SupportsOperand(Protocol):
@@ -28,8 +29,12 @@ class SupportsOperand(Protocol):
 
 
 def linear_group(x: Tensor, layers: list[SupportsOperand], dropout: Dropout | None = None) -> list[Tensor]:
-    """Several linear layers on the same input `[..., K]`, as one operation; one output `[..., N_i]` each."""
+    """Several linear layers on the same input `[..., K]`, as one operation; one output `[..., N_i]` each.
+
+    dropout: the mask of the adapters' input; None takes the one that the layers bring (one mask state serves a group).
+    """
     operands = [layer.operand() for layer in layers]
+    dropout = dropout or next((o.dropout for o in operands if o.dropout is not None), None)
     return lora_linear(x, [o.weight for o in operands], [o.bias for o in operands], [o.lora for o in operands], dropout)
 
 
