@@ -16,6 +16,6 @@ def set_recompute(model: PreTrainedModel, on: bool) -> None:
     # transformers 5.2x renames the pair; the old names warn there and are the only ones before.
     renamed = "activation_checkpointing_enable" in dir(PreTrainedModel)
     if on:
-        model.activation_checkpointing_enable(options) if renamed else model.gradient_checkpointing_enable(options)
+        model.activation_checkpointing_enable(options) if renamed else model.gradient_checkpointing_enable(options)  # type: ignore[no-untyped-call]
     else:
-        model.activation_checkpointing_disable() if renamed else model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable() if renamed else model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]
