@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.formats.packed import NESTED_BLOCK, Packed
+from halfbyte.formats.packed import NESTED_BLOCK, Packed, matrix_shape
 from halfbyte.kernels.dequantize.levels import levels, nested_levels
 
 TILE = 4096
