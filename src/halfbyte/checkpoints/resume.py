@@ -68,19 +68,12 @@ class DiskFull(TrainingError):
 def save(root: Path, contents: Contents) -> Path:
     """Write one checkpoint below `root` and return its directory, verified.
 
-    Raises DiskFull (nothing is left behind) when the disk has not 1.2 times the tensors' bytes, or runs full while writing.
+    Raises DiskFull (nothing is left behind) when the disk has not the room, or runs full while writing.
     """
     root.mkdir(parents=True, exist_ok=True)
     final = root / f"step-{contents.step:08d}"
     temporary = root / f".step-{contents.step:08d}.tmp-{socket.gethostname()}-{os.getpid()}"
-    needed = int(1.2 * contents.nbytes) + RESERVE
-    free = shutil.disk_usage(root).free
-    if free < needed:
-        raise DiskFull(
-            f"no space for checkpoint {final.name}: {needed / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free in {root}",
-            hint="free some space, or set `output` to another disk",
-            code="train.disk-full",
-        )
+    require_space(root, contents.nbytes)
     try:
         _write(temporary, contents)
         verify(temporary)
@@ -95,6 +88,17 @@ def save(root: Path, contents: Contents) -> Path:
             code="train.disk-full",
         ) from error
     return final
+
+
+def require_space(root: Path, tensors: int) -> None:
+    """Raise DiskFull unless the disk of `root` has room for 1.2 times `tensors` bytes and a reserve."""
+    needed, free = int(1.2 * tensors) + RESERVE, shutil.disk_usage(root).free
+    if free < needed:
+        raise DiskFull(
+            f"no space for checkpoints: {needed / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free in {root}",
+            hint="free some space, or set `output` to another disk",
+            code="train.disk-full",
+        )
 
 
 def _write(directory: Path, contents: Contents) -> None:

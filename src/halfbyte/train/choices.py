@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from halfbyte.config import Compute
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PROBE = (512, 576, 1536)
 ROUNDS = 3
+KEPT = "; kept from the checkpoint"
 
 
 @dataclass(frozen=True)
@@ -84,5 +85,23 @@ def document(choices: Mapping[str, Choice]) -> dict[str, Any]:
 
 
 def from_document(stored: Mapping[str, Any]) -> dict[str, Choice]:
-    """The mirror of `document`; the reasons say that the choice comes from the checkpoint."""
+    """The mirror of `document`."""
     return {name: Choice(entry["value"], entry["reason"]) for name, entry in stored.items()}
+
+
+def device(tell: Callable[[str], None]) -> torch.device:
+    """The device of a run: the first GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if torch.cuda.device_count() > 1:
+        tell(f"device: cuda:0; {torch.cuda.device_count()} GPUs are here and this version uses one")
+    return torch.device("cuda", 0)
+
+
+def settle(name: str, asked: Any, kept: Mapping[str, Choice], decide: Callable[[], Choice]) -> Choice:
+    """What was asked for; else what the checkpoint holds; else what `decide` finds."""
+    if asked != "auto":
+        return Choice(asked, "asked for")
+    if name in kept:
+        return Choice(kept[name].value, kept[name].reason.removesuffix(KEPT) + KEPT)
+    return decide()

@@ -22,6 +22,7 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self.progress: Progress | None = None
+        self.loading: Progress | None = None
         self.total = 0
         self.start = 0
         self.began = self.printed = time.monotonic()
@@ -35,6 +36,22 @@ class Display:
             self.progress = Progress(*columns, console=self.console, transient=True)
             self.progress.add_task("starting", total=total, completed=start)
             self.progress.start()
+
+    def advance(self, what: str, done: int, total: int | None) -> None:
+        """Show how far a preparation is (terminal only)."""
+        if not self.console.is_terminal:
+            return
+        if self.loading is None:
+            self.loading = Progress(BarColumn(24), TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.description}"), console=self.console, transient=True)
+            self.loading.add_task("")
+            self.loading.start()
+        self.loading.update(self.loading.task_ids[0], completed=done, total=total, description=what)
+
+    def settled(self) -> None:
+        """Take the preparation's bar away."""
+        if self.loading is not None:
+            self.loading.stop()
+            self.loading = None
 
     def end(self) -> None:
         """Take the bar away."""
