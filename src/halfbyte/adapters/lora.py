@@ -54,7 +54,7 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight, as the wrapped module gives it (decoded afresh if packed): for code that looks at its dtype or device."""
+        """The base's weight as the wrapped module gives it (decoded afresh if packed), for code that looks at dtype or device."""
         weight = self.base_layer.weight
         assert isinstance(weight, Tensor)
         return weight
@@ -177,7 +177,9 @@ def _base_params(model: nn.Module) -> int:
     """Weights of the base: packed ones counted as weights, not as bytes; tied ones once."""
     from halfbyte.layers.linear import Linear4bit
 
-    stored = {id(p) for m in model.modules() if isinstance(m, Linear4bit) for n, p in m.named_parameters(recurse=False) if n != "bias"}
+    stored = {
+        id(p) for m in model.modules() if isinstance(m, Linear4bit) for n, p in m.named_parameters(recurse=False) if n != "bias"
+    }
     packed = sum(m.packed.numel for m in model.modules() if isinstance(m, Linear4bit))
     return packed + sum(p.numel() for n, p in model.named_parameters() if id(p) not in stored and ".lora_" not in n)
 

@@ -21,7 +21,7 @@ from halfbyte.layers.operands import is_linear
 
 
 def match(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """Paths of the modules to adapt, in the model's order. Raises ModelError (`adapter.no-target`) where an entry matches nothing."""
+    """Paths of the modules to adapt, in the model's order. Raises ModelError (`adapter.no-target`) if an entry matches nothing."""
     paths = [path for path, _ in model.named_modules() if path]
     linears = {path: module for path, module in model.named_modules() if is_linear(module)}
     chosen = _chosen(model, linears, paths, config.targets)
@@ -39,7 +39,7 @@ def match(model: nn.Module, config: AdapterConfig) -> list[str]:
 
 def _chosen(model: nn.Module, linears: dict[str, nn.Module], paths: list[str], targets: str | list[str]) -> set[str]:
     if targets == "all-linear":
-        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
         return {path for path, module in linears.items() if module is not head}
     if isinstance(targets, list):
         return {path for entry in targets for path in _matching(entry, linears, paths, "adapter.targets")}
@@ -47,7 +47,9 @@ def _chosen(model: nn.Module, linears: dict[str, nn.Module], paths: list[str], t
         pattern = re.compile(targets)
     except re.error as error:
         raise ModelError(
-            f"adapter.targets: `{targets}` is not a regular expression: {error}", hint="a list takes plain names", code="adapter.no-target"
+            f"adapter.targets: `{targets}` is not a regular expression: {error}",
+            hint="a list takes plain names",
+            code="adapter.no-target",
         ) from error
     by_pattern = {path for path in linears if pattern.fullmatch(path)}
     return by_pattern or _matching(targets, linears, paths, "adapter.targets")

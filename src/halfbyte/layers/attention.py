@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -161,15 +162,15 @@ def _packed(
     key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
     if choice.name == "sdpa-batched":
         shape = (query.shape[1], len(lengths), lengths[0], query.shape[-1])
-        batched = (x[0].reshape(shape).transpose(0, 1) for x in (query, key, value))
-        return _plain(*batched, None, dropout, scaling, window, True).flatten(0, 1).unsqueeze(0)
-    pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+        q, k, v = (x[0].reshape(shape).transpose(0, 1) for x in (query, key, value))
+        return _plain(q, k, v, None, dropout, scaling, window, True).flatten(0, 1).unsqueeze(0)
+    pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)  # type: ignore[no-untyped-call]
     return torch.cat([_plain(q, k, v, None, dropout, scaling, window, True) for q, k, v in pieces], dim=1)
 
 
 def lengths_of(boundaries: tuple[int, ...]) -> tuple[int, ...]:
     """Tokens of each document, empty ones left out."""
-    return tuple(b - a for a, b in zip(boundaries, boundaries[1:], strict=False) if b > a)
+    return tuple(b - a for a, b in itertools.pairwise(boundaries) if b > a)
 
 
 def _varlen(
@@ -191,8 +192,8 @@ def _varlen(
         options["enable_gqa"] = query.shape[1] != key.shape[1]
     else:
         key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
-    flat = [x[0].transpose(0, 1) for x in (query, key, value)]
-    out = varlen_attn(*flat, cu_seqlens, cu_seqlens, longest, longest, **options)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
     assert isinstance(out, Tensor)
     return out.unsqueeze(0)
 

@@ -22,7 +22,7 @@ from halfbyte.layers.operands import run_group
 from halfbyte.layers.structure import Structure
 
 
-class DecoderLayer(GradientCheckpointingLayer):
+class DecoderLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
     """A decoder layer that computes what the adopted one computes, with q/k/v and gate/up run as groups."""
 
     def __init__(self, original: nn.Module, structure: Structure) -> None:
@@ -93,10 +93,10 @@ class DecoderLayer(GradientCheckpointingLayer):
         s = self.structure
         projected = run_group(x, [module.get_submodule(name) for name in s.qkv])
         if len(projected) == 1:
-            projected = list(projected[0].split([n * s.head_size for n in (s.heads, s.kv_heads, s.kv_heads)], dim=-1))
+            projected = list(projected[0].split([n * s.head_size for n in (s.heads, s.kv_heads, s.kv_heads)], dim=-1))  # type: ignore[no-untyped-call]
         if s.qk_norm == "full":
             projected[:2] = [module.get_submodule(n)(p) for n, p in zip(("q_norm", "k_norm"), projected, strict=False)]
-        heads = [p.unflatten(-1, (-1, s.head_size)) for p in projected]
+        heads = [p.unflatten(-1, (-1, s.head_size)) for p in projected]  # type: ignore[no-untyped-call]
         if s.qk_norm == "head":
             heads[:2] = [module.get_submodule(n)(p) for n, p in zip(("q_norm", "k_norm"), heads, strict=False)]
         query, key, value = (h.transpose(1, 2) for h in heads)

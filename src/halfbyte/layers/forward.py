@@ -84,7 +84,7 @@ def prove_isolation(model: PreTrainedModel, lengths: tuple[int, ...] = (7, 12, 5
     alone. Cost: five forward passes of 24 tokens.
     """
     was_training = model.training
-    model.eval()
+    model.train(False)
     try:
         _prove_isolation(model, lengths, seed)
     finally:
@@ -102,7 +102,7 @@ def _prove_isolation(model: PreTrainedModel, lengths: tuple[int, ...], seed: int
 
     def packed(parts: list[Tensor]) -> list[Tensor]:
         hidden = hidden_states(model, torch.cat(parts)[None].to(device), positions, cu_seqlens)
-        return list(hidden[0].float().split(lengths))
+        return list(hidden[0].float().split(lengths))  # type: ignore[no-untyped-call]
 
     here = packed(examples)
     epsilon = torch.finfo(_dtype_of(model)).eps

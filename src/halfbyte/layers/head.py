@@ -42,14 +42,14 @@ def find(model: PreTrainedModel) -> Head:
 
     Call it after the adapter is attached: a head that learns is then the trained parameter itself.
     """
-    module = model.get_output_embeddings()
+    module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     plain = isinstance(module, nn.Linear) and isinstance(weight, nn.Parameter) and weight.is_floating_point()
     if not plain:
         raise _refused(model, f"it is {type(module).__name__}, not a linear layer in 16 or 32 bits")
     assert isinstance(weight, nn.Parameter)
     was_training = model.training
-    model.eval()
+    model.train(False)
     try:
         ids = torch.arange(_TOKENS, device=weight.device)[None] % model.config.get_text_config().vocab_size
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state

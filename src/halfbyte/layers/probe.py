@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from halfbyte.layers import attention
 from halfbyte.layers.decoder import DecoderLayer
@@ -135,9 +135,10 @@ def _fp32_copy(layer: nn.Module) -> nn.Module:
 
 def _set_attention(layer: nn.Module, name: str) -> None:
     """On the copy only: its config is a copy as well."""
-    configs = {id(m.config): m.config for m in layer.modules() if "config" in vars(m)}
-    for config in configs.values():
-        config._attn_implementation = name
+    for module in layer.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig):
+            config._attn_implementation = name
 
 
 def _output(out: Any) -> Tensor:

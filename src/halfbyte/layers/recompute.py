@@ -12,7 +12,10 @@ from transformers import PreTrainedModel
 
 def set_recompute(model: PreTrainedModel, on: bool) -> None:
     """Switches recompute of every decoder layer on or off."""
+    options = {"use_reentrant": False}
+    # transformers 5.2x renames the pair; the old names warn there and are the only ones before.
+    renamed = "activation_checkpointing_enable" in dir(PreTrainedModel)
     if on:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(options) if renamed else model.gradient_checkpointing_enable(options)  # type: ignore[no-untyped-call]
     else:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable() if renamed else model.gradient_checkpointing_disable()  # type: ignore[no-untyped-call]

@@ -33,9 +33,9 @@ _NORMS = {
     frozenset({"post_attention_layernorm", "post_feedforward_layernorm"}): Norms(
         None, "post_attention_layernorm", None, "post_feedforward_layernorm"
     ),
-    frozenset(
-        {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}
-    ): Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    frozenset({"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}): Norms(
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+    ),
     frozenset({"input_layernorm"}): Norms("input_layernorm", parallel=True),
 }
 
@@ -100,8 +100,10 @@ def read(layer: nn.Module) -> Structure:
     if "attention_mask" not in arguments:
         raise NotUnderstood("its forward takes no attention_mask")
     children = dict(layer.named_children())
-    attention, (qkv, out) = _one_of(children, [(names, o) for names, o in _ATTENTION], "attention")
-    mlp, (inputs, down, gated) = _one_of(children, list(_MLP), "MLP", without=attention)
+    attention, kind = _one_of(children, [{*names, out} for names, out in _ATTENTION], "attention")
+    qkv, out = _ATTENTION[kind]
+    mlp, kind = _one_of(children, [{*names, out} for names, out, _ in _MLP], "MLP", without=attention)
+    inputs, down, gated = _MLP[kind]
     norms = _norms(children, {attention, mlp})
     attention_module, mlp_module = children[attention], children[mlp]
     known = {*qkv, out, "q_norm", "k_norm"}
@@ -136,18 +138,16 @@ def read(layer: nn.Module) -> Structure:
     )
 
 
-def _one_of(
-    children: dict[str, nn.Module], kinds: list[tuple[object, ...]], what: str, without: str = ""
-) -> tuple[str, tuple[object, ...]]:
-    """The one child that holds all projections of one of `kinds`, and that kind."""
+def _one_of(children: dict[str, nn.Module], kinds: list[set[str]], what: str, without: str = "") -> tuple[str, int]:
+    """The one child that holds all parts of one of `kinds`, and which kind (the first that fits)."""
     found = []
     for name, child in children.items():
         parts = {part for part, _ in child.named_children()}
-        kind = next((k for k in kinds if {*k[0], k[1]} <= parts), None)  # type: ignore[misc]
+        kind = next((i for i, wanted in enumerate(kinds) if wanted <= parts), None)
         if kind is not None and name != without:
             found.append((name, kind))
     if len(found) != 1:
-        raise NotUnderstood(f"it has {len(found)} submodules that look like {what}, not one")
+        raise NotUnderstood(f"its {what} was not found among its submodules ({len(found)} candidates)")
     return found[0]
 
 

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace as with_fields
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -35,32 +34,33 @@ Source = Callable[[str], "Tensor | Packed"]
 def plan_packing(model: nn.Module, skip: Iterable[str] = (), fmt: Format | None = None) -> SwapReport:
     """What would be packed: one row a parameter, tied ones once. Works on a meta-device model; changes nothing.
 
-    skip: module patterns (`lm_head`, `*.down_proj`, `model.layers.0`) kept besides the defaults. fmt: gives the bytes of packed rows
-    (None: as they are now). Raises ModelError (`format.skip-no-match`) for a pattern that matches no module.
+    skip: module patterns (`lm_head`, `*.down_proj`, `model.layers.0`) kept besides the defaults. fmt: what packed rows will be
+    in (None: nothing is packed). Raises ModelError (`format.skip-no-match`) for a pattern that matches no module.
     """
     skip = list(skip)
     _check_patterns(model, skip)
     head = _head_of(model)
     tied = _tied(model)
-    rows = []
-    seen: set[int] = set()
+    rows: dict[int, Row] = {}
     for module_path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
+            if id(parameter) in rows:
                 continue
-            seen.add(id(parameter))
             path = f"{module_path}.{name}" if module_path else name
             kind, reason = _judge(module, name, parameter, module is head)
             if not reason and (id(parameter) in tied or path in tied):
                 reason = "tied to another parameter"
-            if not reason:
-                pattern = next((p for p in skip if matches(module_path, p)), None)
-                reason = f"skip: {pattern}" if pattern is not None else ""
-            packed = not reason
-            size = packed_bytes((parameter.shape[1], parameter.shape[0]) if kind == "conv1d" else tuple(parameter.shape), fmt) \
-                if packed and fmt is not None else parameter.numel() * parameter.element_size()
-            rows.append(Row(path, kind, packed, reason, parameter.numel(), size, tuple(parameter.shape)))
-    return SwapReport(rows)
+            reason = reason or next((f"skip: {p}" for p in skip if matches(module_path, p)), "")
+            if not reason and fmt is None:
+                reason = "format none"
+            size = parameter.nbytes if reason or fmt is None else packed_bytes(_stored_shape(kind, parameter), fmt)
+            rows[id(parameter)] = Row(path, kind, not reason, reason, parameter.numel(), size, tuple(parameter.shape))
+    return SwapReport(list(rows.values()))
+
+
+def _stored_shape(kind: RowKind, parameter: Tensor) -> tuple[int, int]:
+    n, k = parameter.shape
+    return (k, n) if kind == "conv1d" else (n, k)
 
 
 def _check_patterns(model: nn.Module, skip: list[str]) -> None:
@@ -75,7 +75,7 @@ def _check_patterns(model: nn.Module, skip: list[str]) -> None:
 
 
 def _head_of(model: nn.Module) -> nn.Module | None:
-    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
 
 
 def _tied(model: nn.Module) -> set[int | str]:
@@ -155,9 +155,7 @@ def pack(model: nn.Module, source: Source | None, fmt: Format | None, skip: Iter
     report = plan_packing(model, skip, fmt)
     rows = []
     for row in report.rows:
-        if row.packed and fmt is None:
-            row = with_fields(row, packed=False, reason="format none")
-        elif row.packed:
+        if row.packed:
             weight = source(row.path) if source is not None else model.get_parameter(row.path).detach()
             layer = pack_module(model, row.module, weight, fmt)
             row = with_fields(row, bytes=layer.packed.nbytes)

@@ -48,7 +48,8 @@ def lora_linear_op(
     group = deal(members, packed, dense, biases, a, b)
     which = reference if twin(x.device) == "reference" else fused
     ys, xas = which.forward(_rows(x), group, _mask(state, p, tokens))
-    return [y.view(*x.shape[:-1], y.shape[1]) for y in ys] + xas
+    # Not `view`: models that add into a linear layer's output in place (Falcon) must not meet a view of this operator's making.
+    return [torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]) for y in ys] + xas
 
 
 @lora_linear_op.register_fake
