@@ -1,9 +1,9 @@
 """The cache of packed bases: a second start reads what the first one quantised.
 
-Layout: `HALFBYTE_CACHE/bases/<key>/` with `model.safetensors` (the module's own names: `...q_proj.codes`), `manifest.json` (sha256 of
-every tensor) and, for a GGUF source, its config and tokenizer. The key hashes what was read (commit, or names, sizes and times of the
-files), the format, the compute dtype and `LAYOUT`. An entry is written beside its place and renamed into it, so two runs cannot harm
-each other; it is verified whenever it is read, and rebuilt if a byte is wrong. Cost: about 0.6 s a GB to verify.
+Layout: `HALFBYTE_CACHE/bases/<key>/` with `model.safetensors` (the module's own names: `...q_proj.codes`), `manifest.json`
+(sha256 of every tensor) and, for a GGUF source, its config and tokenizer. The key hashes what was read (commit, or names, sizes
+and times of the files), the format, the compute dtype and `LAYOUT`. An entry is written beside its place and renamed into it, so
+two runs cannot harm each other; it is verified whenever it is read, and rebuilt if a byte is wrong.
 """
 
 from __future__ import annotations

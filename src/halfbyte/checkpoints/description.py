@@ -67,7 +67,7 @@ def read_config(directory: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
     file = directory / "config.json"
     raw = _json(file)
     kind = raw.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         _refuse_code(file, raw)
         hint = "upgrade transformers if the model is newer than it"
         raise ModelError(f"{file}: transformers {transformers_version} does not know the model type {kind}", hint=hint)

@@ -1,8 +1,8 @@
 """From a model's name to files on this machine: bundled name, GGUF file, directory, or Hub id.
 
 Why exact files and not a whole snapshot: a repository often holds the same weights three times (pickles, `original/`, other
-frameworks). Only safetensors, JSON and tokenizer files of its top folder are fetched; pickles never are. Environment, as everywhere on
-the Hub: HF_TOKEN, HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT. What a branch or tag resolved to is recorded as a commit hash.
+frameworks). Only safetensors, JSON and tokenizer files of its top folder are fetched; pickles never are. What a branch or tag
+resolved to is recorded as a commit hash. Environment, as everywhere on the Hub: HF_TOKEN, HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # the HTTP client's own, whichever it is
 
 from halfbyte.checkpoints import bundled, shards
 from halfbyte.checkpoints.base import Source
@@ -65,7 +65,7 @@ def _snapshot(model: ModelConfig, weights: bool) -> Source:
         return _cached(model, "HF_HUB_OFFLINE is set")
     except HfHubHTTPError as error:
         raise explain(error, model) from error
-    except (HTTPError, OSError) as error:
+    except (TransportError, OSError) as error:
         return _cached(model, f"the Hub cannot be reached ({error.__class__.__name__})")
     except HFValidationError as error:
         raise CheckpointError(f"{model.name} is not a Hub id", hint=_names()) from error
@@ -77,7 +77,7 @@ def _snapshot(model: ModelConfig, weights: bool) -> Source:
         path = snapshot_download(model.name, revision=info.sha, allow_patterns=files)
     except (GatedRepoError, RepositoryNotFoundError) as error:
         raise explain(error, model) from error
-    except (HTTPError, LocalEntryNotFoundError) as error:
+    except (TransportError, LocalEntryNotFoundError) as error:
         raise CheckpointError(f"the download of {model.name} broke off: {error}", hint="run it again; it continues") from error
     return Source(Path(path), model.name, info.sha)
 

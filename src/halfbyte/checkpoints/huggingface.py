@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halfbyte.checkpoints import bnb, cache, description, hub, names, shards
 from halfbyte.checkpoints.base import Base, Progress, Source, silent
@@ -29,9 +29,10 @@ from halfbyte.formats.config import FormatConfig
 from halfbyte.formats.packed import Format, Packed
 from halfbyte.formats.quantize import dequantize
 from halfbyte.layers import swap
-from halfbyte.layers.report import SwapReport
+from halfbyte.layers.report import Row, SwapReport
 
 log = logging.getLogger(__name__)
+STORED_DENSE = "the checkpoint keeps it in 16 bits"
 
 
 def load(
@@ -76,18 +77,19 @@ def inspect(model: ModelConfig | str, fmt: FormatConfig, compute: torch.dtype = 
     wanted = ModelConfig(name=model) if isinstance(model, str) else model
     source = hub.locate(wanted, weights=False)
     net = skeleton(description.read(source.path), compute, source.name)
-    return swap.plan_packing(net, fmt.skip, _format(fmt))
+    return _plan(net, {}, fmt)
 
 
 def skeleton(described: Description, compute: torch.dtype, name: str) -> PreTrainedModel:
     """The model without weights: parameters on the meta device, buffers (rotary tables) real, eval mode, nothing trainable."""
     with init_empty_weights(include_buffers=False):
-        net: PreTrainedModel = AutoModelForCausalLM.from_config(described.config, dtype=compute, attn_implementation="sdpa")
+        net: PreTrainedModel = AutoModelForCausalLM.from_config(described.config, dtype=compute)  # type: ignore[no-untyped-call]
     net.tie_weights(recompute_mapping=False)
     net.config._name_or_path = name
     if described.generation is not None:
         net.generation_config = described.generation
-    return net.eval().requires_grad_(False)
+    net.train(False).requires_grad_(False)
+    return net
 
 
 def open_tensors(source: Source, net: PreTrainedModel, described: Description) -> Tensors:
@@ -128,7 +130,7 @@ def fill(
     device: torch.device | str,
     progress: Progress = silent,
 ) -> None:
-    """Reads every tensor into `net`, packing what `report` says. Raises CheckpointError before the first read if names do not match."""
+    """Reads every tensor into `net`, packing what `report` says. If names do not match, raises before anything is read."""
     headers = tensors.headers()
     packed = {row.path for row in report.packed}
     turned = {row.path for row in report.rows if row.kind == "conv1d"}
@@ -151,7 +153,7 @@ def fill(
         del value
     progress("", total, total)
     net.tie_weights(recompute_mapping=False)
-    net.to(device)
+    nn.Module.to(net, device)
     assert not any(t.is_meta for t in [*net.parameters(), *net.buffers()]), "a tensor was left without memory"
 
 
@@ -167,25 +169,23 @@ def _format(fmt: FormatConfig) -> Format | None:
 def _plan(net: PreTrainedModel, headers: dict[str, Header], fmt: FormatConfig) -> SwapReport:
     """What is packed: the defaults and skip rules; in a packed checkpoint, only what it holds packed."""
     report = swap.plan_packing(net, fmt.skip, _format(fmt))
+    if fmt.kind == "none":
+        return with_fields(report, rows=[_kept(net, row, "format: none") if row.packed else row for row in report.rows])
     if not any(header.packed for header in headers.values()):
         return report
     turned = {row.path for row in report.rows if row.kind == "conv1d"}
     origin = names.match(net, headers, turned).tensors
-    rows = []
-    for row in report.rows:
-        if row.packed and not headers[origin[row.path]].packed:
-            size = row.params * net.get_parameter(row.path).element_size()
-            row = with_fields(row, packed=False, reason="the checkpoint keeps it in 16 bits", bytes=size)
-        rows.append(row)
-    return with_fields(report, rows=rows)
+    dense = {row.path for row in report.packed if not headers[origin[row.path]].packed}
+    return with_fields(report, rows=[_kept(net, row, STORED_DENSE) if row.path in dense else row for row in report.rows])
 
 
-def _measured(net: PreTrainedModel, report: SwapReport) -> list[swap.Row]:
+def _kept(net: PreTrainedModel, row: Row, reason: str) -> Row:
+    return with_fields(row, packed=False, reason=reason, bytes=net.get_parameter(row.path).nbytes)
+
+
+def _measured(net: PreTrainedModel, report: SwapReport) -> list[Row]:
     """The rows with the bytes that are held now."""
-    return [
-        with_fields(row, bytes=net.get_submodule(row.module).packed.nbytes if row.packed else net.get_parameter(row.path).nbytes)
-        for row in report.rows
-    ]
+    return [row if row.packed else with_fields(row, bytes=net.get_parameter(row.path).nbytes) for row in report.rows]
 
 
 def _settle_tie(net: PreTrainedModel, tensors: Tensors, target: str, source: str, wanted: dict[str, str]) -> None:

@@ -31,7 +31,7 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Match:
-    """tensors: model name to checkpoint name. ignored: checkpoint name to the reason. both: pairs tied by the config, yet both in the file."""
+    """tensors: model name to checkpoint name. ignored: checkpoint name to the reason. both: tied by the config, both stored."""
 
     tensors: dict[str, str]
     ignored: dict[str, str]
@@ -41,8 +41,8 @@ class Match:
 def match(model: PreTrainedModel, headers: dict[str, Header], transposed: set[str]) -> Match:
     """Pairs every parameter and persistent buffer of `model` with a tensor of `headers`.
 
-    transposed: weights that the model holds as `[K, N]` (Conv1D); a packed tensor has `[N, K]` for them. Raises CheckpointError that
-    lists every missing, unexpected and misshapen tensor.
+    transposed: weights that the model holds as `[K, N]` (Conv1D); a packed tensor has `[N, K]` for them. Raises CheckpointError
+    that lists every missing, unexpected and misshapen tensor.
     """
     wanted: dict[str, Tensor] = model.state_dict()
     found, ignored, unexpected = _assign(model, headers, wanted)

@@ -32,9 +32,9 @@ SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 HEADER_LIMIT = 100_000_000
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -124,7 +124,7 @@ class Shards(Tensors):
     def read(self, name: str) -> Tensor:
         file = self._where[name]
         if file not in self._open:
-            self._open[file] = safe_open(str(file), framework="pt", device="cpu").__enter__()
+            self._open[file] = safe_open(str(file), framework="pt", device="cpu")
         tensor: Tensor = self._open[file].get_tensor(name)
         return tensor
 
@@ -206,7 +206,7 @@ def write(path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: dict[str,
     return sums
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, without a copy where it lies contiguous on the CPU."""
+def bytes_of(tensor: Tensor) -> Any:
+    """The tensor's bytes (a buffer), without a copy where it lies contiguous on the CPU."""
     flat = tensor.detach().contiguous().cpu().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy()
