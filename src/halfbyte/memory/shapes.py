@@ -60,6 +60,7 @@ def skeleton(config: dict[str, Any] | PretrainedConfig, compute: torch.dtype) ->
             raise ModelError(f"transformers does not know the model type `{kind}`", code="model.unknown") from error
     with init_empty_weights():
         net: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=compute, attn_implementation="sdpa")
+    net.tie_weights(recompute_mapping=False)
     return net.requires_grad_(False)
 
 
