@@ -1,7 +1,7 @@
 """`cross_entropy`: a linear head and softmax cross-entropy in one, without ever holding all logits.
 
-The result is the SUM of losses over labelled positions (divide by the tokens of the whole batch, so that every microbatch size gives
-one gradient) and the number of tokens predicted right. Gradients are computed in the forward pass, where the logits are,
+The result is the SUM of losses over labelled positions (divide by the tokens of the whole batch, so that every microbatch size
+gives one gradient) and the number of tokens predicted right. Gradients are computed in the forward pass, where the logits are,
 and kept; backward multiplies them by a scalar.
 """
 

@@ -70,4 +70,5 @@ dropout_op.register_autograd(_backward, setup_context=_setup)
 
 def dropout(x: Tensor, mask: Dropout, layer: int) -> Tensor:
     """x `[..., K]` with its mask applied; T = x.numel() / K positions are numbered in order."""
-    return dropout_op(x, mask.state, mask.p, mask.tokens, layer)
+    dropped: Tensor = dropout_op(x, mask.state, mask.p, mask.tokens, layer)
+    return dropped

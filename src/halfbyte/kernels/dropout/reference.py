@@ -12,7 +12,7 @@ MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 CHUNK = 1 << 14
-"""Counters at a time: the state stays in the second-level cache, and below the size at which torch wakes its threads for every step."""
+"""Counters at a time: the state stays in the second-level cache, and torch wakes no threads for a single step."""
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

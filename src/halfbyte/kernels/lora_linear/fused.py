@@ -27,7 +27,7 @@ def _stacked_a(loras: list[LowRank], dtype: torch.dtype) -> Tensor:
 
 def _apart(stacked: Tensor, sizes: list[int], dim: int) -> list[Tensor]:
     """Copies, since an operator may not return views of one tensor."""
-    return [stacked] if len(sizes) == 1 else [part.clone() for part in stacked.split(sizes, dim)]
+    return [stacked] if len(sizes) == 1 else [part.clone() for part in torch.split(stacked, sizes, dim)]
 
 
 def _mm(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
