@@ -21,7 +21,7 @@ def sums(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     hidden: `[1, S, H]` after the final norm. labels: int64 `[1, S]`, already shifted. Logits are never all materialised.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return cross_entropy(flat, labels.reshape(-1), head.weight, head.bias, head.scale, head.cap)
+    return cross_entropy(flat, labels.reshape(-1), head)
 
 
 def loss(hidden: Tensor, labels: Tensor, head: Head, total_trained: int) -> Tensor:
