@@ -35,9 +35,7 @@ def to_dtype(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _scales(
-    scales, nested_scales, nested_offset, nested_levels, index, mask, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr
-):
+def _scales(scales, nested_scales, nested_offset, nested_levels, index, mask, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr):
     """fp32 scales at `index`: stored so, or level(code) * scale2 + offset (two roundings)."""
     if NESTED:
         code = tl.load(scales + index, mask=mask, other=0).to(tl.int32)
