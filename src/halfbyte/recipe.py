@@ -142,7 +142,9 @@ def _parse(text: str, where: str) -> _Document:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         hint = "indent with spaces" if "\\t" in str(error.problem) else "quote text that holds `: ` or starts with a sign"
-        raise RecipeError(f"{where}:{line}: not valid YAML: {error.problem or error.context}", hint=hint, code="recipe.yaml") from error
+        raise RecipeError(
+            f"{where}:{line}: not valid YAML: {error.problem or error.context}", hint=hint, code="recipe.yaml"
+        ) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{where}: not valid YAML: {error}", code="recipe.yaml") from error
     finally:
@@ -199,7 +201,9 @@ def _override(document: _Document, text: str) -> None:
     else:
         if _put(data, path[-1], _value(text, value)):
             return
-    document.mistakes.append(Mistake(path, f"there is no `{dotted(path)}`", "list entries count from 0, and only existing ones can be changed"))
+    document.mistakes.append(
+        Mistake(path, f"there is no `{dotted(path)}`", "list entries count from 0, and only existing ones can be changed")
+    )
 
 
 def _has(data: Any, step: str | int) -> bool:
