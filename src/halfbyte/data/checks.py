@@ -83,8 +83,9 @@ def embeddings(data: TokenSet, tokenizer: Any, weight: torch.Tensor, trainable: 
     _, group, counts = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
     dead = np.asarray(specials)[((rows == 0).all(dim=1) | (counts[group] > 1)).cpu().numpy()] if specials else np.zeros(0)
     if len(dead):
-        message = f"the data uses special tokens that this model never learned: {_names(tokenizer, dead)}; their embedding rows are frozen"
-        hint = "use a template without them (`data.template: plain`), or train the embedding: `adapter.modules_to_save: [embed_tokens]`"
+        names = _names(tokenizer, dead)
+        message = f"the data uses special tokens that this model never learned: {names}; their embedding rows are frozen"
+        hint = "use a template without them (`data.template: alpaca` or `plain`), or add `adapter.modules_to_save: [embed_tokens]`"
         raise DataError(message, hint=hint, code="data.new-special-tokens")
 
 

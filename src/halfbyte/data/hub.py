@@ -19,7 +19,10 @@ from halfbyte.errors import DataError
 
 @dataclass(frozen=True)
 class HubDataset:
-    """One split of a dataset. `digest` names its content: id, split, revision, and the cache files' names (they carry the commit)."""
+    """One split of a dataset.
+
+    `digest` names its content: id, split, revision, and the cache files' names, which carry the commit.
+    """
 
     label: str
     rows: Any

@@ -136,8 +136,8 @@ class Loader:
                 at = self._lay(epoch, row, ids[r], labels[r], positions[r], bounds[r], examples[r])
             positions[r, at:] = np.arange(self.tokens - at)
         trained = int((labels != IGNORED).sum())
-        tensors = (torch.from_numpy(part) for part in (ids, labels, positions, bounds))
-        return Batch(*tensors, example_ids=examples, trained_tokens=trained)
+        tensors = [torch.from_numpy(part) for part in (ids, labels, positions, bounds)]
+        return Batch(tensors[0], tensors[1], tensors[2], tensors[3], examples, trained)
 
     def _lay(
         self, epoch: int, row: int, ids: Int, labels: Int, positions: Int, bounds: NDArray[np.int32], examples: list[int]

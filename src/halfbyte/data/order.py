@@ -1,7 +1,8 @@
 """Orders that are a function of numbers, for good.
 
 Why not a generator: a run resumed in another year, under another numpy, must see the same rows in the same order, and numpy
-promises no such thing of its streams. A 64-bit mix (splitmix64, Steele et al. 2014) of (keys..., index) sorts instead. Cost: one sort.
+promises no such thing of its streams. A 64-bit mix (splitmix64, Steele et al. 2014) of (keys..., index) sorts instead.
+Cost: one sort.
 """
 
 from __future__ import annotations

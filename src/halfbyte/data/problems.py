@@ -15,7 +15,7 @@ from halfbyte.errors import DataError
 SHOWN = 10
 HINTS = {
     "data.bad-example": "mend these lines, or name the shape: `data.train: [{path: ..., shape: messages}]`",
-    "data.bad-file": "every line of a .jsonl file is one JSON object; a .json file holds one array of objects, or one object a line",
+    "data.bad-file": "a .jsonl file holds one JSON object a line; a .json file one array of objects, or one object a line",
     "data.tools": "tool calls cannot be trained on yet; leave out the examples with tools, or turn them into plain messages",
     "data.mask": "use `template: chatml`, a template with {% generation %} around the answer, or `loss_on: all`",
     "data.template": "the chat template refused or dropped these messages; choose another one with `data.template`",

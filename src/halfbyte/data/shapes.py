@@ -210,10 +210,10 @@ def _read_completion(record: Record, problems: Problems) -> Example | None:
         before = _turns(prompt, "prompt", where, problems)
         after = _turns(completion, "completion", where, problems)
         return None if before is None or after is None else _chat(where, before + after, problems, learn_from=len(before))
-    for name, value in (("prompt", prompt), ("completion", completion)):
-        if not isinstance(value, str):
-            problems.add(where, name, "text", kind_of(value))
-            return None
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        name, value = ("completion", completion) if isinstance(prompt, str) else ("prompt", prompt)
+        problems.add(where, name, "text", kind_of(value))
+        return None
     if not completion.strip():
         problems.skipped["an empty answer"] += 1
         return None

@@ -218,7 +218,7 @@ def _read_csv(file: Path, problems: Problems) -> Iterator[Record]:
 
 
 def _read_parquet(file: Path, problems: Problems) -> Iterator[Record]:
-    import pyarrow.parquet
+    import pyarrow.parquet  # type: ignore[import-untyped]
     from pyarrow import ArrowInvalid
 
     number = 0

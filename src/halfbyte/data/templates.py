@@ -16,7 +16,7 @@ from halfbyte.data.shapes import Message
 from halfbyte.errors import DataError
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 ALPACA = (
@@ -108,7 +108,7 @@ class Renderer:
 
         chat = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            texts, found = render_jinja_template(
+            result: Any = render_jinja_template(
                 [chat],
                 chat_template=self.template.text,
                 add_generation_prompt=prompt,
@@ -119,4 +119,5 @@ class Renderer:
             message = f"the chat template `{self.template.name}` refused these messages: {error}"
             hint = "check the order of roles (a system message first, then user and assistant in turn)"
             raise DataError(message, hint=hint, code="data.template") from error
+        texts, found = result  # annotated as str in transformers, but it is a pair of lists
         return texts[0], [(int(a), int(b)) for a, b in found[0]] if spans else []
