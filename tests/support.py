@@ -136,7 +136,13 @@ def packed_base(family: str = "llama", *, kind: str = "nf4", seed: int = 0, **ch
             layer = Linear4bit(quantize(weight, Format(kind, 64, nested=True)), module.bias)
             model.set_submodule(path, layer, strict=True)
     return SimpleNamespace(
-        model=model, tokenizer=tiny_tokenizer(), name=f"tiny-{family}", revision=None, format=fmt, compute=torch.float32, digest=digest
+        model=model,
+        tokenizer=tiny_tokenizer(),
+        name=f"tiny-{family}",
+        revision=None,
+        format=fmt,
+        compute=torch.float32,
+        digest=digest,
     )
 
 
@@ -154,6 +160,10 @@ def dense_twin(base: Any) -> PreTrainedModel:
             path, _, leaf = name.rpartition(".")
             module = base.model.get_submodule(path)
             own = getattr(module, leaf)
-            turned = leaf == "weight" and type(module) is not type(twin.get_submodule(path)) and isinstance(twin.get_submodule(path), Conv1D)
+            turned = (
+                leaf == "weight"
+                and type(module) is not type(twin.get_submodule(path))
+                and isinstance(twin.get_submodule(path), Conv1D)
+            )
             parameter.copy_(own.T if turned else own)
     return twin

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import packed_base
 
 from halfbyte.adapters import lora, state
 from halfbyte.adapters.config import AdapterConfig
 from halfbyte.errors import CheckpointError
+from support import packed_base
 
 
 def attached(**settings):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support import dense_twin, packed_base
 
 from halfbyte.adapters import lora
 from halfbyte.adapters.config import AdapterConfig
 from halfbyte.checkpoints import atomic, peft, peft_config
 from halfbyte.errors import CheckpointError, UnsafeFileError
+from support import dense_twin, packed_base
 
 pytestmark = [
     # PEFT 0.21 asks transformers by the old name of a property
@@ -22,7 +22,7 @@ pytestmark = [
     # PEFT says so at every save of an adapter whose base has no Hub name
     pytest.mark.filterwarnings("ignore:Could not find a config file"),
     # and at every adapter with `modules_to_save` on a tied model, which the case below wants
-    pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
 ]
 IDS = torch.arange(24).reshape(2, 12) * 7 % 256
 CASES = {
@@ -34,6 +34,7 @@ CASES = {
     "bias-all": ("qwen2", {"bias": "all"}),
     "bias-lora-only": ("qwen2", {"bias": "lora_only", "targets": ["q_proj", "o_proj"]}),
     "saved": ("qwen3", {"modules_to_save": ["lm_head", "embed_tokens"]}),
+    "saved-tied": ("qwen3", {"modules_to_save": ["lm_head"]}),
     "saved-norm": ("llama", {"modules_to_save": ["norm"]}),
     "gpt2": ("gpt2", {"targets": ["c_attn", "c_proj", "c_fc"], "bias": "all"}),
     "falcon": ("falcon", {}),
@@ -60,7 +61,7 @@ def logits(model):
 @pytest.mark.parametrize("case", CASES)
 def test_peft_loads_what_we_save_and_answers_the_same(case, tmp_path):
     family, settings = CASES[case]
-    base = packed_base(family, kind="none" if "dense" in case else "nf4")
+    base = packed_base(family, kind="none" if "dense" in case else "nf4", tie_word_embeddings="tied" in case or family == "gpt2")
     twin = dense_twin(base)
     before = logits(base.model)
     adapter = trained(base, **settings)
@@ -86,6 +87,7 @@ PEFT_CASES = {
     "bias-all": ("gpt2", {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True}),
     "bias-lora-only": ("qwen2", {"target_modules": "all-linear", "bias": "lora_only"}),
     "saved": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "norm"]}),
+    "saved-tied": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     "gaussian": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"}),
     "orthogonal": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"}),
 }
@@ -94,7 +96,7 @@ PEFT_CASES = {
 @pytest.mark.parametrize("case", PEFT_CASES)
 def test_what_peft_trained_loads_here_and_answers_the_same(case, tmp_path):
     family, settings = PEFT_CASES[case]
-    base = packed_base(family)
+    base = packed_base(family, tie_word_embeddings="tied" in case or family == "gpt2")
     theirs = get_peft_model(dense_twin(base), LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings))
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -179,6 +181,18 @@ def test_an_adapter_of_another_base_is_refused_unless_told_otherwise(tmp_path):
         peft.load(tmp_path, packed_base(seed=1))
     assert caught.value.code == "adapter.other-base"
     peft.load(tmp_path, packed_base(seed=1), other_base=True)
+
+
+def test_the_same_base_in_another_compute_dtype_is_not_another_base(tmp_path):
+    base = packed_base()
+    peft.save(trained(base), tmp_path, base)
+    other = packed_base()
+    other.digest, other.compute = "0" * 64, torch.bfloat16  # the digest covers norms and embeddings in the compute dtype
+    peft.load(tmp_path, other)
+    other = packed_base()
+    other.digest, other.compute, other.name = "0" * 64, torch.bfloat16, "tiny-other"
+    with pytest.raises(CheckpointError, match="another base"):
+        peft.load(tmp_path, other)
 
 
 def test_an_adapter_of_another_architecture_lists_what_does_not_fit(tmp_path):

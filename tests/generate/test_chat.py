@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import CHATML, packed_base, tiny_tokenizer
 
 from halfbyte.adapters import lora
 from halfbyte.adapters.config import AdapterConfig
 from halfbyte.errors import DataError, RecipeError
 from halfbyte.generate.chat import Chat, encode, end_tokens, generate
 from halfbyte.generate.stream import TextStream
+from support import CHATML, packed_base, tiny_tokenizer
 
 HELLO = [{"role": "user", "content": "hello"}]
 IM_END = 258
@@ -21,17 +21,14 @@ def loud_base(end=None, *, after=3, **changes):
     base = packed_base(**changes)
     letters = [ord("a") - 33 + i for i in range(26)]  # byte-level BPE: '!' (33) is token 0
     order = letters[:after] + ([end] if end is not None else []) + letters[after:]
-    head, prompt = torch.zeros(272, 64), {}
+    said = iter(order + order[-1:] * 100)
 
     def answer(module, args, output):
-        said = prompt["ids"] = prompt.get("ids", 0)
-        prompt["ids"] = said + 1
         forced = torch.full_like(output, -10.0)
-        forced[..., order[min(said, len(order) - 1)]] = 10.0
+        forced[..., next(said)] = 10.0
         return forced
 
     base.model.lm_head.register_forward_hook(answer)
-    del head
     return base
 
 
@@ -43,7 +40,6 @@ def test_greedy_equals_decoding_without_a_cache():
         for _ in range(answer.tokens):
             ids.append(base.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
     assert base.tokenizer.decode(ids[answer.prompt_tokens :], skip_special_tokens=True) == answer.text
-    assert answer == generate(base, "Once upon a time", max_tokens=12).__class__(**{**answer.__dict__})
     assert generate(base, "Once upon a time", max_tokens=12).text == answer.text
 
 
@@ -57,9 +53,8 @@ def test_sampling_depends_on_the_seed_alone():
     assert generate(base, HELLO, max_tokens=16, temperature=1.0, top_p=0.9, seed=8).text != first
 
 
-@pytest.mark.parametrize("end", [IM_END])
-def test_the_end_of_turn_stops_and_is_not_part_of_the_text(end):
-    answer = generate(loud_base(end), HELLO, max_tokens=10)
+def test_the_end_of_turn_stops_and_is_not_part_of_the_text():
+    answer = generate(loud_base(IM_END), HELLO, max_tokens=10)
     assert (answer.text, answer.tokens, answer.stopped_by) == ("abc", 4, "end")
 
 
@@ -138,7 +133,7 @@ def test_a_conversation_switches_between_base_and_adapter():
     assert generate(base, HELLO, max_tokens=8).text == adapted  # the adapter is on again outside
 
 
-def test_history_and_system_message_reach_the_model(monkeypatch):
+def test_history_and_system_message_are_kept():
     base = packed_base()
     chat = Chat(base, system="Be brief.", max_tokens=1)
     chat.say("one")

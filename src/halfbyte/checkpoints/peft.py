@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from halfbyte.adapters.lora import Adapter
     from halfbyte.checkpoints.base import Base
 
+log = logging.getLogger("halfbyte")
 CONFIG, TENSORS, RECORD = "adapter_config.json", "adapter_model.safetensors", "halfbyte.json"
 RECIPE, TEMPLATE = "recipe.yaml", "chat_template.jinja"
 _PICKLED = ("adapter_model.bin", "adapter_model.pt")
@@ -83,7 +86,7 @@ def save(adapter: Adapter, directory: str | Path, base: Base, extras: Mapping[st
             revision=base.revision,
             digest=base.digest,
             format=base.format.model_dump(),
-            compute=str(base.compute).removeprefix("torch."),
+            compute=_dtype_name(base.compute),
             version=halfbyte.__version__,
             sha256=_sha256(temporary / TENSORS),
         )
@@ -148,9 +151,17 @@ def read_tensors(files: AdapterFiles) -> dict[str, Tensor]:
 
 
 def check_base(files: AdapterFiles, base: Base, *, other_base: bool = False) -> None:
-    """Raises CheckpointError when the adapter says that it was trained on other weights than `base` holds."""
+    """Raises CheckpointError when the adapter says that it was trained on other weights than `base` holds.
+
+    The digest decides. It covers what is kept in the compute dtype as well, so for another compute dtype name, revision and
+    format decide instead.
+    """
     record = files.record
     if record is None or other_base or record.digest == base.digest:
+        return
+    same = (record.base, record.revision, record.format) == (base.name, base.revision, base.format.model_dump())
+    if same and record.compute != _dtype_name(base.compute):
+        log.info("%s: trained in %s, run in %s: base checked by name", files.directory, record.compute, _dtype_name(base.compute))
         return
     was = f"{record.base} (format {_kind(record.format)}, digest {record.digest[:12]})"
     now = f"{base.name} (format {_kind(base.format.model_dump())}, digest {base.digest[:12]})"
@@ -159,6 +170,10 @@ def check_base(files: AdapterFiles, base: Base, *, other_base: bool = False) -> 
         hint="load that base; or allow another base explicitly (--other-base, other_base=True)",
         code="adapter.other-base",
     )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _kind(fmt: Mapping[str, Any]) -> str:

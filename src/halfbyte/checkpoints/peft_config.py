@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.adapters.config import AdapterConfig
@@ -70,7 +71,7 @@ def to_peft(adapter: Adapter, base: Base) -> dict[str, Any]:
     }
 
 
-def from_peft(raw: dict[str, Any], model: nn.Module, source: str) -> AdapterConfig:
+def from_peft(raw: dict[str, Any], model: PreTrainedModel, source: str) -> AdapterConfig:
     """Our settings for PEFT's, targets resolved to module paths of `model`. Raises CheckpointError naming every field."""
     refuse_unbuilt(raw, source)
     for field in ("r", "lora_alpha", "target_modules"):
@@ -111,11 +112,11 @@ def refuse_unbuilt(raw: dict[str, Any], source: str) -> None:
         )
 
 
-def target_paths(raw: dict[str, Any], model: nn.Module, source: str) -> list[str]:
+def target_paths(raw: dict[str, Any], model: PreTrainedModel, source: str) -> list[str]:
     """The linear layers that PEFT would give an adapter, by PEFT's own rules: their paths in `model`."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     targets = raw["target_modules"]
-    head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if targets == "all-linear":
         return [name for name in linears if model.get_submodule(name) is not head]
     chosen = [name for name, _ in model.named_modules() if name and _is_target(raw, name)]

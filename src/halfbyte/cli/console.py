@@ -48,6 +48,26 @@ def emit_line(data: Any) -> None:
     print(json.dumps(data, ensure_ascii=False, default=str), flush=True)
 
 
+class Loading:
+    """A bar on stderr while a model loads; nothing where stderr is no terminal."""
+
+    def __enter__(self) -> Loading:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+        columns = (TextColumn("loading"), BarColumn(24), DownloadColumn(), TextColumn("{task.fields[what]}", style="dim"))
+        self.bar = Progress(*columns, console=console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        self.task = self.bar.add_task("", total=None, what="")
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """As loaders call it: bytes done and in all."""
+        self.bar.update(self.task, completed=done, total=total, what=what)
+
+
 def _red(text: str) -> str:
     import os
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halfbyte.adapters.lora import LoraLinear
-from halfbyte.checkpoints import atomic, gguf, huggingface, names, peft, shards
+from halfbyte.checkpoints import atomic, description, huggingface, names, peft
+from halfbyte.checkpoints.base import Source
 from halfbyte.checkpoints.config import ModelConfig
 from halfbyte.errors import CheckpointError, RecipeError
 from halfbyte.export import writer
@@ -138,11 +139,8 @@ def merged_tensor(model: nn.Module, name: str, original: Callable[[str], Tensor]
     if leaf == "bias":
         assert operand.bias is not None, f"{name}: the layer has no bias"
         return operand.bias.detach().cpu()
-    if original is None:
-        weight = _dense(operand.weight)  # [N, K]
-    else:
-        weight = original(name).T if transposed else original(name)
-    weight = weight.detach().float().cpu()
+    stored = _dense(operand.weight) if original is None else _oriented(original(name), transposed)
+    weight = stored.detach().float().cpu()  # [N, K]
     if operand.lora is not None:
         a, b = operand.lora.a.detach().float().cpu(), operand.lora.b.detach().float().cpu()
         weight = torch.addmm(weight, b, a, alpha=operand.lora.scale)
@@ -163,7 +161,8 @@ def logits(model: nn.Module, tokenizer: object, text: str) -> Tensor:
 
 def original_tensors(base: Base, frame: PreTrainedModel) -> Callable[[str], Tensor]:
     """Reads the checkpoint that the base was made from: a tensor by its name in the model."""
-    tensors = gguf.GgufTensors(base.source, frame) if base.source.suffix == ".gguf" else shards.open_directory(base.source)
+    source = Source(base.source, base.name, base.revision)
+    tensors = huggingface.open_tensors(source, frame, description.read(source.path))
     headers = tensors.headers()
     if any(header.packed for header in headers.values()):
         raise CheckpointError(
@@ -181,6 +180,10 @@ def original_tensors(base: Base, frame: PreTrainedModel) -> Callable[[str], Tens
 
 def _dense(weight: Packed | Tensor) -> Tensor:
     return dequantize(weight, torch.float32) if isinstance(weight, Packed) else weight
+
+
+def _oriented(tensor: Tensor, transposed: bool) -> Tensor:
+    return tensor.T if transposed else tensor
 
 
 def _check(target: Path, into: str, dtype: torch.dtype | None) -> None:

@@ -63,7 +63,7 @@ def generate(
     ids = encode(base, prompt, template)
     ends = end_tokens(base, template if isinstance(prompt, str) else _template(base, template))
     room, limited_by_context = _room(base.model, len(ids), max_tokens)
-    config = GenerationConfig(
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=room,
         do_sample=temperature > 0,
         temperature=temperature if temperature > 0 else None,
@@ -73,18 +73,18 @@ def generate(
         pad_token_id=base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else min(ends, default=0),
         use_cache=True,
     )
-    device = base.model.get_input_embeddings().weight.device
+    device = next(base.model.parameters()).device
     streamer = TextStream(base.tokenizer, len(ids), stream)
     started = time.perf_counter()
     with _evaluating(base.model), _seeded(seed, device), torch.no_grad():
         inputs = torch.tensor([ids], device=device)
-        out: Tensor = base.model.generate(
+        out: Tensor = base.model.generate(  # type: ignore[operator]
             inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer
         )
     seconds = time.perf_counter() - started
     new = out[0, len(ids) :].tolist()
     ended = bool(new) and new[-1] in ends
-    text = base.tokenizer.decode(new, skip_special_tokens=True)
+    text = str(base.tokenizer.decode(new, skip_special_tokens=True))
     stopped: Literal["end", "length", "context"] = "end" if ended else "context" if limited_by_context else "length"
     return Answer(text, len(new), len(new) / seconds, stopped, len(ids))
 
@@ -160,10 +160,9 @@ def encode(base: Base, prompt: str | Sequence[Message], template: str | None = N
         if not ids:
             raise DataError("the prompt is empty", hint="give some text", code="generate.empty")
         return ids
-    text = base.tokenizer.apply_chat_template(
-        list(prompt), chat_template=_template(base, template), add_generation_prompt=True, tokenize=False
-    )
-    return list(base.tokenizer(text, add_special_tokens=False)["input_ids"])
+    chosen = _template(base, template)
+    text = base.tokenizer.apply_chat_template(list(prompt), chat_template=chosen, add_generation_prompt=True, tokenize=False)
+    return list(base.tokenizer(str(text), add_special_tokens=False)["input_ids"])
 
 
 def end_tokens(base: Base, template: str | None = None) -> set[int]:
@@ -183,7 +182,7 @@ def _end_of_turn(base: Base, template: str) -> int | None:
     """The first special token after an assistant's words in a rendered conversation."""
     words = "halfbyte end of turn"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
-    text = base.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    text = str(base.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
     tail = base.tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
     special = set(base.tokenizer.all_special_ids) | set(base.tokenizer.added_tokens_decoder)
     return next((token for token in tail if token in special), None)

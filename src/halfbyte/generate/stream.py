@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
-class TextStream(BaseStreamer):  # type: ignore[misc]
+class TextStream(BaseStreamer):
     """Receives token ids `[1]` from `generate` (the prompt, `prompt_tokens` of them, first) and calls `emit` with text."""
 
     def __init__(self, tokenizer: Any, prompt_tokens: int, emit: Callable[[str], object] | None) -> None:

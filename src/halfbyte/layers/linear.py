@@ -36,12 +36,17 @@ class SupportsOperand(Protocol):
     def operand(self) -> Operand: ...
 
 
-def linear_group(x: Tensor, layers: list[SupportsOperand], dropout: Dropout | None = None) -> list[Tensor]:
+def operand_of(layer: SupportsOperand | nn.Linear) -> Operand:
+    """The operand of one of our layers, or of a plain nn.Linear."""
+    return Operand(layer.weight, layer.bias) if type(layer) is nn.Linear else layer.operand()  # type: ignore[operator]
+
+
+def linear_group(x: Tensor, layers: Sequence[SupportsOperand | nn.Linear], dropout: Dropout | None = None) -> list[Tensor]:
     """Several linear layers on the same input `[..., K]`, as one operation; one output `[..., N_i]` each.
 
     dropout: the mask of the adapters' input; None takes the one that the layers bring (one mask state serves a group).
     """
-    operands = [layer.operand() for layer in layers]
+    operands = [operand_of(layer) for layer in layers]
     dropout = dropout or next((o.dropout for o in operands if o.dropout is not None), None)
     return lora_linear(x, [o.weight for o in operands], [o.bias for o in operands], [o.lora for o in operands], dropout)
 

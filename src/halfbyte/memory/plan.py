@@ -93,7 +93,7 @@ def plan(recipe: Recipe, budget: str | Budget | None = None, *, config: dict[str
     """
     given = budget if isinstance(budget, Budget) else budget_of(budget or recipe.memory.gpu)
     if config is None:
-        config = description.read(hub.locate(recipe.model, weights=False).path).config
+        config = description.config_of(hub.locate(recipe.model, weights=False).path)
     compute = compute_of(recipe, given)
     s = shapes(skeleton(config, DTYPES[compute]), recipe.format, recipe.adapter)
     best, reason = _choose(s, recipe, given, compute)

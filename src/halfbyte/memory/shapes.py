@@ -35,9 +35,7 @@ class Shapes:
 
     report: packed and kept rows with bytes at `compute`. layers: decoder layers. hidden, vocab: widths. linears: (N, K) of
     every linear layer of the widest decoder layer, attention first. heads. trained: elements that learn; padded: the same in
-    the flat buffer; rank_sum: of all adapters' ranks in that layer. largest: elements of the largest packed weight.
-    scale_blocks: see there.
-    """
+    the flat buffer; rank_sum: of all adapters' ranks in that layer. largest: elements of the largest packed weight.    """
 
     report: SwapReport
     layers: int
@@ -62,6 +60,7 @@ def skeleton(config: dict[str, Any] | PretrainedConfig, compute: torch.dtype) ->
             raise ModelError(f"transformers does not know the model type `{kind}`", code="model.unknown") from error
     with init_empty_weights():
         net: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=compute, attn_implementation="sdpa")
+    net.tie_weights(recompute_mapping=False)
     return net.requires_grad_(False)
 
 
@@ -118,7 +117,7 @@ def _numbered(path: str) -> tuple[str, str] | None:
 
 def _ranks(net: nn.Module, adapter: AdapterConfig) -> dict[str, int]:
     """Path of each target and the rank of its adapter."""
-    return {path: targets.rank_of(path, adapter) for path in targets.match(net, adapter)}
+    return {path: int(targets.patterned(adapter.rank_pattern, path, adapter.rank)) for path in targets.match(net, adapter)}
 
 
 def _trained(net: PreTrainedModel, report: SwapReport, adapter: AdapterConfig) -> list[int]:
@@ -132,8 +131,8 @@ def _trained(net: PreTrainedModel, report: SwapReport, adapter: AdapterConfig) -
         assert isinstance(weight, torch.Tensor)
         n, k = (weight.shape[1], weight.shape[0]) if isinstance(net.get_submodule(path), Conv1D) else weight.shape
         sizes += [rank * k, n * rank]
-    whole = {p for p, _ in net.named_modules() if any(p == m or p.endswith(f".{m}") for m in adapter.modules_to_save)}
-    sizes += [r.params for r in report.rows if r.module in whole]
+    whole = targets.modules_named(net, adapter.modules_to_save)
+    sizes += [r.params for r in report.rows if any(r.path.startswith(f"{path}.") for path in whole)]
     if adapter.bias != "none":
         sizes += [r.params for r in report.rows if r.kind == "bias" and (adapter.bias == "all" or r.module in matched)]
     return sizes

@@ -30,7 +30,7 @@ def render(plan: Plan, console: Console) -> None:
     table.add_column("bytes", justify="right")
     table.add_column("")
     table.add_column("", overflow="fold")
-    scale = max(plan.bytes, plan.budget.bytes, 1)
+    scale = max(plan.bytes, 1)
     for part in plan.parts:
         table.add_row(part.name, size(part.bytes), _bar(part.bytes, scale, "cyan"), Text(part.note, style="dim"))
     table.add_row("in all", size(plan.bytes), _bar(plan.bytes, scale, "green" if plan.fits else "red"), "", style="bold")
