@@ -206,6 +206,28 @@ def write(path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: dict[str,
     return sums
 
 
+def write_sharded(directory: Path, tensors: list[tuple[str, Tensor]], limit: int) -> list[str]:
+    """Writes `model.safetensors`, or shards of at most `limit` bytes (one tensor more if it is larger) and their index."""
+    groups: list[list[tuple[str, Tensor]]] = [[]]
+    room = limit
+    for name, tensor in tensors:
+        if groups[-1] and tensor.nbytes > room:
+            groups.append([])
+            room = limit
+        groups[-1].append((name, tensor))
+        room -= tensor.nbytes
+    if len(groups) == 1:
+        write(directory / SINGLE, groups[0], {"format": "pt"})
+        return [SINGLE]
+    files = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    for file, group in zip(files, groups, strict=True):
+        write(directory / file, group, {"format": "pt"})
+    where = {name: file for file, group in zip(files, groups, strict=True) for name, _ in group}
+    index = {"metadata": {"total_size": sum(t.nbytes for _, t in tensors)}, "weight_map": where}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return files
+
+
 def bytes_of(tensor: Tensor) -> Any:
     """The tensor's bytes (a buffer), without a copy where it lies contiguous on the CPU."""
     flat = tensor.detach().contiguous().cpu().reshape(-1)
