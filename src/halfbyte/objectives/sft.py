@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from halfbyte.kernels.cross_entropy import cross_entropy
+from halfbyte.kernels.cross_entropy.parts import Head as Output
 from halfbyte.layers.head import Head
 
 
@@ -21,7 +22,7 @@ def sums(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     hidden: `[1, S, H]` after the final norm. labels: int64 `[1, S]`, already shifted. Logits are never all materialised.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return cross_entropy(flat, labels.reshape(-1), head)
+    return cross_entropy(flat, labels.reshape(-1), Output(head.weight, head.bias, head.scale, head.cap or 0.0))
 
 
 def loss(hidden: Tensor, labels: Tensor, head: Head, total_trained: int) -> Tensor:
