@@ -138,7 +138,7 @@ def test_the_report_says_what_was_done(tmp_path):
 
 def test_a_comparison_that_does_not_fit_memory_is_skipped_and_says_so(tmp_path, monkeypatch):
     trained(tmp_path)
-    monkeypatch.setattr(merging, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(merging, "available_bytes", lambda: 1000)
     report = merge(tmp_path / "adapter", tmp_path / "out")
     assert report.moved is None and "GiB of memory" in report.note
 

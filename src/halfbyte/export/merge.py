@@ -32,6 +32,7 @@ from halfbyte.formats.config import FormatConfig
 from halfbyte.formats.packed import Packed
 from halfbyte.formats.quantize import dequantize
 from halfbyte.generate.chat import end_tokens
+from halfbyte.layers.decoded import available_bytes
 from halfbyte.layers.linear import Linear4bit
 
 if TYPE_CHECKING:
@@ -248,19 +249,8 @@ def _compare(
     if reference is None or probe is None:
         return None, "not compared: no probe text was given"
     wanted = nbytes * base.compute.itemsize // dtype.itemsize
-    free = _available_bytes()
+    free = available_bytes()
     if free is not None and wanted > 0.8 * free:
         return None, f"not compared: the merged model needs {wanted / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=base.compute, local_files_only=True)
     return moved(reference, logits(model, base.tokenizer, probe)), ""
-
-
-def _available_bytes() -> int | None:
-    """Memory that a process can still have, where the system tells (Linux)."""
-    info = Path("/proc/meminfo")
-    if not info.is_file():
-        return None
-    for line in info.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None

@@ -4,7 +4,8 @@ Why through transformers' `generate`: the key/value cache, sampling and its corn
 adds what a trained adapter needs around it: the chat template that it was trained with, the tokens that end its turn, an
 answer that depends on nothing but its arguments (greedy at temperature 0, a private random state otherwise), and a model
 that is left exactly as it was found, so that a run can sample between two steps.
-Cost: a prefill of the prompt, then one pass a token; the cache holds 2 * layers * heads * head_dim numbers a token.
+Cost: a prefill of the prompt, then one pass a token; the cache holds 2 * layers * heads * head_dim numbers a token. On a CPU the
+weights are decoded once an answer and held meanwhile, when half of the free memory has room for them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import GenerationConfig
 
 from halfbyte.errors import DataError, RecipeError
 from halfbyte.generate.stream import TextStream
+from halfbyte.layers.decoded import held
 
 if TYPE_CHECKING:
     from halfbyte.checkpoints.base import Base
@@ -76,7 +78,7 @@ def generate(
     device = next(base.model.parameters()).device
     streamer = TextStream(base.tokenizer, len(ids), stream)
     started = time.perf_counter()
-    with _evaluating(base.model), _seeded(seed, device), torch.no_grad():
+    with _evaluating(base.model), _seeded(seed, device), held(base.model, base.compute), torch.no_grad():
         inputs = torch.tensor([ids], device=device)
         out: Tensor = base.model.generate(  # type: ignore[operator]
             inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer

@@ -82,7 +82,7 @@ class Linear4bit(nn.Linear):
 
     def operand(self) -> Operand:
         """Packed weight and bias; no adapter."""
-        return Operand(self.packed, self.bias)
+        return Operand(self.packed if self.decoded is None else self.decoded, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_group(x, [self])[0]
