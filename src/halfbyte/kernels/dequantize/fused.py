@@ -33,7 +33,8 @@ def to_dtype(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit
@@ -43,7 +44,8 @@ def _scales(scales, nested_scales, nested_offset, nested_levels, index, mask, NE
         code = tl.load(scales + index, mask=mask, other=0).to(tl.int32)
         outer = tl.load(nested_scales + index // NESTED_BLOCK, mask=mask, other=0.0)
         return tl.load(nested_levels + code) * outer + tl.load(nested_offset)
-    return tl.load(scales + index, mask=mask, other=0.0)
+    else:
+        return tl.load(scales + index, mask=mask, other=0.0)
 
 
 @triton.jit
