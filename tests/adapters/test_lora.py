@@ -8,7 +8,6 @@ import warnings
 import peft
 import pytest
 import torch
-from support import tiny_model
 from transformers import PreTrainedModel
 
 from halfbyte.adapters import full, lora
@@ -16,6 +15,7 @@ from halfbyte.adapters.config import AdapterConfig
 from halfbyte.errors import ModelError
 from halfbyte.formats.packed import Format
 from halfbyte.layers import forward, head, swap
+from support import tiny_model
 
 NF4 = Format("nf4", 64, True)
 IDS = torch.arange(12)[None] * 7 % 250

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from support import tiny_model
 
 from halfbyte.adapters import targets
 from halfbyte.adapters.config import AdapterConfig
 from halfbyte.errors import ModelError
 from halfbyte.formats.packed import Format
 from halfbyte.layers import swap
+from support import tiny_model
 
 LEAVES = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layers.families import ADOPTED, LEFT, NF4, pair, peft_gradients, row, with_adapters
-from support import tiny_model
 
 from halfbyte.formats.packed import Format
 from halfbyte.layers import forward, recompute, swap
 from halfbyte.layers.decoder import DecoderLayer
+from layers.families import ADOPTED, LEFT, NF4, pair, peft_gradients, row, with_adapters
+from support import tiny_model
 
 pytestmark = pytest.mark.cpu
 
