@@ -1,13 +1,15 @@
 """The Triton twin: one launch a weight, nested scales decoded inside, bit-equal to the reference.
 
-A tile is a few spans of neighbouring weights that share a scale: the scale is read (and, if nested, decoded) once a span, not once
-a weight. Codebook formats are the case of one long row. Levels come from a table of 64 bytes, half a cache line: all lanes of a warp
-hit the same line. Products and sums must not be contracted to one rounding (`enable_fp_fusion=False`), or nested scales and
+A tile is a few spans of neighbouring weights that share a scale: the scale is read (and, if nested, decoded) once a span, not
+once a weight. Codebook formats are the case of one long row. Levels come from a table of 64 bytes, half a cache line: all lanes of
+a warp hit the same line. Products and sums must not be contracted to one rounding (`enable_fp_fusion=False`), or nested scales and
 int4 minima would differ from the reference in the last bit. Offsets are int64: weights may have more than 2^31 elements.
 
 Letters: N = rows, K = elements a row, G = groups a row, R = spans a tile, S = weights a span.
 """
 
+# Kernels are typed by Triton, whose decorator is not.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
 import torch
@@ -15,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.formats.packed import NESTED_BLOCK, Packed
+from halfbyte.formats.packed import NESTED_BLOCK, Packed, matrix_shape
 from halfbyte.kernels.dequantize.levels import levels, nested_levels
 
 TILE = 4096
@@ -126,7 +128,7 @@ def decode(packed: Packed, out: Tensor) -> None:
 
 
 def _span(block: int, width: int, groups: int) -> int:
-    """Weights a tile's row covers: a block, or, of a block beyond TILE, its largest even divisor; anything, if a row has one group."""
+    """Weights of a span: a block or, of a block beyond TILE, its largest even divisor; anything where a row has one group."""
     if groups == 1:
-        return max(min(triton.next_power_of_2(width), 1024), 2)
+        return max(min(1 << (width - 1).bit_length(), 1024), 2)
     return next(d for d in range(min(block, TILE), 1, -1) if block % d == 0 and d % 2 == 0)
