@@ -14,7 +14,7 @@ import pytest
 from halfbyte.data.config import DataConfig
 from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare
-from halfbyte.data.preview import examples
+from halfbyte.data.preview import of
 from halfbyte.errors import DataError
 
 pytestmark = pytest.mark.cpu
@@ -61,7 +61,7 @@ def test_alpaca(name: str, shape: str, count: int, learn: Any, smollm2: Any, dem
 
 
 def test_placeholders_stay(learn: Any, smollm2: Any) -> None:
-    assert any("{{name}}" in shown.plain() for shown in examples(learn("identity.json"), smollm2, 91))
+    assert any("{{name}}" in shown.plain() for shown in of(learn("identity.json"), smollm2, 91, 0).examples)
 
 
 def test_tools_are_refused_by_line(learn: Any) -> None:

@@ -10,13 +10,14 @@ import pytest
 
 from halfbyte.data.config import DataConfig
 from halfbyte.data.prepare import Prepared, prepare
-from halfbyte.data.preview import examples
+from halfbyte.data.preview import of
 from halfbyte.errors import DataError
 
 # The manner of the families, in few words: headers, trimming, bos, an injected system message, an injected thought.
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
-    "{{ m['content']|trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{{ m['content']|trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 LLAMA2 = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content']|trim + ' [/INST]' }}"
@@ -24,7 +25,8 @@ LLAMA2 = (
 )
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content']|trim + '<end_of_turn>\n' }}"
+    "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{{ m['content']|trim + '<end_of_turn>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 THINKING = (
@@ -35,7 +37,8 @@ THINKING = (
 )
 FORCED = (  # the generation prompt opens a thought that finished turns do not show
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>\n' }}{% endif %}"
 )
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
@@ -96,7 +99,7 @@ def learn(special: Any, jsonl: Callable[..., Path], tmp_path: Path) -> Callable[
 
 def learned(prepared: Prepared, tokenizer: Any) -> list[list[str]]:
     """The learned runs of every example, in the order of the file."""
-    shown = sorted(examples(prepared, tokenizer, 99), key=lambda s: int(s.where.rsplit(":", 1)[1]))
+    shown = sorted(of(prepared, tokenizer, 99, 0).examples, key=lambda s: int(s.where.rsplit(":", 1)[1]))
     runs = []
     for example in shown:
         parts = example.plain().split("⟦")[1:]
@@ -172,7 +175,7 @@ def test_prompt_and_completion_as_text(learn: Any, special: Any) -> None:
 
 def test_the_recipes_system_message(learn: Any, special: Any, chat: Any) -> None:
     prepared = learn([chat("One", "two"), chat("One", "two", system="Be brief.")], system="You are kind.")
-    texts = [s.plain() for s in sorted(examples(prepared, special, 9), key=lambda s: s.where)]
+    texts = [s.plain() for s in sorted(of(prepared, special, 9, 0).examples, key=lambda s: s.where)]
     assert "You are kind." in texts[0] and "Be brief." in texts[1] and "You are kind." not in texts[1]
 
 

@@ -34,6 +34,7 @@ def test_the_file_is_made_once(path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.cpu
 def test_the_same_again_whatever_this_process_has_done(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "displayhook", lambda value: value)
     monkeypatch.setenv("PYTHONHASHSEED", "7")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support import tiny_model
 
 from halfbyte.checkpoints import resume
 from halfbyte.layers.head import Head
@@ -24,6 +23,7 @@ from halfbyte.train.config import TrainConfig
 from halfbyte.train.report import Report
 from halfbyte.train.signals import Stop
 from halfbyte.train.state import Parts, State
+from support import tiny_model
 
 TOKENS, ROWS, BATCH = 24, 10, 4
 QUIET: dict[str, Any] = {"batch": BATCH, "epochs": 3, "lr": 1e-2, "save_every": 2, "eval_every": 3}
@@ -86,7 +86,9 @@ class Rows:
             yield RowBatch(self.ids[kept], self.labels[kept], [[i] for i in kept])
 
 
-def build(output: Path, microbatch: int = 2, steps: int = 7, seed: int = 0, compute: torch.dtype = torch.float32, **changes: Any) -> Parts:
+def build(
+    output: Path, microbatch: int = 2, steps: int = 7, seed: int = 0, compute: torch.dtype = torch.float32, **changes: Any
+) -> Parts:
     """A run of `steps` optimizer steps in `output`; `changes` go to its TrainConfig."""
     config = TrainConfig(**{**QUIET, "seed": seed, **changes})
     model = tiny_model("gpt2", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)

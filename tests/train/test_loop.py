@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from train import rig
 
 from halfbyte.errors import Interrupted, TrainingError
+from halfbyte.optim.scaling import LossScale
 from halfbyte.train import metrics, saving
 from halfbyte.train.signals import Stop, guard
 from halfbyte.train.state import Parts, State
+from train import rig
 
 
 def lines(output: Path) -> list[dict[str, Any]]:
@@ -165,13 +166,20 @@ def test_three_non_finite_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
 
 def test_an_fp16_overflow_skips_the_step_and_is_no_anomaly(tmp_path: Path) -> None:
     parts = rig.build(tmp_path, steps=3)
-    parts = replace(parts, scale=replace(parts.scale, scale=torch.tensor(2.0**127), moving=True))
+
+    def overflowing(*inputs: torch.Tensor) -> torch.Tensor:
+        hidden = parts.forward(*inputs)
+        if hidden.requires_grad:
+            hidden.register_hook(lambda grad: grad * float("inf"))
+        return hidden
+
     weights = parts.flat.values.clone()
-    state = rig.run(replace(parts, total_steps=1))
+    scale = LossScale.create(torch.float16, torch.device("cpu"))
+    state = rig.run(replace(parts, forward=overflowing, scale=scale, total_steps=1))
     assert torch.equal(parts.flat.values, weights)
     assert (state.skipped, state.non_finite) == (1, 0)
     assert not (tmp_path / "anomalies.jsonl").exists()
-    assert float(parts.scale.scale) == 2.0**24
+    assert float(scale.scale) == 2.0**15
 
 
 def test_signals_set_a_flag_and_are_put_back() -> None:

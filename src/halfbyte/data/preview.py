@@ -7,23 +7,26 @@ written ⏎. Cost: none to speak of.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from halfbyte.data.config import DataConfig
 from halfbyte.data.loader import Loader
 from halfbyte.data.order import shuffled
-from halfbyte.data.prepare import Prepared
+from halfbyte.data.prepare import Prepared, Progress, prepare
 from halfbyte.data.tokens import TokenSet
 
 OPEN, CLOSE = "⟦", "⟧"
 STYLES = {True: ("green", "bold green"), False: ("dim", "default")}
+COLUMNS = ("set", "examples", "tokens", "learned", "shortest", "median", "95 %", "longest")
 SHOWN_TOKENS = 400  # of one example; the middle of a longer one is left out, and counted
 
 
@@ -58,11 +61,51 @@ class Shown:
         return "".join(parts) + (CLOSE if learning else "")
 
 
-def examples(prepared: Prepared, tokenizer: Any, count: int, seed: int = 0) -> list[Shown]:
-    """`count` training examples, drawn from all over the set, as data: what `--json` prints."""
+@dataclass(frozen=True)
+class Preview:
+    """What `halfbyte data preview` shows: the prepared sets, some examples, and the documents of the first row."""
+
+    prepared: Prepared
+    examples: list[Shown]
+    row: list[int]
+    left: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain data, ids and texts of every token included."""
+        report = self.prepared.report
+        return {
+            "report": asdict(report),
+            "template": asdict(self.prepared.template),
+            "lengths": [dict(zip(COLUMNS, row, strict=True)) for row in lengths(self.prepared)],
+            "examples": [asdict(shown) for shown in self.examples],
+            "first_row": {"documents": self.row, "left_over": self.left},
+        }
+
+
+def preview(
+    config: DataConfig,
+    tokenizer: Any,
+    seed: int,
+    *,
+    examples: int = 3,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Preview:
+    """Prepares the data as a run would and picks what to show. Raises `DataError` as `prepare` does."""
+    from halfbyte.checkpoints.cache import cache_root
+
+    prepared = prepare(config, tokenizer, seed, cache_dir or cache_root(), progress)
+    return of(prepared, tokenizer, examples, seed)
+
+
+def of(prepared: Prepared, tokenizer: Any, examples: int, seed: int) -> Preview:
+    """The preview of sets that are prepared already: examples are drawn from all over the training set."""
     data = prepared.train
-    chosen = shuffled(len(data), (seed,))[:count]
-    return [_shown(data, int(piece), tokenizer) for piece in chosen]
+    chosen = shuffled(len(data), (seed,))[:examples]
+    batch = Loader(data, prepared.config.tokens, 1, seed).at(0)
+    sizes = [stop - start for start, stop in pairwise(sorted(set(batch.cu_seqlens[0].tolist())))]
+    owned = len(batch.example_ids[0])
+    return Preview(prepared, [_shown(data, int(piece), tokenizer) for piece in chosen], sizes[:owned], sum(sizes[owned:]))
 
 
 def _shown(data: TokenSet, piece: int, tokenizer: Any) -> Shown:
@@ -88,19 +131,25 @@ def pieces(ids: list[int], trained: list[bool], tokenizer: Any) -> list[Piece]:
     return found
 
 
-def render(prepared: Prepared, tokenizer: Any, count: int = 3, batch: int = 1, seed: int = 0) -> RenderableType:
-    """The whole preview: what was read, how long it is, some examples, and the first packed row."""
-    loader = Loader(prepared.train, prepared.config.tokens, batch, seed)
-    parts: list[RenderableType] = [Text("\n".join(prepared.report.lines())), _lengths(prepared), Text(_legend())]
-    for shown in examples(prepared, tokenizer, count, seed):
-        title = f"{shown.where}: {shown.tokens} tokens, {shown.trained} learned"
-        parts.append(Panel(_marked(shown.pieces), title=Text(title), title_align="left"))
-    parts.append(_row(loader))
+def render(shown: Preview, console: Console) -> None:
+    """Prints the whole preview."""
+    console.print(renderable(shown))
+
+
+def renderable(shown: Preview) -> RenderableType:
+    """What was read, how long it is, some examples, and the first packed row."""
+    table = Table(*COLUMNS, title="lengths in tokens", title_justify="left")
+    for row in lengths(shown.prepared):
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else value for value in row))
+    legend = f"learned tokens are green and stand in {OPEN}brackets{CLOSE}; ⏎ is a newline"
+    parts: list[RenderableType] = [Text("\n".join(shown.prepared.report.lines())), table, Text(legend)]
+    for example in shown.examples:
+        title = f"{example.where}: {example.tokens} tokens, {example.trained} learned"
+        parts.append(Panel(_marked(example.pieces), title=Text(title), title_align="left"))
+    left = f", {shown.left} left over (no loss)" if shown.left else ""
+    documents = " | ".join(map(str, shown.row))
+    parts.append(Text(f"first row: {len(shown.row)} documents of {documents} tokens{left}; none sees another"))
     return Group(*parts)
-
-
-def _legend() -> str:
-    return f"learned tokens are green and stand in {OPEN}brackets{CLOSE}; ⏎ is a newline"
 
 
 def _marked(found: list[Piece]) -> Text:
@@ -121,33 +170,10 @@ def _marked(found: list[Piece]) -> Text:
     return text.append(CLOSE, style="bold") if learning else text
 
 
-def _lengths(prepared: Prepared) -> Table:
-    table = Table(
-        "set",
-        "examples",
-        "tokens",
-        "learned",
-        "shortest",
-        "median",
-        "95 %",
-        "longest",
-        title="lengths in tokens",
-        title_justify="left",
-    )
+def lengths(prepared: Prepared) -> list[tuple[str | int, ...]]:
+    """One row of COLUMNS for the training set and for each held-out set."""
+    rows: list[tuple[str | int, ...]] = []
     for name, data in [("train", prepared.train), *((f"eval: {k}", v) for k, v in prepared.eval.items())]:
-        lengths = data.lengths
-        quantiles = [int(np.quantile(lengths, q)) for q in (0.0, 0.5, 0.95, 1.0)]
-        count = len(np.unique(data.example_ids))
-        table.add_row(name, f"{count:,}", f"{data.tokens():,}", f"{data.trained():,}", *(f"{q:,}" for q in quantiles))
-    return table
-
-
-def _row(loader: Loader) -> Text:
-    """The first row of the run: its documents and their boundaries."""
-    batch = loader.at(0)
-    bounds = batch.cu_seqlens[0].unique_consecutive().tolist()
-    sizes = [stop - start for start, stop in pairwise(bounds)]
-    owned = len(batch.example_ids[0])
-    left = f", {sizes[-1]} left over (no loss)" if len(sizes) > owned else ""
-    documents = " | ".join(str(size) for size in sizes[:owned])
-    return Text(f"first row: {owned} examples of {documents} tokens{left}; none sees another")
+        quantiles = [int(np.quantile(data.lengths, q)) for q in (0.0, 0.5, 0.95, 1.0)]
+        rows.append((name, len(np.unique(data.example_ids)), data.tokens(), data.trained(), *quantiles))
+    return rows

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from halfbyte.kernels.cross_entropy import cross_entropy
-from halfbyte.kernels.cross_entropy.parts import Head as Output
+from halfbyte.kernels import cross_entropy as kernel
 from halfbyte.layers.head import Head
 
 
 def sums(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy and number of tokens predicted right (argmax), fp32 scalars, over tokens whose label is not -100.
+    """Summed cross-entropy (fp32) and number of tokens predicted right (argmax), scalars, over labels that are not -100.
 
-    hidden: `[1, S, H]` after the final norm. labels: int64 `[1, S]`, already shifted. Logits are never all materialised.
+    hidden: `[1, S, H]` after the final norm. labels: int64 `[1, S]`, already shifted; best on the CPU, where they are counted
+    without a sync of the device. Logits are never all materialised.
     """
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return cross_entropy(flat, labels.reshape(-1), Output(head.weight, head.bias, head.scale, head.cap or 0.0))
+    labelled = int((labels != kernel.IGNORE).sum()) if labels.device.type == "cpu" else None
+    output = kernel.Head(head.weight, head.bias, head.scale, head.cap or 0.0)
+    return kernel.cross_entropy(hidden, labels.to(hidden.device, non_blocking=True), output, labelled=labelled)
 
 
 def loss(hidden: Tensor, labels: Tensor, head: Head, total_trained: int) -> Tensor:

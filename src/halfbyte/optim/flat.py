@@ -103,7 +103,8 @@ def _group(role: str, members: Sequence[tuple[str, nn.Parameter]], values: Tenso
 
 def gradient_norm(flat: Flat) -> Tensor:
     """The 2-norm of the whole gradient, fp32 scalar on the device; inf or NaN when any element is."""
-    return torch.linalg.vector_norm(flat.grads)
+    norm: Tensor = torch.linalg.vector_norm(flat.grads)
+    return norm
 
 
 def clip(flat: Flat, norm: Tensor, largest: float) -> None:

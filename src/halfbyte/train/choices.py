@@ -49,7 +49,7 @@ def compute(asked: Compute, device: torch.device) -> Choice:
 
 
 def threads(device: torch.device) -> Choice:
-    """CPU threads for torch. A number set from outside (OMP_NUM_THREADS) is kept; else the fastest of all cores and half of them."""
+    """CPU threads for torch: OMP_NUM_THREADS if it is set, else the faster of all cores and half of them."""
     if device.type != "cpu":
         return Choice(torch.get_num_threads(), "torch's own: the work is on the GPU")
     if "OMP_NUM_THREADS" in os.environ:

@@ -53,7 +53,7 @@ def _score(parts: Parts, loader: Loader, stop: Stop | None) -> Score | None:
             if stop:
                 return None
             with mixed(parts):
-                found = sft.sums(forward(parts, part), part.labels.to(parts.device), parts.head)
+                found = sft.sums(forward(parts, part), part.labels, parts.head)
             total += torch.stack([value.double() for value in found])
         tokens += batch.trained_tokens
     loss_sum, correct = total.tolist()

@@ -20,7 +20,7 @@ FREE_TRAIN = (
 
 
 def identity(recipe: Recipe, *, base: str, data: str, template: str, compute: str, adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat, by the recipe's keys. base, data: digests; template: its text; compute: what `auto` became; adapter: adapted modules."""
+    """Flat, by the recipe's keys. base, data: digests; template: its text; compute: what `auto` became; adapter: its modules."""
     return {
         "model (packed weights)": base,
         "data (contents)": data,

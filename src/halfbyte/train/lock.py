@@ -43,8 +43,10 @@ def hold(output: Path, tell: Callable[[str], None]) -> Iterator[None]:
             tell(f"took over the lock of pid {pid} on {host}, which is gone")
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-        yield
-        os.ftruncate(handle, 0)
+        try:
+            yield
+        finally:
+            os.ftruncate(handle, 0)
     finally:
         os.close(handle)
 

@@ -80,7 +80,7 @@ def fetch(parts: Parts, state: State) -> Batch:
 
 
 def survey(parts: Parts, state: State, stop: Stop) -> None:
-    """Evaluate and sample when due: before the first step, every `eval_every` steps, after the last. Once a step, also after a resume."""
+    """Evaluate and sample when due (before the first step, every `eval_every`, after the last), once a step whatever resumes."""
     due_now = state.step == 0 or finished(parts, state) or due(state.step, parts.config.eval_every)
     if not due_now or state.evaluated == state.step:
         return

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,6 +56,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the allocator's peak on a GPU, the process's resident peak on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -127,15 +128,15 @@ class TensorBoard:
     def __init__(self, output: Path, start: int, name: str, recipe: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1 if start else None)  # type: ignore[no-untyped-call]
-        self.writer.add_text("recipe", json.dumps(recipe, indent=1))  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(output / "tensorboard"), purge_step=start + 1 if start else None)
+        self.writer.add_text("recipe", json.dumps(recipe, indent=1))
 
     def log(self, values: dict[str, float], step: int) -> None:
         for key, value in values.items():
-            self.writer.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(key, value, step)
 
     def close(self) -> None:
-        self.writer.close()  # type: ignore[no-untyped-call]
+        self.writer.close()
 
 
 class WeightsAndBiases:

@@ -32,7 +32,13 @@ class Display:
         self.total, self.start = total, start
         self.began = self.printed = time.monotonic()
         if self.console.is_terminal:
-            columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), TextColumn("left"), TimeRemainingColumn())
+            columns = (
+                BarColumn(24),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
             self.progress = Progress(*columns, console=self.console, transient=True)
             self.progress.add_task("starting", total=total, completed=start)
             self.progress.start()
@@ -42,7 +48,13 @@ class Display:
         if not self.console.is_terminal:
             return
         if self.loading is None:
-            self.loading = Progress(BarColumn(24), TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.description}"), console=self.console, transient=True)
+            self.loading = Progress(
+                BarColumn(24),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TextColumn("{task.description}"),
+                console=self.console,
+                transient=True,
+            )
             self.loading.add_task("")
             self.loading.start()
         self.loading.update(self.loading.task_ids[0], completed=done, total=total, description=what)

@@ -25,7 +25,6 @@ from halfbyte.checkpoints.resume import Contents
 from halfbyte.config import Recipe
 from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare
-from halfbyte.errors import RecipeError
 from halfbyte.generate.chat import generate
 from halfbyte.layers import forward, head, recompute
 from halfbyte.memory.plan import Plan
@@ -52,7 +51,7 @@ def train(recipe: Recipe, *, on_event: OnEvent | None = None) -> Result:
     """
     output = Path(recipe.output).expanduser()
     report = Report(output, on_event)
-    check(recipe)
+    metrics.check_trackers(recipe.log.to)
     with lock.hold(output, report.tell), _words(report):
         resume.sweep(output / CHECKPOINTS, report.tell)
         stored = resume.newest(output / CHECKPOINTS, report.tell)
@@ -70,24 +69,6 @@ def train(recipe: Recipe, *, on_event: OnEvent | None = None) -> Result:
             report.close()
             finish.plot(parts, output, recipe.model.name)
         return finish.hand_over(recipe, base, adapter, prepared, parts, state, plan, report)
-
-
-def check(recipe: Recipe) -> None:
-    """Mistakes that the recipe alone shows. Raises RecipeError or TrainingError."""
-    metrics.check_trackers(recipe.log.to)
-    rows = recipe.memory.microbatch
-    if isinstance(rows, int) and recipe.train.batch % rows:
-        raise RecipeError(
-            f"memory.microbatch ({rows}) does not divide train.batch ({recipe.train.batch})",
-            hint=f"divisors: {', '.join(str(m) for m in range(1, recipe.train.batch + 1) if recipe.train.batch % m == 0)}",
-            code="train.microbatch",
-        )
-    if recipe.adapter.kind == "none" and recipe.format.kind != "none":
-        raise RecipeError(
-            f"adapter.kind none is full fine-tuning, which needs a 16-bit base; format is {recipe.format.kind}",
-            hint="set `format: none`, or `adapter.kind: lora`",
-            code="train.full-packed",
-        )
 
 
 def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Base, Adapter, Prepared, Parts, Plan]:
@@ -219,7 +200,7 @@ def _room(parts: Parts) -> None:
     resume.require_space(parts.checkpoints, 2 * saving.contents(parts, State()).nbytes)
 
 
-class _words(logging.Handler):  # noqa: N801
+class _words(logging.Handler):
     """While inside, what the library's other parts log is told like everything else."""
 
     def __init__(self, report: Report) -> None:

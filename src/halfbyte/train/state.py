@@ -60,7 +60,7 @@ class Reporter(Protocol):
 class Parts:
     """What a run is made of. Nothing in it but tensors' contents changes.
 
-    forward: (input_ids, position_ids, cu_seqlens) -> hidden `[1, S, H]`. dropout: (seed, step, first row) -> None, numbers the masks.
+    forward: (input_ids, position_ids, cu_seqlens) -> hidden `[1, S, H]`. dropout: (seed, step, first row), numbers the masks.
     weights: the adapter's tensors for a checkpoint, by name; restore: the mirror. autocast: compute dtype of a model whose
     weights are fp32 (full fine-tuning), else None. answer: one fixed prompt -> the model's text.
     """

@@ -54,12 +54,14 @@ def mixed(parts: Parts) -> AbstractContextManager[object]:
 
 def forward(parts: Parts, part: Microbatch) -> Tensor:
     """Hidden states `[1, S, H]` after the final norm."""
-    return parts.forward(part.input_ids.to(parts.device), part.position_ids.to(parts.device), part.cu_seqlens)
+    ids, positions = (tensor.to(parts.device, non_blocking=True) for tensor in (part.input_ids, part.position_ids))
+    hidden = parts.forward(ids, positions, part.cu_seqlens)
+    return hidden if parts.autocast is None else hidden.to(parts.autocast)
 
 
 def objective(parts: Parts, hidden: Tensor, part: Microbatch, batch: Batch) -> Tensor:
     """The microbatch's share of the batch's mean loss."""
-    return sft.loss(hidden, part.labels.to(parts.device), parts.head, batch.trained_tokens)
+    return sft.loss(hidden, part.labels, parts.head, batch.trained_tokens)
 
 
 def backward(parts: Parts, loss: Tensor) -> Tensor:
