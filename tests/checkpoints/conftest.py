@@ -16,6 +16,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+SHARED = os.environ.get("HALFBYTE_CACHE")
+
+
+@pytest.fixture
+def shared_cache() -> Path:
+    """The cache that the tests were started with: the bundled model is downloaded once, not by every test."""
+    return Path(SHARED or "~/.cache/halfbyte").expanduser()
+
+
 @pytest.fixture
 def child_env(cache: Path) -> dict[str, str]:
     """The environment of a child process that imports what this one does and has the same cache."""

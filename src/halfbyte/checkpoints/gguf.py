@@ -4,8 +4,9 @@ Why our own: transformers decodes the whole file into 16 or 32 bits before the m
 asked for, in pieces of `PIECE` elements (the `gguf` package's decoder holds its result twice), and the caller frees it.
 
 What llama.cpp's converter changed is changed back: llama-family q and k rows interleave the two rotary halves of each head; GPT-2
-stores Conv1D weights transposed; Gemma 2 and 3 norms are stored plus one. Architectures outside `ARCHITECTURES` are refused: a
-transformation that nobody undid would load without an error and answer nonsense.
+stores Conv1D weights transposed. Everything else is refused, since it would load without an error and answer nonsense: architectures
+outside `ARCHITECTURES` (others lose settings on the way, such as Gemma 2's query scale or StarCoder 2's rotary base), and rotary
+scaling, which the metadata tells in a way that transformers does not read.
 """
 
 from __future__ import annotations
@@ -24,13 +25,20 @@ from halfbyte.checkpoints.shards import Header, Tensors
 from halfbyte.errors import CheckpointError
 
 PIECE = 1 << 22
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "starcoder2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
+ROPE_TENSORS = ("rope_freqs", "rope_factors")
 STORED = {gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16}
 
 
 def load_config(path: Path) -> PretrainedConfig:
-    """The model's config, from the file's metadata."""
-    config: PretrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    """The model's config, from the file's metadata. Raises CheckpointError if it is not a whole GGUF file of a known kind."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file", hint="its first four bytes should be GGUF; download it again")
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path}: the metadata cannot be read: {error}", hint="is it whole, and a language model?") from error
     return config
 
 
@@ -52,12 +60,15 @@ class GgufTensors(Tensors):
         if self._arch not in ARCHITECTURES:
             hint = f"GGUF architectures that load: {', '.join(ARCHITECTURES)}; for others use the safetensors checkpoint"
             raise CheckpointError(f"{path.name}: GGUF files of architecture {self._arch} are not supported", hint=hint)
-        if any(t.name == "rope_freqs.weight" for t in reader.tensors) and model.config.rope_parameters["rope_type"] == "default":
+        scaling = reader.fields.get(f"{self._arch}.rope.scaling.type")
+        scaled = scaling is not None and scaling.contents() != "none"
+        if scaled or any(t.name.startswith(ROPE_TENSORS) for t in reader.tensors):
             hint = "use the safetensors checkpoint of this model"
-            raise CheckpointError(f"{path.name} scales its rotary frequencies, which its config does not tell", hint=hint)
+            message = f"{path.name} scales its rotary frequencies in a way that transformers does not read from GGUF"
+            raise CheckpointError(message, hint=hint, code="gguf.rope")
         self._heads = (model.config.num_attention_heads, getattr(model.config, "num_key_value_heads", None))
         names = _names(self._arch, model)
-        self._tensors = {names.get(t.name, t.name): t for t in reader.tensors if t.name != "rope_freqs.weight"}
+        self._tensors = {names.get(t.name, t.name): t for t in reader.tensors}
 
     def headers(self) -> dict[str, Header]:
         return {name: Header(self._shape(t), STORED.get(t.tensor_type, torch.float32)) for name, t in self._tensors.items()}
@@ -126,13 +137,4 @@ def _untranspose(name: str, weight: Tensor, heads: Heads) -> Tensor:
     return weight.T if _is_conv1d(name) else weight
 
 
-def _minus_one(name: str, weight: Tensor, heads: Heads) -> Tensor:
-    return weight - 1 if name.endswith("norm.weight") else weight
-
-
-UNDO: dict[str, Callable[[str, Tensor, Heads], Tensor]] = {
-    "llama": _unpermute,
-    "gpt2": _untranspose,
-    "gemma2": _minus_one,
-    "gemma3": _minus_one,
-}
+UNDO: dict[str, Callable[[str, Tensor, Heads], Tensor]] = {"llama": _unpermute, "gpt2": _untranspose}

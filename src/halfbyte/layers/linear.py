@@ -59,6 +59,9 @@ class Linear4bit(nn.Linear):
     `state_dict()` holds these and, as `_extra_state`, the bytes of `Packed.spec`: bytes of one format are never read as another.
     """
 
+    decoded: Tensor | None = None
+    """The weight `[N, K]` in the compute dtype, within `layers.decoded.held` only."""
+
     def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = packed.shape
