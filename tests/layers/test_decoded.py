@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from halfbyte.adapters import lora
 from halfbyte.adapters.config import AdapterConfig
 from halfbyte.layers.decoded import held
