@@ -251,7 +251,7 @@ def truncated_shard(bench: Bench) -> Trial:
 def nan_example(bench: Bench) -> Trial:
     """An example whose forward pass gives NaN: its steps are skipped, the others learn; then three such steps in a row."""
     rows = chats(160)
-    rows[7]["messages"][0]["content"] += "~"
+    rows[11]["messages"][0]["content"] += "~"
     data = write_jsonl(bench.root / "nan.jsonl", rows)
     whole, log = forward.hidden_states, bench.root / "nan.log"
 
@@ -264,12 +264,12 @@ def nan_example(bench: Bench) -> Trial:
     ids_of_nan = tiny_tokenizer()("~", add_special_tokens=False)["input_ids"][0]
     forward.hidden_states = poisoned
     try:
-        recipe = bench.recipe("nan", f"data.train.0.path={data}", "train.max_steps=20")
+        recipe = bench.recipe("nan", f"data.train.0.path={data}", "train.max_steps=40")
         code = child(lambda: train(recipe), log)
         anomalies = [json.loads(line) for line in (bench.root / "nan" / "anomalies.jsonl").read_text().splitlines()]
         assert code == 0, first_error(log)
         assert anomalies
-        assert all(7 in a["examples"] for a in anomalies), anomalies
+        assert all(11 in a["examples"] for a in anomalies), anomalies
         for row in rows:
             row["messages"][0]["content"] += "~"
         data = write_jsonl(bench.root / "nans.jsonl", rows)
@@ -280,7 +280,7 @@ def nan_example(bench: Bench) -> Trial:
     last = resume.newest(bench.root / "nan" / "checkpoints", print)
     assert last is not None
     sound = all(bool(t.isfinite().all()) for group in last.tensors.values() for t in group.values())
-    saw = f"one example: {len(anomalies)} of 20 steps skipped, each with the example's number in anomalies.jsonl; all examples: {first_error(log)}"
+    saw = f"one example: {len(anomalies)} of 40 steps skipped, each with the example's number in anomalies.jsonl; all examples: {first_error(log)}"
     return Trial("an example whose forward pass gives NaN; then a data set full of them", saw, "nothing" if sound else "the weights")
 
 
