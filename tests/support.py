@@ -7,6 +7,9 @@ give the same weights. Torch and transformers are imported on first use, for the
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,3 +114,71 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     return path
+
+
+def packed_base(family: str = "llama", *, kind: str = "nf4", seed: int = 0, **changes: Any) -> Any:
+    """A tiny model as a loaded base in fp32 compute: its linear layers packed (kind `none`: left dense), no file behind it."""
+    import hashlib
+    from types import SimpleNamespace
+
+    import torch
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    from halfbyte.formats.config import FormatConfig
+    from halfbyte.formats.packed import Format
+    from halfbyte.formats.quantize import quantize
+    from halfbyte.layers.linear import Linear4bit
+
+    model = tiny_model(family, seed=seed, **changes).requires_grad_(False)
+    fmt = FormatConfig.model_validate({"kind": kind})
+    digest = hashlib.sha256(repr((family, kind, seed, sorted(changes.items()))).encode()).hexdigest()
+    for path, module in list(model.named_modules()):
+        if kind != "none" and isinstance(module, nn.Linear | Conv1D) and module is not model.get_output_embeddings():
+            weight = module.weight.T.contiguous() if isinstance(module, Conv1D) else module.weight
+            layer = Linear4bit(quantize(weight, Format(kind, 64, nested=True)), module.bias)
+            model.set_submodule(path, layer, strict=True)
+    return SimpleNamespace(
+        model=model,
+        tokenizer=tiny_tokenizer(),
+        name=f"tiny-{family}",
+        revision=None,
+        format=fmt,
+        compute=torch.float32,
+        digest=digest,
+    )
+
+
+def dense_twin(base: Any) -> PreTrainedModel:
+    """A plain transformers model that carries the decoded weights of `base`."""
+    import copy
+
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    twin = AutoModelForCausalLM.from_config(copy.deepcopy(base.model.config), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            path, _, leaf = name.rpartition(".")
+            module = base.model.get_submodule(path)
+            own = getattr(module, leaf)
+            turned = (
+                leaf == "weight"
+                and type(module) is not type(twin.get_submodule(path))
+                and isinstance(twin.get_submodule(path), Conv1D)
+            )
+            parameter.copy_(own.T if turned else own)
+    return twin
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a child process: ours, with the package importable."""
+    source = str(Path(__file__).parents[1] / "src")
+    return os.environ | {"PYTHONPATH": source, "NO_COLOR": "1"} | changes
+
+
+def cli(*args: str, cwd: Path | None = None, stdin: str = "", timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs `halfbyte ARGS` in a process of its own."""
+    command = [sys.executable, "-m", "halfbyte.cli.main", *args]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=cwd, timeout=timeout, check=False, env=environment(**env))

@@ -82,7 +82,11 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
     full = adapter.kind == "none"
     affine = fmt.kind == "int4"
     checks = [
-        (full and fmt.kind != "none", "format", "full fine-tuning (`adapter.kind: none`) trains the base itself: set `format: none`"),
+        (
+            full and fmt.kind != "none",
+            "format",
+            "full fine-tuning (`adapter.kind: none`) trains the base itself: set `format: none`",
+        ),
         (not affine and not fmt.symmetric, "format.symmetric", f"only int4 has zero points, and the format is {fmt.kind}"),
         (fmt.zero != "int" and not affine, "format.zero", f"only int4 has zero points, and the format is {fmt.kind}"),
         (fmt.zero != "int" and affine and fmt.symmetric, "format.zero", "a zero point needs `format.symmetric: false`"),
@@ -96,6 +100,10 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
             "memory.microbatch",
             f"{memory.microbatch} rows do not divide the {train.batch} rows of `train.batch`",
         ),
-        (train.patience is not None and recipe.data.eval == 0, "train.patience", "early stopping needs held-out data (`data.eval`)"),
+        (
+            train.patience is not None and recipe.data.eval == 0,
+            "train.patience",
+            "early stopping needs held-out data (`data.eval`)",
+        ),
     ]
     return [(key, why) for wrong, key, why in checks if wrong]

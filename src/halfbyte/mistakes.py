@@ -103,6 +103,8 @@ def in_words(error: ValidationError, data: Any, root: type[BaseModel]) -> list[M
             mistakes.append(_unknown(path, root))
         elif entry["type"] == "missing":
             mistakes.append(Mistake(path, f"`{dotted(path)}` is missing"))
+        elif entry["type"] == "value_error":
+            mistakes.append(Mistake(path, f"`{dotted(path)}`: {entry['ctx']['error']}"))
         else:
             wrong.setdefault(path, []).append(entry)
     places = set(wrong) | {m.path for m in mistakes}

@@ -149,7 +149,7 @@ def contents(model: nn.Module) -> tuple[list[tuple[str, Tensor]], dict[str, str]
     seen: set[int] = set()
     tensors = []
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
+        if id(tensor) not in seen and not name.endswith("_extra_state"):  # a layer's spec: `specs` says it
             seen.add(id(tensor))
             tensors.append((name, tensor.detach()))
     specs = {f"{path}.weight": m.packed.spec for path, m in model.named_modules() if isinstance(m, Linear4bit)}

@@ -7,6 +7,7 @@ dropped, with a word in the log, where it has.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from transformers import (
 )
 from transformers import __version__ as transformers_version
 
-from halfbyte.checkpoints import gguf
+from halfbyte.checkpoints import atomic, gguf
+from halfbyte.checkpoints.cache import cache_root
 from halfbyte.errors import CheckpointError, ModelError, UnsafeFileError
 
 log = logging.getLogger(__name__)
@@ -52,14 +54,31 @@ class Description:
 def read(path: Path) -> Description:
     """The description of a model directory or a .gguf file. Raises CheckpointError, ModelError or UnsafeFileError."""
     if path.suffix == ".gguf":
-        config = gguf.load_config(path)
-        _check_kind(config, path)
-        return Description(config, gguf.load_tokenizer(path), None, {})
+        path = _unfolded(path)
     config, quantization = read_config(path)
     generation = None
     if (path / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(path, local_files_only=True)
     return Description(config, _tokenizer(path), generation, quantization)
+
+
+def config_of(path: Path) -> PretrainedConfig:
+    """The config alone, of a model directory or a .gguf file; instant where the file was seen before."""
+    return read_config(_unfolded(path) if path.suffix == ".gguf" else path)[0]
+
+
+def _unfolded(file: Path) -> Path:
+    """A directory in the cache with the config and tokenizer of a .gguf file, which take half a minute to build from its metadata."""
+    seen = file.stat()
+    what = json.dumps([str(file.absolute()), seen.st_size, seen.st_mtime_ns, transformers_version])
+    directory = cache_root() / "described" / hashlib.sha256(what.encode()).hexdigest()[:32]
+    if not (directory / "config.json").is_file():
+        config = gguf.load_config(file)
+        _check_kind(config, file)
+        described = Description(config, gguf.load_tokenizer(file), None, {})
+        with atomic.directory(directory, replace=True) as folder:
+            described.save(folder)
+    return directory
 
 
 def read_config(directory: Path) -> tuple[PretrainedConfig, dict[str, Any]]:

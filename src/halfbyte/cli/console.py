@@ -18,11 +18,11 @@ DEFAULTS_OF_LIBRARIES = {
 """Environment variables that are set unless the user has: no telemetry, and no second voice beside ours."""
 
 
-def words() -> Console:
-    """The console for words: stderr."""
+def console(*, stderr: bool = False) -> Console:
+    """A rich console: stdout for what was asked for, stderr for words about it."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=stderr, highlight=False)
 
 
 def say(text: str) -> None:
@@ -46,6 +46,26 @@ def emit(data: Any) -> None:
 def emit_line(data: Any) -> None:
     """One event for a program: a JSON object on one line of stdout."""
     print(json.dumps(data, ensure_ascii=False, default=str), flush=True)
+
+
+class Loading:
+    """A bar on stderr while a model loads; nothing where stderr is no terminal."""
+
+    def __enter__(self) -> Loading:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+        columns = (TextColumn("loading"), BarColumn(24), DownloadColumn(), TextColumn("{task.fields[what]}", style="dim"))
+        self.bar = Progress(*columns, console=console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+        self.task = self.bar.add_task("", total=None, what="")
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """As loaders call it: bytes done and in all."""
+        self.bar.update(self.task, completed=done, total=total, what=what)
 
 
 def _red(text: str) -> str:

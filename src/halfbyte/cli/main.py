@@ -11,7 +11,6 @@ import os
 import sys
 import traceback
 
-import click
 import typer
 
 from halfbyte import __version__
@@ -21,11 +20,9 @@ from halfbyte.errors import HalfbyteError
 
 app = typer.Typer(
     name="halfbyte",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Fine-tune large language models on 4-bit frozen weights.",
     epilog="First steps: `halfbyte init`, `halfbyte plan recipe.yaml`, `halfbyte train recipe.yaml`, `halfbyte chat runs/...`.",
 )
 app.command("init")(init.init)
@@ -41,18 +38,25 @@ app.command("doctor")(doctor.doctor)
 app.command("schema")(schema.schema)
 
 
+# Newer releases of typer carry their own copy of click: the base of its usage errors is reached through a name that both export.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
 def _version(asked: bool) -> None:
     if asked:
         print(f"halfbyte {__version__}")
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def options(
+    context: typer.Context,
     debug: bool = typer.Option(False, "--debug", help="On an error, print the traceback as well."),
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
 ) -> None:
-    """Options of every command."""
+    """Fine-tune large language models on 4-bit frozen weights."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,11 +76,11 @@ def _run(args: list[str], debug: bool) -> int:
         fail(error.message, error.hint, error.code)
         _trace(debug)
         return error.exit_code
-    except click.ClickException as error:
-        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "halfbyte"
-        fail(error.format_message(), f"`{command} --help` lists the options")
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        fail(error.format_message(), f"`{context.command_path if context else 'halfbyte'} --help` lists the options")
         return 1
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         fail("stopped")
         return 1
     except BrokenPipeError:  # the reader of our output (`| head`) has gone: nobody is left to tell

@@ -21,7 +21,9 @@ def resolve(recipe: str | None, overrides: list[str], *, model: str | None = Non
         extra = ([f"model={model}"] if model else []) + ([f"data.train={data}"] if data else [])
         return load_recipe(recipe, [*extra, *overrides])
     if not model or not data:
-        raise RecipeError("which recipe?", hint="give a recipe file, or --model and --data without one; `halfbyte init` writes a recipe")
+        raise RecipeError(
+            "which recipe?", hint="give a recipe file, or --model and --data without one; `halfbyte init` writes a recipe"
+        )
     return recipe_from(without_file(model, data), overrides)
 
 

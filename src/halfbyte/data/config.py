@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from halfbyte.config_base import Section
 
@@ -15,7 +15,7 @@ class SourceConfig(Section):
     """One source of examples."""
 
     path: str
-    """A file (JSONL, JSON, CSV, Parquet, text), a directory of them, a Hub dataset id, or `python-docs`."""
+    """A file (JSONL, JSON, CSV, Parquet, text), a directory of them, a pattern, a Hub dataset id, or `python-docs`."""
     shape: Shape = "auto"
     """messages | sharegpt | alpaca | prompt_completion | text, or auto: recognised from the columns, and reported."""
     split: str = "train"
@@ -59,3 +59,10 @@ class DataConfig(Section):
     """Row length: every row holds exactly so many tokens."""
     too_long: Literal["drop", "truncate", "split", "error"] = "drop"
     """What happens to an example longer than a row; plain text is always split."""
+
+    @field_validator("eval")
+    @classmethod
+    def _read_whole(cls, value: float | list[SourceConfig]) -> float | list[SourceConfig]:
+        if isinstance(value, list) and any(source.weight != 1 for source in value):
+            raise ValueError("a held-out source has no `weight`: it is read whole, once")
+        return value

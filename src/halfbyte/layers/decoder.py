@@ -9,7 +9,8 @@ Letters: B rows, S tokens, H query heads, G key/value heads, d head size.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +20,32 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from halfbyte.errors import ModelError
 from halfbyte.layers import attention as halfbyte_attention
 from halfbyte.layers.operands import run_group
-from halfbyte.layers.structure import Structure
+from halfbyte.layers.structure import Rotation, Structure
 
 
 class DecoderLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
     """A decoder layer that computes what the adopted one computes, with q/k/v and gate/up run as groups."""
 
     def __init__(self, original: nn.Module, structure: Structure) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not super(): that may be the adopted class, which would build a layer
         for name, child in original.named_children():
             self.add_module(name, child)
         self.structure = structure
-        self.adopted = type(original).__name__
         self.training = original.training
+
+    @classmethod
+    def adopting(cls, original: nn.Module, structure: Structure) -> DecoderLayer:
+        """The generic layer in the place of `original`, as an instance of its class too.
+
+        What looks layers up by class (recording of hidden states, sharding policies) keeps finding them; nothing but the class's
+        identity is inherited, since every method it calls is found here first.
+        """
+        return _adopted_class(type(original))(original, structure)
+
+    @property
+    def adopted(self) -> str:
+        """Name of the class of the adopted layer."""
+        return type(self).__name__
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """hidden_states `[B, S, hidden]`; further arguments as the adopted layer takes them, and `cu_seqlens` for packed rows."""
@@ -112,15 +126,23 @@ class DecoderLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
         return run_group(hidden * inputs[1] if s.gated else hidden, [module.get_submodule(s.down)])[0]
 
     def extra_repr(self) -> str:
-        return f"adopted {self.adopted}"
+        return "run by halfbyte.layers.decoder.DecoderLayer"
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: Literal["half", "interleaved", "none"]) -> Tensor:
+@functools.lru_cache
+def _adopted_class(original: type[nn.Module]) -> type[DecoderLayer]:
+    return type(original.__name__, (DecoderLayer, original), {"__module__": DecoderLayer.__module__})
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:
     """Rotary positions on x `[B, n, S, d]`; cos and sin `[B, S, r]`, r <= d: only the first r of each head turn.
 
-    half: element i turns with i + r/2. interleaved: element 2i turns with 2i + 1.
+    half: element i turns with i + r/2. interleaved: element 2i turns with 2i + 1, tables in that order; interleaved-halves: the
+    same, tables in the order of `half`.
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if rotation == "interleaved-halves":
+        cos, sin = (t.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for t in (cos, sin))
     size = cos.shape[-1]
     turning, still = x[..., :size], x[..., size:]
     if rotation == "half":

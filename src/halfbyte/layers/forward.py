@@ -87,6 +87,8 @@ def prove_isolation(model: PreTrainedModel, lengths: tuple[int, ...] = (7, 12, 5
     model.train(False)
     try:
         _prove_isolation(model, lengths, seed)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise _leak(model, f"its forward fails on a packed row: {str(error).splitlines()[0]}") from error
     finally:
         model.train(was_training)
 

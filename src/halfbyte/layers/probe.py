@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from halfbyte.layers import attention
 from halfbyte.layers.decoder import DecoderLayer
-from halfbyte.layers.structure import NotUnderstood, Structure
+from halfbyte.layers.structure import ROTATIONS, NotUnderstood, Structure
 
 TOKENS = 12
 _OBSERVER = "halfbyte-observer"
@@ -76,8 +76,8 @@ def _prove(original: nn.Module, structure: Structure, call: dict[str, Any]) -> S
     _set_attention(original, "eager")
     expected = _output(original(x, **call | {"attention_mask": _additive(causal)}))
     expected_packed = _output(original(x, **call | {"attention_mask": _additive(packed)}))
-    errors = {}
-    for rotation in ("half", "interleaved") if structure.rotation != "none" else ("none",):
+    errors: dict[str, float] = {}
+    for rotation in ROTATIONS if structure.rotation != "none" else (structure.rotation,):
         candidate = replace(structure, rotation=rotation)
         ours = DecoderLayer(original, candidate).eval()
         got = _output(ours(x, **call | {"attention_mask": _additive(causal)}))

@@ -15,6 +15,9 @@ from torch import nn
 
 from halfbyte.layers.operands import shape_of
 
+Rotation = Literal["half", "interleaved", "interleaved-halves", "none"]
+ROTATIONS: tuple[Rotation, ...] = ("half", "interleaved", "interleaved-halves")
+
 
 @dataclass(frozen=True)
 class Norms:
@@ -86,7 +89,7 @@ class Structure:
     # Observed on the probe call:
     scaling: float | None = None
     window: int | None = None
-    rotation: Literal["half", "interleaved", "none"] = "half"
+    rotation: Rotation = "half"
     returns_tuple: bool = False
 
 

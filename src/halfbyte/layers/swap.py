@@ -181,7 +181,7 @@ def adopt(model: PreTrainedModel) -> SwapReport:
         if isinstance(layer, DecoderLayer):
             rows.append(LayerRow(path, layer.adopted, True, ""))
         elif isinstance(verdict, structure.Structure):
-            replace(model, path, DecoderLayer(layer, verdict))
+            replace(model, path, DecoderLayer.adopting(layer, verdict))
             rows.append(LayerRow(path, type(layer).__name__, True, ""))
         else:
             rows.append(LayerRow(path, type(layer).__name__, False, verdict))
@@ -204,6 +204,9 @@ def _verdicts(model: PreTrainedModel, layers: dict[str, GradientCheckpointingLay
     for path, layer in layers.items():
         verdicts[path] = "is adopted already"
         if isinstance(layer, DecoderLayer):
+            continue
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            verdicts[path] = "carries hooks of another library"
             continue
         try:
             readings[path] = structure.read(layer)

@@ -62,7 +62,8 @@ def dequantize(packed: Packed, dtype: torch.dtype | None = None, out: Tensor | N
     out: a contiguous buffer of `[*shape]`, which is filled and returned; without it the result is a fresh tensor.
     """
     if out is None:
-        return dequantize_op(list(packed.tensors()), packed.spec, dtype or packed.dtype)
+        fresh: Tensor = dequantize_op(list(packed.tensors()), packed.spec, dtype or packed.dtype)
+        return fresh
     assert out.is_contiguous() and tuple(out.shape) == packed.shape and dtype in (None, out.dtype), "out does not fit"
     dequantize_out_op(list(packed.tensors()), packed.spec, out)
     return out

@@ -23,9 +23,13 @@ CHUNK = 1 << 20
 
 @functools.cache
 def _pairs(kind: str) -> Tensor:
-    """float64 `[256]`: entry b holds the bits of two fp32, the levels of the high and the low nibble of byte b."""
+    """float64 `[256]`: entry b holds the bits of two fp32, the levels of the high and the low nibble of byte b.
+
+    kind: nf4, fp4, "int4" (levels 0..15) or "symmetric" (levels -8..7).
+    """
+    first = {"int4": 0, "symmetric": -8}
+    table = torch.arange(16, dtype=torch.float32) + first[kind] if kind in first else levels(kind)
     byte = torch.arange(256)
-    table = torch.arange(16, dtype=torch.float32) if kind == "int4" else levels(kind)
     return torch.stack([table[byte >> 4], table[byte & 15]], dim=1).contiguous().view(torch.float64).view(-1)
 
 
@@ -62,23 +66,20 @@ def _affine(packed: Packed, out_NK: Tensor) -> None:
     block, zero = packed.format.block, packed.format.zero
     codes = packed.codes.view(rows, -(-width // 2))
     scales = packed.scales.view(torch.float32).view(rows, -(-width // block))
-    zeros = None if zero == "none" else packed.zeros.view(torch.float32).view(scales.shape)
-    whole = width // block * block
+    zeros = scales if zero == "none" else packed.zeros.view(torch.float32).view(scales.shape)
+    whole = width // block
+    # Whole groups, then the short one at the end of the rows.
+    spans = [(0, whole * block, slice(0, whole)), (whole * block, width, slice(whole, None))]
     step = max(CHUNK // max(width, 1), 1)
     for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        q = _expand(codes[part].reshape(-1), "int4").view(part.stop - part.start, -1)
-        # Whole groups, then the short one at the end of the rows.
-        for span, group in ((slice(0, whole), slice(0, whole // block)), (slice(whole, width), slice(whole // block, None))):
-            if span.start < span.stop:
-                size = min(block, span.stop - span.start)
-                grouped = q[:, span].unflatten(1, (-1, size))
-                s, z = scales[part, group, None], None if zeros is None else zeros[part, group, None]
-                out_NK[part, span] = _affine_group(grouped, s, z, zero == "min").flatten(1)
-
-
-def _affine_group(q: Tensor, s: Tensor, z: Tensor | None, minimum: bool) -> Tensor:
-    """(q - z) * s, or q * s + m; without a zero point z is 8."""
-    if minimum and z is not None:
-        return (q * s).add_(z)
-    return (q - (8.0 if z is None else z)).mul_(s)
+        part = slice(start, start + step)
+        levels_NK = _expand(codes[part].reshape(-1), "symmetric" if zero == "none" else "int4").view(codes[part].shape[0], -1)
+        for first, last, group in spans:
+            if first < last:
+                shape = (levels_NK.shape[0], -1, min(block, last - first))
+                q, out = levels_NK[:, first:last].view(shape), out_NK[part, first:last].view(shape)
+                s, z = scales[part, group, None], zeros[part, group, None]
+                if zero == "min":
+                    torch.add(q.mul_(s), z, out=out)
+                else:
+                    torch.mul(q if zero == "none" else q.sub_(z), s, out=out)

@@ -1,13 +1,15 @@
 """The Triton twin: one launch a weight, nested scales decoded inside, bit-equal to the reference.
 
-A tile is a few spans of neighbouring weights that share a scale: the scale is read (and, if nested, decoded) once a span, not once
-a weight. Codebook formats are the case of one long row. Levels come from a table of 64 bytes, half a cache line: all lanes of a warp
-hit the same line. Products and sums must not be contracted to one rounding (`enable_fp_fusion=False`), or nested scales and
+A tile is a few spans of neighbouring weights that share a scale: the scale is read (and, if nested, decoded) once a span, not
+once a weight. Codebook formats are the case of one long row. Levels come from a table of 64 bytes, half a cache line: all lanes of
+a warp hit the same line. Products and sums must not be contracted to one rounding (`enable_fp_fusion=False`), or nested scales and
 int4 minima would differ from the reference in the last bit. Offsets are int64: weights may have more than 2^31 elements.
 
 Letters: N = rows, K = elements a row, G = groups a row, R = spans a tile, S = weights a span.
 """
 
+# Kernels are typed by Triton, whose decorator is not.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
 import torch
@@ -31,19 +33,19 @@ def to_dtype(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit
-def _scales(
-    scales, nested_scales, nested_offset, nested_levels, index, mask, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr
-):
+def _scales(scales, nested_scales, nested_offset, nested_levels, index, mask, NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr):
     """fp32 scales at `index`: stored so, or level(code) * scale2 + offset (two roundings)."""
     if NESTED:
         code = tl.load(scales + index, mask=mask, other=0).to(tl.int32)
         outer = tl.load(nested_scales + index // NESTED_BLOCK, mask=mask, other=0.0)
         return tl.load(nested_levels + code) * outer + tl.load(nested_offset)
-    return tl.load(scales + index, mask=mask, other=0.0)
+    else:
+        return tl.load(scales + index, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -56,15 +58,22 @@ def _four_bit(
     """R spans of SPAN weights, HALF = SPAN / 2 bytes rounded up to a power of two. KIND: codebook, none, int, float, min."""
     span = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     row = span // spans
-    first = (span % spans) * SPAN
+    column = span % spans
     alive = row < N
-    group = row * groups + first // BLOCK
+    group = row * groups + column * SPAN // BLOCK
     s = _scales(scales, nested_scales, nested_offset, nested_levels, group, alive, NESTED, NESTED_BLOCK)[:, None]
 
+    # Offsets and masks are written so that the compiler sees runs of neighbours: it then moves 16 bytes at a time.
     byte = tl.arange(0, HALF)[None, :]
-    start = first[:, None] + 2 * byte
-    inside = alive[:, None] & (byte < SPAN // 2) & (start < K)
-    both = tl.load(codes + row[:, None] * row_bytes + start // 2, mask=inside, other=0).to(tl.int32)
+    at = column[:, None] * (SPAN // 2) + byte
+    inside = alive[:, None] & (at < row_bytes)
+    element = tl.arange(0, 2 * HALF)[None, :]
+    k = column[:, None] * SPAN + element
+    mask = alive[:, None] & (k < K)
+    if 2 * HALF != SPAN:
+        inside = inside & (byte < SPAN // 2)
+        mask = mask & (element < SPAN)
+    both = tl.load(codes + row[:, None] * row_bytes + at, mask=inside, other=0).to(tl.int32)
     high, low = both >> 4, both & 15
     if KIND == "codebook":
         first_w, second_w = tl.load(table + high) * s, tl.load(table + low) * s
@@ -76,10 +85,6 @@ def _four_bit(
             first_w, second_w = high.to(tl.float32) * s + z, low.to(tl.float32) * s + z
         else:
             first_w, second_w = (high.to(tl.float32) - z) * s, (low.to(tl.float32) - z) * s
-
-    element = tl.arange(0, 2 * HALF)[None, :]
-    k = first[:, None] + element
-    mask = alive[:, None] & (element < SPAN) & (k < K)
     tl.store(out + row[:, None] * K + k, to_dtype(tl.interleave(first_w, second_w), out.dtype.element_ty, INTERPRETED), mask=mask)
 
 
@@ -128,7 +133,7 @@ def decode(packed: Packed, out: Tensor) -> None:
 
 
 def _span(block: int, width: int, groups: int) -> int:
-    """Weights a tile's row covers: a block, or, of a block beyond TILE, its largest even divisor; anything, if a row has one group."""
+    """Weights of a span: a block or, of a block beyond TILE, its largest even divisor; anything where a row has one group."""
     if groups == 1:
-        return max(min(triton.next_power_of_2(width), 1024), 2)
+        return max(min(1 << (width - 1).bit_length(), 1024), 2)
     return next(d for d in range(min(block, TILE), 1, -1) if block % d == 0 and d % 2 == 0)

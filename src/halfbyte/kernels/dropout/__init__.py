@@ -33,18 +33,20 @@ class Dropout:
     tokens: int
 
 
-def apply(x: Tensor, state: Tensor, p: float, tokens: int, layer: int) -> Tensor:
-    """`dropout` below the operator. x `[T, K]`."""
-    if twin(x.device) == "fused":
+def apply(xs: list[Tensor], mask: Dropout, layer: int) -> list[Tensor]:
+    """`dropout` below the operator: the same mask on several tensors `[T, K]`."""
+    if twin(xs[0].device) == "fused":
         from halfbyte.kernels.dropout import fused
 
-        return fused.dropout(x, state, p, tokens, layer)
-    return reference.dropout(x, state, p, tokens, layer)
+        return [fused.dropout(x, mask.state, mask.p, mask.tokens, layer) for x in xs]
+    keep = reference.keep((xs[0].shape[0], xs[0].shape[1]), mask.state, mask.p, mask.tokens, layer)
+    return [reference.masked(x, keep, mask.p) for x in xs]
 
 
 @torch.library.custom_op("halfbyte::dropout", mutates_args=())
 def dropout_op(x: Tensor, state: Tensor, p: float, tokens: int, layer: int) -> Tensor:
-    return apply(x.reshape(-1, x.shape[-1]), state, p, tokens, layer).view(x.shape)
+    """x `[..., K]` with its mask applied."""
+    return apply([x.reshape(-1, x.shape[-1])], Dropout(p, state, tokens), layer)[0].view(x.shape)
 
 
 @dropout_op.register_fake
@@ -68,4 +70,5 @@ dropout_op.register_autograd(_backward, setup_context=_setup)
 
 def dropout(x: Tensor, mask: Dropout, layer: int) -> Tensor:
     """x `[..., K]` with its mask applied; T = x.numel() / K positions are numbered in order."""
-    return dropout_op(x, mask.state, mask.p, mask.tokens, layer)
+    dropped: Tensor = dropout_op(x, mask.state, mask.p, mask.tokens, layer)
+    return dropped

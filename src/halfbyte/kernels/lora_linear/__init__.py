@@ -1,7 +1,7 @@
 """`lora_linear`: y_i = x W_iᵀ + b_i + s_i · drop(x) A_iᵀ B_iᵀ for a group of weights that share their input.
 
-Why a group: q, k and v (gate and up) read the same x, so their A's run as one product and dx is summed in place. Why one operator: what
-backward needs of a weight is saved packed, through `save_for_backward`, so a weight that was overwritten between forward and backward
+Why a group: q, k and v (gate and up) read the same x, so their A's run as one product and dx is summed in place. Why one operator:
+what backward needs of a weight is saved packed, through `save_for_backward`, so a weight overwritten between forward and backward
 is an error of autograd's version counter, and never a silent wrong gradient; the decoded weight lives for one GEMM.
 Cost: forward and backward each decode every weight once. Kept for backward, besides the stored tensors: x if an A or a dense
 weight learns, and x Aᵀ `[T, r]` a weight.
@@ -47,6 +47,7 @@ def lora_linear_op(
     """All y_i `[..., N_i]`, then all drop(x) A_iᵀ `[T, r_i]`. `members`: see `members.describe`."""
     group = deal(members, packed, dense, biases, a, b)
     which = reference if twin(x.device) == "reference" else fused
+    xas: list[Tensor]
     ys, xas = which.forward(_rows(x), group, _mask(state, p, tokens))
     # Not `view`: models that add into a linear layer's output in place (Falcon) must not meet a view of this operator's making.
     return [torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]]) for y in ys] + xas
@@ -95,8 +96,9 @@ def lora_linear_backward_op(
     which = reference if twin(grads[0].device) == "reference" else fused
     dys = [_rows(grad) for grad in grads]
     x_TK = None if x is None else _rows(x)
+    das: list[Tensor]
     dx, das = which.backward(dys, x_TK, group, _mask(state, p, tokens), wants[0], wants[1])
-    out = [] if dx is None else [dx.view(*grads[0].shape[:-1], dx.shape[1])]
+    out: list[Tensor] = [] if dx is None else [dx.view(*grads[0].shape[:-1], dx.shape[1])]
     want_dense, want_bias = iter(wants[3 : 3 + len(dense)]), iter(wants[3 + len(dense) :])
     for dy, m in zip(dys, group, strict=True):
         if isinstance(m.weight, Tensor) and next(want_dense) and x_TK is not None:
@@ -173,7 +175,7 @@ def lora_linear(
     """
     group = [Member(w, bias, lora) for w, bias, lora in zip(weights, biases, loras, strict=True)]
     adapters = [m.lora for m in group if m.lora is not None]
-    outputs = lora_linear_op(
+    outputs: list[Tensor] = lora_linear_op(
         x,
         [t for m in group if isinstance(m.weight, Packed) for t in m.weight.tensors()],
         [m.weight for m in group if isinstance(m.weight, Tensor)],

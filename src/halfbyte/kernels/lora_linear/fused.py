@@ -25,13 +25,9 @@ def _stacked_a(loras: list[LowRank], dtype: torch.dtype) -> Tensor:
     return loras[0].a.to(dtype) if len(loras) == 1 else torch.cat([lora.a for lora in loras]).to(dtype)
 
 
-def _drop(x: Tensor, mask: Dropout, layer: int) -> Tensor:
-    return apply(x, mask.state, mask.p, mask.tokens, layer)
-
-
 def _apart(stacked: Tensor, sizes: list[int], dim: int) -> list[Tensor]:
     """Copies, since an operator may not return views of one tensor."""
-    return [stacked] if len(sizes) == 1 else [part.clone() for part in stacked.split(sizes, dim)]
+    return [stacked] if len(sizes) == 1 else [part.clone() for part in torch.split(stacked, sizes, dim)]
 
 
 def _mm(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,7 +42,7 @@ def forward(x: Tensor, group: list[Member], mask: Dropout | None) -> tuple[list[
     loras = [m.lora for m in group if m.lora is not None]
     xas: list[Tensor] = []
     if mask is not None:
-        xas = [_drop(x, mask, lora.layer) @ lora.a.to(x.dtype).T for lora in loras]
+        xas = [apply([x], mask, lora.layer)[0] @ lora.a.to(x.dtype).T for lora in loras]
     elif loras:
         xas = _apart(x @ _stacked_a(loras, x.dtype).T, [lora.a.shape[0] for lora in loras], 1)
     ys, pending = [], iter(xas)
@@ -62,30 +58,34 @@ def backward(
     dys: list[Tensor], x: Tensor | None, group: list[Member], mask: Dropout | None, want_x: bool, want_a: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
     """dx `[T, K]` if wanted, and dA_i of the members with an adapter if wanted: they share s · dy B."""
+    dx = None
+    if want_x:
+        dx = dys[0] @ _weight(group[0].weight, dys[0].dtype)
+        for dy, m in zip(dys[1:], group[1:], strict=True):
+            dx.addmm_(dy, _weight(m.weight, dy.dtype))
     adapted = [(dy, m.lora) for dy, m in zip(dys, group, strict=True) if m.lora is not None]
     loras = [lora for _, lora in adapted]
     dybs = [(dy @ lora.b.to(dy.dtype)).mul_(lora.scale) for dy, lora in adapted]
-    stacked = torch.cat(dybs, dim=1) if adapted and mask is None else None
-    dx = _grad_x(dys, group, dybs, stacked, mask) if want_x else None
-    if not want_a or x is None or not adapted:
+    if mask is not None:
+        found = [_masked(dyb, x if want_a else None, lora, mask, dx) for dyb, lora in zip(dybs, loras, strict=True)]
+        return dx, [da for da in found if da is not None]
+    if not adapted:
         return dx, []
-    if stacked is not None:
-        return dx, _apart(_mm(stacked.T, x, loras[0].a.dtype), [lora.a.shape[0] for lora in loras], 0)
-    assert mask is not None
-    return dx, [_mm(dyb.T, _drop(x, mask, lora.layer), lora.a.dtype) for dyb, lora in zip(dybs, loras, strict=True)]
-
-
-def _grad_x(dys: list[Tensor], group: list[Member], dybs: list[Tensor], stacked: Tensor | None, mask: Dropout | None) -> Tensor:
-    dx = dys[0] @ _weight(group[0].weight, dys[0].dtype)
-    for dy, m in zip(dys[1:], group[1:], strict=True):
-        dx.addmm_(dy, _weight(m.weight, dy.dtype))
-    loras = [m.lora for m in group if m.lora is not None]
-    if stacked is not None:
+    stacked = dybs[0] if len(dybs) == 1 else torch.cat(dybs, dim=1)
+    if dx is not None:
         dx.addmm_(stacked, _stacked_a(loras, dx.dtype))
-    elif mask is not None:
-        for dyb, lora in zip(dybs, loras, strict=True):
-            dx.add_(_drop(dyb @ lora.a.to(dyb.dtype), mask, lora.layer))
-    return dx
+    if not want_a or x is None:
+        return dx, []
+    return dx, _apart(_mm(stacked.T, x, loras[0].a.dtype), [lora.a.shape[0] for lora in loras], 0)
+
+
+def _masked(dyb: Tensor, x: Tensor | None, lora: LowRank, mask: Dropout, dx: Tensor | None) -> Tensor | None:
+    """One adapter under dropout: adds drop(s · dy B A) to dx, returns dA; the mask is made once for both."""
+    terms = ([] if dx is None else [dyb @ lora.a.to(dyb.dtype)]) + ([] if x is None else [x])
+    dropped = apply(terms, mask, lora.layer) if terms else []
+    if dx is not None:
+        dx.add_(dropped[0])
+    return None if x is None else _mm(dyb.T, dropped[-1], lora.a.dtype)
 
 
 def grad_b(dys: list[Tensor], xas: list[Tensor], group: list[Member]) -> list[Tensor]:
