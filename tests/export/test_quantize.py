@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from halfbyte.checkpoints import huggingface, shards
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.export import quantize
 from halfbyte.formats.config import FormatConfig
+from support import save_tiny, tiny_tokenizer
 
 pytest.importorskip("bitsandbytes")
 pytestmark = [
