@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.checks import random_packed
 
 from halfbyte.errors import RecipeError
 from halfbyte.formats.packed import Format
 from halfbyte.formats.quantize import dequantize as meaning
 from halfbyte.kernels.dequantize import cpu, dequantize, dequantize_op, dequantize_out_op
 from halfbyte.kernels.dispatch import VARIABLE, twin
+from kernels.checks import random_packed
 
 NESTED = Format("nf4", 64, nested=True)
 

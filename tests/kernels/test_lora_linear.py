@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernels.checks import random_packed
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from halfbyte.formats.packed import Format, Packed
 from halfbyte.kernels.lora_linear import Dropout, LowRank, fused, lora_linear, lora_linear_backward_op, lora_linear_op
 from halfbyte.kernels.lora_linear.members import Member, deal, describe
+from kernels.checks import random_packed
 
 NESTED = Format("nf4", 64, nested=True)
 
