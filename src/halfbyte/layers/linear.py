@@ -22,11 +22,12 @@ from halfbyte.kernels.lora_linear import LowRank, lora_linear
 
 @dataclass(frozen=True)
 class Operand:
-    """What a linear layer contributes to a grouped product: its weight (packed or dense `[N, K]`), bias, adapter."""
+    """What a linear layer contributes to a grouped product: its weight (packed or dense `[N, K]`), bias, adapter, mask."""
 
     weight: Packed | Tensor
     bias: Tensor | None = None
     lora: LowRank | None = None
+    dropout: Dropout | None = None
 
 
 class SupportsOperand(Protocol):
@@ -41,8 +42,14 @@ def operand_of(layer: SupportsOperand | nn.Linear) -> Operand:
 
 
 def linear_group(x: Tensor, layers: Sequence[SupportsOperand | nn.Linear], dropout: Dropout | None = None) -> list[Tensor]:
-    """Several linear layers on the same input `[..., K]`, as one operation; one output `[..., N_i]` each."""
+    """Several linear layers on the same input `[..., K]`, as one operation; one output `[..., N_i]` each.
+
+    dropout: the mask of the adapters' input; None takes the one that the layers bring (one mask state serves a group).
+    """
+    if torch.is_autocast_enabled(x.device.type):  # full fine-tuning: fp32 masters, products in 16 bits
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     operands = [operand_of(layer) for layer in layers]
+    dropout = dropout or next((o.dropout for o in operands if o.dropout is not None), None)
     return lora_linear(x, [o.weight for o in operands], [o.bias for o in operands], [o.lora for o in operands], dropout)
 
 
@@ -53,6 +60,9 @@ class Linear4bit(nn.Linear):
     `zeros`, and `bias` in 16 or 32 bits. `weight` is a property that decodes afresh: nothing decoded is kept.
     `state_dict()` holds these and, as `_extra_state`, the bytes of `Packed.spec`: bytes of one format are never read as another.
     """
+
+    decoded: Tensor | None = None
+    """The weight `[N, K]` in the compute dtype, within `layers.decoded.held` only."""
 
     def __init__(self, packed: Packed, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)
@@ -75,7 +85,7 @@ class Linear4bit(nn.Linear):
 
     def operand(self) -> Operand:
         """Packed weight and bias; no adapter."""
-        return Operand(self.packed, self.bias)
+        return Operand(self.packed if self.decoded is None else self.decoded, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_group(x, [self])[0]
