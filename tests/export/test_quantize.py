@@ -98,6 +98,17 @@ def test_the_skip_list_is_whole(tmp_path: Path) -> None:
     assert reasons["model.layers.0.mlp.up_proj.weight"] == "the checkpoint keeps it in 16 bits"
 
 
+@pytest.mark.parametrize(("kind", "nested"), FORMATS)
+def test_inspect_tells_a_packed_checkpoint_from_its_config(kind: str, nested: bool, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "m", **SHAPES["llama"])
+    fmt = FormatConfig(kind=kind, nested=nested, skip=["*.o_proj"])  # type: ignore[arg-type]
+    quantize.export(str(source), fmt, tmp_path / "q", dtype=torch.float32)
+    loaded = huggingface.load(str(tmp_path / "q"), FormatConfig(), torch.float32).report
+    (tmp_path / "q" / "model.safetensors").unlink()
+    report = huggingface.inspect(str(tmp_path / "q"), FormatConfig(), torch.float32)
+    assert [(r.path, r.packed, r.bytes) for r in report.rows] == [(r.path, r.packed, r.bytes) for r in loaded.rows]
+
+
 def test_a_packed_checkpoint_keeps_its_format(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "m")
     quantize.export(str(source), FormatConfig(kind="fp4", nested=False), tmp_path / "q")

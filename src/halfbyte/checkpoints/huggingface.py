@@ -75,7 +75,11 @@ def inspect(model: ModelConfig | str, fmt: FormatConfig, compute: torch.dtype = 
     """What `load` would pack and keep, with bytes, from config and headers alone; no weight is downloaded or read."""
     wanted = ModelConfig(name=model) if isinstance(model, str) else model
     source = hub.locate(wanted, weights=False)
-    net = skeleton(description.read(source.path), compute, source.name)
+    described = description.read(source.path)
+    net = skeleton(described, compute, source.name)
+    if described.quantization:
+        bnb.check_config(described.quantization, source.name)
+        fmt = bnb.format_of(described.quantization, fmt, [path for path, _ in net.named_modules()])
     return _plan(net, {}, fmt)
 
 
