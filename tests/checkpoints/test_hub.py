@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import save_tiny
 
 from halfbyte.checkpoints import huggingface
 from halfbyte.formats.config import FormatConfig
+from support import save_tiny
 
 pytestmark = pytest.mark.cpu
 SHA = "0123456789abcdef0123456789abcdef01234567"

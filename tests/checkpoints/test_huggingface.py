@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import CHATML, FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +20,7 @@ from halfbyte.formats.config import FormatConfig
 from halfbyte.formats.packed import Format
 from halfbyte.formats.quantize import dequantize, quantize
 from halfbyte.layers.linear import Linear4bit
+from support import CHATML, FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.arange(1, 20)[None]
 NONE = FormatConfig(kind="none")

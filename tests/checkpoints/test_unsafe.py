@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import save_tiny
 
 from halfbyte.checkpoints import huggingface, shards
 from halfbyte.errors import CheckpointError, UnsafeFileError
 from halfbyte.formats.config import FormatConfig
+from support import save_tiny
 
 
 class Canary:
