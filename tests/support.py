@@ -7,6 +7,9 @@ give the same weights. Torch and transformers are imported on first use, for the
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,3 +170,15 @@ def dense_twin(base: Any) -> PreTrainedModel:
             )
             parameter.copy_(own.T if turned else own)
     return twin
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a child process: ours, with the package importable."""
+    source = str(Path(__file__).parents[1] / "src")
+    return os.environ | {"PYTHONPATH": source, "NO_COLOR": "1"} | changes
+
+
+def cli(*args: str, cwd: Path | None = None, stdin: str = "", timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs `halfbyte ARGS` in a process of its own."""
+    command = [sys.executable, "-m", "halfbyte.cli.main", *args]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=cwd, timeout=timeout, check=False, env=environment(**env))

@@ -21,6 +21,7 @@ from halfbyte.errors import RecipeError
 from halfbyte.mistakes import Mistake, Path, dotted, in_words
 
 MAX_BYTES = 1_000_000
+TAGS = ("map", "seq", "str", "int", "float", "bool", "null")
 
 
 class _Loader(yaml.SafeLoader):
@@ -125,8 +126,8 @@ def _read(file: FilePath) -> str:
 
 
 def _parse(text: str, where: str) -> _Document:
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         if alias := next((t for t in yaml.scan(text, Loader=_Loader) if isinstance(t, yaml.AliasToken)), None):
             line = alias.start_mark.line + 1
             raise RecipeError(f"{where}:{line}: aliases (`*{alias.value}`) are not allowed in a recipe", hint="write it out")
@@ -137,7 +138,6 @@ def _parse(text: str, where: str) -> _Document:
         if not isinstance(node, yaml.MappingNode):
             raise RecipeError(f"{where}:{node.start_mark.line + 1}: a recipe is a list of `key: value` lines", code="recipe.yaml")
         document.data = _plain(loader, node, (), document)
-        return document
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -147,12 +147,14 @@ def _parse(text: str, where: str) -> _Document:
         ) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{where}: not valid YAML: {error}", code="recipe.yaml") from error
-    finally:
-        loader.dispose()
+    loader.dispose()
+    return document
 
 
 def _plain(loader: _Loader, node: yaml.Node, path: Path, document: _Document) -> Any:
     """A YAML node as dicts, lists and scalars; notes the line of each key and every duplicate."""
+    if node.tag.rpartition(":")[2] not in TAGS:
+        raise yaml.MarkedYAMLError(problem=f"the tag {node.tag} is not allowed", problem_mark=node.start_mark)
     if isinstance(node, yaml.MappingNode):
         data: dict[str, Any] = {}
         for key_node, value_node in node.value:

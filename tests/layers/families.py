@@ -8,7 +8,6 @@ import warnings
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from support import tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +16,7 @@ from halfbyte.adapters.config import AdapterConfig
 from halfbyte.formats.packed import Format
 from halfbyte.layers import swap
 from halfbyte.layers.linear import Linear4bit
+from support import tiny_model
 
 ADOPTED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "phi3")
 LEFT = ("falcon", "gpt_neox", "gemma2")

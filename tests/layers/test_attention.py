@@ -68,7 +68,9 @@ def test_an_argument_that_is_not_built_is_refused(name: str) -> None:
 
 
 def test_the_choice_and_its_reason() -> None:
-    def choose(device: str, dtype: torch.dtype, lengths: tuple[int, ...] | None, dropout: float = 0.0, head: int = 64) -> tuple[str, str]:
+    def choose(
+        device: str, dtype: torch.dtype, lengths: tuple[int, ...] | None, dropout: float = 0.0, head: int = 64
+    ) -> tuple[str, str]:
         choice = attention.choose(device, dtype, lengths, dropout, None, head)
         return choice.name, choice.reason
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layers.families import ADOPTED, LEFT, NF4, pair, peft_gradients, row, with_adapters
-from support import tiny_model
 
 from halfbyte.formats.packed import Format
 from halfbyte.layers import forward, recompute, swap
 from halfbyte.layers.decoder import DecoderLayer
+from layers.families import ADOPTED, LEFT, NF4, pair, peft_gradients, row, with_adapters
+from support import tiny_model
+
+pytestmark = pytest.mark.cpu
 
 FORMATS = [pytest.param(NF4, id="nf4"), pytest.param(None, id="none")]
 
@@ -68,7 +70,7 @@ def test_a_packed_row_equals_its_examples_alone(family: str, recomputed: bool) -
 def test_greedy_text_is_transformers_own(family: str) -> None:
     ours, plain = pair(family, NF4)
     ids, _, _ = row((9,))
-    settings = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(ours.generate(ids, **settings), plain.generate(ids, **settings))
 
 
@@ -132,7 +134,9 @@ def test_a_layer_that_differs_from_the_generic_one_is_left_with_a_reason(monkeyp
     kind = type(model.model.layers[1])
 
     class Shifted(kind):  # type: ignore[misc, valid-type]
-        def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: object) -> torch.Tensor:
+        def forward(
+            self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: object
+        ) -> torch.Tensor:
             return super().forward(hidden_states, attention_mask=attention_mask, **kwargs) + 0.01
 
     model.model.layers[1].__class__ = Shifted

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layers.families import ADOPTED, LEFT, pair, row
-from support import tiny_model
 from torch import Tensor
 
 from halfbyte.errors import ModelError
 from halfbyte.layers import attention, forward, swap
+from layers.families import ADOPTED, LEFT, pair, row
+from support import tiny_model
 
 
 @pytest.mark.parametrize("family", ADOPTED + LEFT)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layers.families import row
-from support import FAMILIES, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from halfbyte.errors import ModelError
 from halfbyte.layers import head
+from layers.families import row
+from support import FAMILIES, tiny_model
 
 
 def _build(family: str, **changes: object) -> PreTrainedModel:

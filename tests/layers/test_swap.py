@@ -7,8 +7,6 @@ import weakref
 
 import pytest
 import torch
-from layers.families import ADOPTED, LEFT, NF4
-from support import FAMILIES, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,6 +15,8 @@ from halfbyte.formats.packed import Format
 from halfbyte.layers import swap
 from halfbyte.layers.linear import Linear4bit
 from halfbyte.layers.operands import computes_linear
+from layers.families import ADOPTED, LEFT, NF4
+from support import FAMILIES, tiny_model
 
 FORMATS = [
     Format("nf4", 64, True),

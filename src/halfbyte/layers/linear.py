@@ -46,6 +46,8 @@ def linear_group(x: Tensor, layers: Sequence[SupportsOperand | nn.Linear], dropo
 
     dropout: the mask of the adapters' input; None takes the one that the layers bring (one mask state serves a group).
     """
+    if torch.is_autocast_enabled(x.device.type):  # full fine-tuning: fp32 masters, products in 16 bits
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     operands = [operand_of(layer) for layer in layers]
     dropout = dropout or next((o.dropout for o in operands if o.dropout is not None), None)
     return lora_linear(x, [o.weight for o in operands], [o.bias for o in operands], [o.lora for o in operands], dropout)
