@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from halfbyte.config_base import Section
 
@@ -30,12 +30,24 @@ class SourceConfig(Section):
     """Take only the first so many examples."""
 
 
+def _sources(value: Any) -> Any:
+    """`train: a.jsonl` and `train: [a.jsonl, b.jsonl]` are short for a list of `{path: ...}`."""
+    entries = [value] if isinstance(value, str | dict) else value
+    return [{"path": e} if isinstance(e, str) else e for e in entries] if isinstance(entries, list) else entries
+
+
+Sources = Annotated[list[SourceConfig], Field(min_length=1)]
+
+
 class DataConfig(Section):
     """What is learned from, and how it is laid out."""
 
-    train: list[SourceConfig] = Field(min_length=1)
-    """The sources of the training set; a bare path stands for a source."""
-    eval: float | list[SourceConfig] = 0.05
+    train: Annotated[Sources, BeforeValidator(_sources, json_schema_input_type=str | list[str | SourceConfig])]
+    """The sources of the training set: a list of sections, or of paths."""
+    eval: Annotated[
+        Annotated[float, Field(ge=0, lt=1)] | Sources,
+        BeforeValidator(_sources, json_schema_input_type=float | str | list[str | SourceConfig]),
+    ] = 0.05
     """Held-out examples: a share of train (0 for none), or sources of their own."""
     template: str = "auto"
     """Chat template: auto (the tokenizer's own), a named one (chatml, alpaca, plain), or a path to a Jinja file."""
@@ -48,18 +60,9 @@ class DataConfig(Section):
     too_long: Literal["drop", "truncate", "split", "error"] = "drop"
     """What happens to an example longer than a row; plain text is always split."""
 
-    @field_validator("train", "eval", mode="before")
-    @classmethod
-    def _paths(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            value = [value]
-        return [{"path": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
-
     @field_validator("eval")
     @classmethod
-    def _share(cls, value: float | list[SourceConfig]) -> float | list[SourceConfig]:
-        if isinstance(value, float) and not 0 <= value < 1:
-            raise ValueError("a share of train is at least 0 and below 1")
+    def _read_whole(cls, value: float | list[SourceConfig]) -> float | list[SourceConfig]:
         if isinstance(value, list) and any(source.weight != 1 for source in value):
             raise ValueError("a held-out source has no `weight`: it is read whole, once")
         return value
