@@ -1,7 +1,7 @@
 """From the recipe's `data` section to token sets that are ready to train on: read, check, tokenise once, hold out, fit to rows.
 
 Why one function: everything that can be wrong with data is found here, before a model is loaded, and told at once. Cost: the
-tokenizer's speed the first time (about 1,000 short chats a second and core), milliseconds from the cache.
+tokenizer's speed the first time (about 800 short chats a second and core), milliseconds from the cache.
 """
 
 from __future__ import annotations
