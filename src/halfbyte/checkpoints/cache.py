@@ -31,7 +31,7 @@ from halfbyte.formats.packed import SLOTS, Packed
 from halfbyte.layers.linear import Linear4bit
 
 log = logging.getLogger(__name__)
-LAYOUT = 1
+LAYOUT = 2
 """Raised whenever the same source and format would be stored in other bytes."""
 
 
