@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A section of a recipe. Every field carries its default and one sentence; nothing else in the project repeats either."""
+    """A section of a recipe. Every field carries its default and one sentence; nothing else in the project repeats either.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+    Strict: `rank: "8"` and `rank: true` are mistakes, not the number 8 or 1.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True)

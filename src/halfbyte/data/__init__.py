@@ -1,1 +1,1 @@
-
+"""From files to packed rows: sources, shapes, chat templates and loss masks, packing, the loader."""

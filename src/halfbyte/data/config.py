@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from halfbyte.config_base import Section
 
@@ -15,7 +15,7 @@ class SourceConfig(Section):
     """One source of examples."""
 
     path: str
-    """A file (JSONL, JSON, CSV, Parquet, text), a directory of them, a Hub dataset id, or `python-docs`."""
+    """A file (JSONL, JSON, CSV, Parquet, text), a directory of them, a pattern, a Hub dataset id, or `python-docs`."""
     shape: Shape = "auto"
     """messages | sharegpt | alpaca | prompt_completion | text, or auto: recognised from the columns, and reported."""
     split: str = "train"
@@ -30,12 +30,24 @@ class SourceConfig(Section):
     """Take only the first so many examples."""
 
 
+def _sources(value: Any) -> Any:
+    """`train: a.jsonl` and `train: [a.jsonl, b.jsonl]` are short for a list of `{path: ...}`."""
+    entries = [value] if isinstance(value, str | dict) else value
+    return [{"path": e} if isinstance(e, str) else e for e in entries] if isinstance(entries, list) else entries
+
+
+Sources = Annotated[list[SourceConfig], Field(min_length=1)]
+
+
 class DataConfig(Section):
     """What is learned from, and how it is laid out."""
 
-    train: list[SourceConfig] = Field(min_length=1)
-    """The sources of the training set."""
-    eval: float | list[SourceConfig] = 0.05
+    train: Annotated[Sources, BeforeValidator(_sources, json_schema_input_type=str | list[str | SourceConfig])]
+    """The sources of the training set: a list of sections, or of paths."""
+    eval: Annotated[
+        Annotated[float, Field(ge=0, lt=1)] | Sources,
+        BeforeValidator(_sources, json_schema_input_type=float | str | list[str | SourceConfig]),
+    ] = 0.05
     """Held-out examples: a share of train (0 for none), or sources of their own."""
     template: str = "auto"
     """Chat template: auto (the tokenizer's own), a named one (chatml, alpaca, plain), or a path to a Jinja file."""
@@ -47,3 +59,10 @@ class DataConfig(Section):
     """Row length: every row holds exactly so many tokens."""
     too_long: Literal["drop", "truncate", "split", "error"] = "drop"
     """What happens to an example longer than a row; plain text is always split."""
+
+    @field_validator("eval")
+    @classmethod
+    def _read_whole(cls, value: float | list[SourceConfig]) -> float | list[SourceConfig]:
+        if isinstance(value, list) and any(source.weight != 1 for source in value):
+            raise ValueError("a held-out source has no `weight`: it is read whole, once")
+        return value

@@ -1,1 +1,1 @@
-
+"""What leaves: merged and quantised models that others load."""

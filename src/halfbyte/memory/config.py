@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -16,5 +16,5 @@ class MemoryConfig(Section):
     """Memory budget: auto (what the device has free), a size such as 24GiB, or a card such as rtx4090."""
     recompute: Literal["auto", "on", "off"] = "auto"
     """Recompute each layer in backward instead of keeping its activations: less memory, about a third more arithmetic."""
-    microbatch: int | Literal["auto"] = Field(default="auto")
+    microbatch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Rows a forward pass sees at once: a divisor of `train.batch`, or auto: the most that fits."""

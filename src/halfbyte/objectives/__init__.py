@@ -1,1 +1,1 @@
-
+"""From hidden states and labels to a loss: pure functions."""

@@ -1,1 +1,1 @@
-
+"""Flat buffers, AdamW, schedules, loss scaling."""

@@ -1,1 +1,1 @@
-
+"""A run: composed, looped, evaluated, saved, resumed."""

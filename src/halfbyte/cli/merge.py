@@ -1,0 +1,38 @@
+"""`halfbyte merge`: adapter and base become one ordinary model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def merge(
+    adapter: str = typer.Argument(..., help="Adapter or run directory."),
+    out: Path = typer.Option(..., "--out", "-o", help="Directory to write; must not hold anything yet."),
+    into: str = typer.Option("dequantised", "--into", help="dequantised (what the adapter was trained on) or original (16-bit)."),
+    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+) -> None:
+    """Merge an adapter into 16-bit weights that transformers loads alone.
+
+    Merged into the dequantised base, answers stay what they were; the report says by how much logits move on a probe text.
+    """
+    from halfbyte.cli.arguments import adapter_directory, device
+    from halfbyte.cli.console import Loading, emit, say
+    from halfbyte.errors import RecipeError
+    from halfbyte.export.merge import merge as run
+
+    if into not in ("dequantised", "original"):
+        raise RecipeError(f"`--into` must be dequantised or original, but is `{into}`")
+    folder = adapter_directory(adapter)
+    if folder is None:
+        raise RecipeError(f"{adapter} holds no adapter", hint="give the directory with adapter_config.json, or a run's directory")
+    with Loading() as loading:
+        report = run(folder, out, into, device=device(), progress=lambda done, total: loading.progress("writing", done, total))  # type: ignore[arg-type]
+    if as_json:
+        emit({"out": str(report.out), "into": report.into, "layers": len(report.merged), "bytes": report.bytes, "shards": report.shards,
+              "moved": vars(report.moved) if report.moved else None, "note": report.note})  # fmt: skip
+        return
+    say(f"merged {len(report.merged)} layers into the {report.into} base: {report.bytes:,} bytes in {report.shards} file(s)")
+    say(f"{report.moved}" if report.moved else report.note)
+    print(report.out)

@@ -1,0 +1,37 @@
+"""`halfbyte plan`: what a run needs, byte by byte, and whether it fits."""
+
+from __future__ import annotations
+
+import typer
+
+
+def plan(
+    recipe: str | None = typer.Argument(None, help="Recipe file; left out with --model.", show_default=False),
+    overrides: list[str] = typer.Argument(None, help="Changes to it, such as data.tokens=4096.", show_default=False),  # noqa: B008
+    model: str | None = typer.Option(None, "--model", "-m", help="Plan the default recipe of this model instead of a file."),
+    gpu: str | None = typer.Option(None, "--gpu", help="Budget: a card such as rtx4090, or a size such as 24GiB."),
+    as_json: bool = typer.Option(False, "--json", help="Print the plan as JSON."),
+    json_schema: bool = typer.Option(False, "--json-schema", help="Print the JSON schema of --json and stop."),
+) -> None:
+    """Print the bytes of every part of a run, and say yes or no: does it fit? Loads no weights.
+
+    halfbyte plan recipe.yaml --gpu rtx3060
+    """
+    from halfbyte.cli import recipes
+    from halfbyte.cli.console import console, emit
+    from halfbyte.memory.plan import json_schema as schema
+    from halfbyte.memory.plan import plan as make
+    from halfbyte.memory.table import render
+
+    if json_schema:
+        emit(schema())
+        return
+    data = ["python-docs"] if model and recipe is None else None
+    chosen = recipes.resolve(recipe, overrides or [], model=model, data=data)
+    found = make(chosen, gpu)
+    if as_json:
+        emit(found.as_dict())
+    else:
+        render(found, console())
+    if not found.fits:
+        raise typer.Exit(1)

@@ -1,0 +1,42 @@
+"""`halfbyte train`: a recipe in, an adapter out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from halfbyte.config import Recipe
+
+
+def train(
+    recipe: str | None = typer.Argument(None, help="Recipe file; left out with --model and --data.", show_default=False),
+    overrides: list[str] = typer.Argument(None, help="Changes to it, such as train.lr=1e-4.", show_default=False),  # noqa: B008
+    model: str | None = typer.Option(None, "--model", "-m", help="Base model: Hub id, directory, .gguf file or smollm2-135m."),
+    data: list[str] = typer.Option(None, "--data", "-d", help="Training data: file, directory, Hub id or python-docs."),  # noqa: B008
+    show: bool = typer.Option(False, "--show", help="Print the resolved recipe and stop."),
+    as_json: bool = typer.Option(False, "--json", help="Print events as JSON, one a line, instead of words."),
+) -> None:
+    """Train an adapter. Run the same command again to resume a stopped run.
+
+    halfbyte train recipe.yaml train.lr=1e-4
+    halfbyte train --model smollm2-135m --data my.jsonl
+    """
+    from halfbyte.cli import recipes
+
+    chosen = recipes.resolve(recipe, overrides or [], model=model, data=data)
+    if show:
+        recipes.show(chosen)
+    else:
+        _train(chosen, as_json)
+
+
+def _train(recipe: Recipe, as_json: bool) -> None:
+    from halfbyte.cli.console import emit_line
+    from halfbyte.train.run import train as run
+
+    def event(found: dict[str, Any]) -> None:
+        emit_line(found)
+
+    run(recipe, on_event=event if as_json else None)

@@ -1,0 +1,179 @@
+"""The preview: examples as the model will see them, token by token, with what is learned marked.
+
+Why the first thing to look at: a wrong mask or template is plain to the eye in one screen, and invisible in a loss curve. What
+is learned is green and stands in ⟦brackets⟧, so that it shows without colour too; tokens alternate in brightness; a newline is
+written ⏎. Cost: none to speak of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from halfbyte.data.config import DataConfig
+from halfbyte.data.loader import Loader
+from halfbyte.data.order import shuffled
+from halfbyte.data.prepare import Prepared, Progress, prepare
+from halfbyte.data.tokens import TokenSet
+
+OPEN, CLOSE = "⟦", "⟧"
+STYLES = {True: ("green", "bold green"), False: ("dim", "default")}
+COLUMNS = ("set", "examples", "tokens", "learned", "shortest", "median", "95 %", "longest")
+SHOWN_TOKENS = 400  # of one example; the middle of a longer one is left out, and counted
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens that read as one text: mostly one, several where a character spans tokens."""
+
+    ids: list[int]
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One example: where it came from, and its tokens."""
+
+    source: str
+    where: str
+    tokens: int
+    trained: int
+    pieces: list[Piece]
+
+    def plain(self) -> str:
+        """The text with the learned spans in brackets, newlines as they are."""
+        parts: list[str] = []
+        learning = False
+        for piece in self.pieces:
+            if piece.trained != learning:
+                parts.append(OPEN if piece.trained else CLOSE)
+                learning = piece.trained
+            parts.append(piece.text)
+        return "".join(parts) + (CLOSE if learning else "")
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `halfbyte data preview` shows: the prepared sets, some examples, and the documents of the first row."""
+
+    prepared: Prepared
+    examples: list[Shown]
+    row: list[int]
+    left: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain data, ids and texts of every token included."""
+        report = self.prepared.report
+        return {
+            "report": asdict(report),
+            "template": asdict(self.prepared.template),
+            "lengths": [dict(zip(COLUMNS, row, strict=True)) for row in lengths(self.prepared)],
+            "examples": [asdict(shown) for shown in self.examples],
+            "first_row": {"documents": self.row, "left_over": self.left},
+        }
+
+
+def preview(
+    config: DataConfig,
+    tokenizer: Any,
+    seed: int,
+    *,
+    examples: int = 3,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Preview:
+    """Prepares the data as a run would and picks what to show. Raises `DataError` as `prepare` does."""
+    from halfbyte.checkpoints.cache import cache_root
+
+    prepared = prepare(config, tokenizer, seed, cache_dir or cache_root(), progress)
+    return of(prepared, tokenizer, examples, seed)
+
+
+def of(prepared: Prepared, tokenizer: Any, examples: int, seed: int) -> Preview:
+    """The preview of sets that are prepared already: examples are drawn from all over the training set."""
+    data = prepared.train
+    chosen = shuffled(len(data), (seed,))[:examples]
+    batch = Loader(data, prepared.config.tokens, 1, seed).at(0)
+    sizes = [stop - start for start, stop in pairwise(sorted(set(batch.cu_seqlens[0].tolist())))]
+    owned = len(batch.example_ids[0])
+    return Preview(prepared, [_shown(data, int(piece), tokenizer) for piece in chosen], sizes[:owned], sum(sizes[owned:]))
+
+
+def _shown(data: TokenSet, piece: int, tokenizer: Any) -> Shown:
+    source = data.sources[int(data.source[piece])]
+    span = slice(int(data.start[piece]), int(data.stop[piece]))
+    ids, trained = source.ids[span].tolist(), np.array(source.trained[span])
+    trained[0] = False  # nothing stands before it, so nothing can foretell it
+    where = source.where(int(data.example[piece]))
+    return Shown(source.name, where, len(ids), int(trained.sum()), pieces(ids, trained.tolist(), tokenizer))
+
+
+def pieces(ids: list[int], trained: list[bool], tokenizer: Any) -> list[Piece]:
+    """Cuts tokens into the smallest runs that decode to whole characters."""
+    found: list[Piece] = []
+    run: list[int] = []
+    for number, token in enumerate(ids):
+        run.append(token)
+        text = tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        ends = number + 1 == len(ids) or trained[number + 1] != trained[number]
+        if ends or not text.endswith("\N{REPLACEMENT CHARACTER}") or len(run) > 8:
+            found.append(Piece(run, text, trained[number]))
+            run = []
+    return found
+
+
+def render(shown: Preview, console: Console) -> None:
+    """Prints the whole preview."""
+    console.print(renderable(shown))
+
+
+def renderable(shown: Preview) -> RenderableType:
+    """What was read, how long it is, some examples, and the first packed row."""
+    table = Table(*COLUMNS, title="lengths in tokens", title_justify="left")
+    for row in lengths(shown.prepared):
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else value for value in row))
+    legend = f"learned tokens are green and stand in {OPEN}brackets{CLOSE}; ⏎ is a newline"
+    parts: list[RenderableType] = [Text("\n".join(shown.prepared.report.lines())), table, Text(legend)]
+    for example in shown.examples:
+        title = f"{example.where}: {example.tokens} tokens, {example.trained} learned"
+        parts.append(Panel(_marked(example.pieces), title=Text(title), title_align="left"))
+    left = f", {shown.left} left over (no loss)" if shown.left else ""
+    documents = " | ".join(map(str, shown.row))
+    parts.append(Text(f"first row: {len(shown.row)} documents of {documents} tokens{left}; none sees another"))
+    return Group(*parts)
+
+
+def _marked(found: list[Piece]) -> Text:
+    """Token by token: two shades in turn, brackets around what is learned."""
+    text = Text()
+    learning = False
+    half = SHOWN_TOKENS // 2
+    for number, piece in enumerate(found):
+        if len(found) > SHOWN_TOKENS and half <= number < len(found) - half:
+            if number == half:
+                text.append(f"{CLOSE if learning else ''} ... {len(found) - SHOWN_TOKENS} tokens ... ", style="italic")
+                learning = False
+            continue
+        if piece.trained != learning:
+            text.append(OPEN if piece.trained else CLOSE, style="bold")
+            learning = piece.trained
+        text.append(piece.text.replace("\n", "⏎\n"), style=STYLES[piece.trained][number % 2])
+    return text.append(CLOSE, style="bold") if learning else text
+
+
+def lengths(prepared: Prepared) -> list[tuple[str | int, ...]]:
+    """One row of COLUMNS for the training set and for each held-out set."""
+    rows: list[tuple[str | int, ...]] = []
+    for name, data in [("train", prepared.train), *((f"eval: {k}", v) for k, v in prepared.eval.items())]:
+        quantiles = [int(np.quantile(data.lengths, q)) for q in (0.0, 0.5, 0.95, 1.0)]
+        rows.append((name, len(np.unique(data.example_ids)), data.tokens(), data.trained(), *quantiles))
+    return rows

@@ -1,0 +1,85 @@
+"""What is wrong with the data, collected: every mistake is named by file, line and field, and raised once.
+
+Why collected: whoever mends a file of a million lines wants the list, not the first item of it. The first ten are shown with
+the total. Cost: nothing when the data is right.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from halfbyte.errors import DataError
+
+SHOWN = 10
+HINTS = {
+    "data.bad-example": "mend these lines, or name the shape: `data.train: [{path: ..., shape: messages}]`",
+    "data.bad-file": "a .jsonl file holds one JSON object a line; a .json file one array of objects, or one object a line",
+    "data.tools": "tool calls cannot be trained on yet; leave out the examples with tools, or turn them into plain messages",
+    "data.mask": "use `template: chatml`, a template with {% generation %} around the answer, or `loss_on: all`",
+    "data.template": "the chat template refused or dropped these messages; choose another one with `data.template`",
+    "data.no-eot": "write the end-of-turn token after every answer in the template, or use `template: chatml`",
+}
+
+
+class Where(NamedTuple):
+    """Where an example comes from: `chats.jsonl:12`, or `squad.parquet row 12` for files without lines."""
+
+    file: str
+    line: int
+    unit: str = "line"
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.unit == "line" else f"{self.file} {self.unit} {self.line}"
+
+
+class Problem(NamedTuple):
+    """One mistake: `field` is empty when the whole line is meant."""
+
+    where: Where
+    field: str
+    expected: str
+    got: str
+    code: str
+
+    def __str__(self) -> str:
+        name = f"`{self.field}`: " if self.field else ""
+        return f"{self.where}: {name}expected {self.expected}, got {self.got}"
+
+
+@dataclass
+class Problems:
+    """A list of mistakes that ends in at most one `DataError`."""
+
+    shown: list[Problem] = field(default_factory=list)
+    total: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)  # why -> examples left out on purpose, for the report
+    noted: Counter[str] = field(default_factory=Counter)  # what -> examples that are odd but learned, for the report
+
+    def add(self, where: Where, name: str, expected: str, got: str, code: str = "data.bad-example") -> None:
+        """Notes a mistake; reading goes on."""
+        self.total += 1
+        if len(self.shown) < SHOWN:
+            self.shown.append(Problem(where, name, expected, got, code))
+
+    def raise_any(self) -> None:
+        """Raises one `DataError` with the first ten mistakes and the total, if there is any."""
+        if not self.total:
+            return
+        lines = [f"  {problem}" for problem in self.shown]
+        if self.total > len(self.shown):
+            lines.append(f"  ... and {self.total - len(self.shown)} more")
+        count = "1 example is wrong" if self.total == 1 else f"{self.total} examples are wrong"
+        code = self.shown[0].code
+        raise DataError("\n".join([f"{count}:", *lines]), hint=HINTS.get(code, ""), code=code)
+
+
+def kind_of(value: object) -> str:
+    """A value as an error message shows it: its type, and its text when that is short."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, str):
+        return "an empty string" if not value.strip() else f"the text {value[:40]!r}"
+    names = {bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,248 @@
+"""Answers: one prompt or conversation in, text out, token by token as it is made.
+
+Why through transformers' `generate`: the key/value cache, sampling and its corner cases exist there and are right; this file
+adds what a trained adapter needs around it: the chat template that it was trained with, the tokens that end its turn, an
+answer that depends on nothing but its arguments (greedy at temperature 0, a private random state otherwise), and a model
+that is left exactly as it was found, so that a run can sample between two steps.
+Cost: a prefill of the prompt, then one pass a token; the cache holds 2 * layers * heads * head_dim numbers a token. On a CPU the
+weights are decoded once an answer and held meanwhile, when half of the free memory has room for them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from halfbyte.errors import DataError, RecipeError
+from halfbyte.generate.stream import TextStream
+from halfbyte.layers.decoded import held
+
+if TYPE_CHECKING:
+    from halfbyte.checkpoints.base import Base
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """text: without special tokens. tokens: generated, the end token included. tokens_per_s: prefill included.
+
+    stopped_by: `end` (the model ended its turn), `length` (max_tokens), `context` (the model's positions are used up).
+    """
+
+    text: str
+    tokens: int
+    tokens_per_s: float
+    stopped_by: Literal["end", "length", "context"]
+    prompt_tokens: int
+
+
+def generate(
+    base: Base,
+    prompt: str | Sequence[Message],
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stream: Callable[[str], object] | None = None,
+    *,
+    template: str | None = None,
+) -> Answer:
+    """Answers `prompt`: a string is continued as it stands; messages (`role`, `content`) go through the chat template.
+
+    temperature 0 takes the most likely token each time; above, tokens are drawn from the smallest set of probability top_p,
+    the same ones for the same seed. stream: receives the text in pieces while it is made.
+    template: Jinja text; default the tokenizer's own. Raises DataError (no template, a prompt too long), RecipeError (arguments).
+    """
+    _check(max_tokens, temperature, top_p)
+    ids = encode(base, prompt, template)
+    ends = end_tokens(base, template if isinstance(prompt, str) else _template(base, template))
+    room, limited_by_context = _room(base.model, len(ids), max_tokens)
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=room,
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else None,
+        top_p=top_p if temperature > 0 else None,
+        top_k=0 if temperature > 0 else None,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else min(ends, default=0),
+        use_cache=True,
+    )
+    device = next(base.model.parameters()).device
+    streamer = TextStream(base.tokenizer, len(ids), stream)
+    started = time.perf_counter()
+    with _evaluating(base.model), _seeded(seed, device), held(base.model, base.compute), torch.no_grad():
+        inputs = torch.tensor([ids], device=device)
+        out: Tensor = base.model.generate(  # type: ignore[operator]
+            inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer
+        )
+    seconds = time.perf_counter() - started
+    new = out[0, len(ids) :].tolist()
+    ended = bool(new) and new[-1] in ends
+    text = str(base.tokenizer.decode(new, skip_special_tokens=True))
+    stopped: Literal["end", "length", "context"] = "end" if ended else "context" if limited_by_context else "length"
+    return Answer(text, len(new), len(new) / seconds, stopped, len(ids))
+
+
+class Chat:
+    """A conversation: keeps the history, and answers as the adapter or as the base beneath it.
+
+    adapter: what `lora.attach` or `peft.load` returned for the same base; None chats with the base alone.
+    `which` says who answers now; `use("base")` and `use("adapter")` switch, the history is kept. `reset()` forgets it.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        adapter: Any = None,
+        *,
+        template: str | None = None,
+        system: str | None = None,
+        max_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.base, self.adapter, self.template, self.system = base, adapter, template, system
+        self.max_tokens, self.temperature, self.top_p, self.seed = max_tokens, temperature, top_p, seed
+        self.which: Literal["base", "adapter"] = "base" if adapter is None else "adapter"
+        self.messages: list[Message] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the conversation; the system message stays."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def use(self, which: Literal["base", "adapter"]) -> None:
+        """Switches who answers. Raises RecipeError when there is no adapter to switch to."""
+        if which == "adapter" and self.adapter is None:
+            raise RecipeError("there is no adapter here, only a base", hint="start the chat with an adapter directory")
+        self.which = which
+
+    def say(self, text: str, stream: Callable[[str], object] | None = None) -> Answer:
+        """One turn: adds `text` and the answer to the history. An interrupted or failed turn leaves the history as it was."""
+        turn = [*self.messages, {"role": "user", "content": text}]
+        turns = len([m for m in turn if m["role"] == "user"])
+        with self._answering():
+            answer = generate(
+                self.base,
+                turn,
+                self.max_tokens,
+                self.temperature,
+                self.top_p,
+                self.seed + turns - 1,
+                stream,
+                template=self.template,
+            )
+        self.messages = [*turn, {"role": "assistant", "content": answer.text}]
+        return answer
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        if self.adapter is None:
+            yield
+            return
+        with self.adapter.enabled(self.which == "adapter"):
+            yield
+
+
+def encode(base: Base, prompt: str | Sequence[Message], template: str | None = None) -> list[int]:
+    """Token ids of a prompt: a string as it stands, with the tokenizer's own special tokens; messages by the template."""
+    if isinstance(prompt, str):
+        ids: list[int] = base.tokenizer(prompt)["input_ids"]
+        if not ids and base.tokenizer.bos_token_id is not None:
+            ids = [base.tokenizer.bos_token_id]
+        if not ids:
+            raise DataError("the prompt is empty", hint="give some text", code="generate.empty")
+        return ids
+    chosen = _template(base, template)
+    text = base.tokenizer.apply_chat_template(list(prompt), chat_template=chosen, add_generation_prompt=True, tokenize=False)
+    return list(base.tokenizer(str(text), add_special_tokens=False)["input_ids"])
+
+
+def end_tokens(base: Base, template: str | None = None) -> set[int]:
+    """Tokens that end an answer: the model's and the tokenizer's end of sequence, and what the template puts after a turn."""
+    ends: set[int] = set()
+    declared = [base.tokenizer.eos_token_id, base.model.config.get_text_config().eos_token_id]
+    if base.model.generation_config is not None:
+        declared.append(base.model.generation_config.eos_token_id)
+    for value in declared:
+        ends.update(value if isinstance(value, list) else [] if value is None else [value])
+    if template is not None and (token := _end_of_turn(base, template)) is not None:
+        ends.add(token)
+    return ends
+
+
+def _end_of_turn(base: Base, template: str) -> int | None:
+    """The first special token after an assistant's words in a rendered conversation."""
+    words = "halfbyte end of turn"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
+    text = str(base.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+    tail = base.tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
+    special = set(base.tokenizer.all_special_ids) | set(base.tokenizer.added_tokens_decoder)
+    return next((token for token in tail if token in special), None)
+
+
+def _template(base: Base, template: str | None) -> str:
+    chosen = template if template is not None else base.tokenizer.chat_template
+    if isinstance(chosen, dict):
+        chosen = chosen.get("default")
+    if not chosen:
+        raise DataError(
+            f"{base.name} has no chat template, so messages cannot be written as tokens",
+            hint="give a plain prompt, or name a template (data.template)",
+            code="data.no-template",
+        )
+    return str(chosen)
+
+
+def _room(model: nn.Module, prompt_tokens: int, max_tokens: int) -> tuple[int, bool]:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr,operator]
+    if limit is None or prompt_tokens + max_tokens <= limit:
+        return max_tokens, False
+    if prompt_tokens >= limit:
+        raise DataError(
+            f"the prompt has {prompt_tokens} tokens, the model can see {limit}",
+            hint="shorten it, or start the conversation afresh (/reset)",
+            code="generate.too-long",
+        )
+    return limit - prompt_tokens, True
+
+
+def _check(max_tokens: int, temperature: float, top_p: float) -> None:
+    wrong = []
+    if max_tokens < 1:
+        wrong.append(f"max_tokens is {max_tokens}, must be at least 1")
+    if not temperature >= 0:
+        wrong.append(f"temperature is {temperature}, must be 0 or more")
+    if not 0 < top_p <= 1:
+        wrong.append(f"top_p is {top_p}, must be above 0 and at most 1")
+    if wrong:
+        raise RecipeError("; ".join(wrong), hint="see `halfbyte chat --help`")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """A private random state: the caller's is as it was afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,57 @@
+"""Decoded weights kept in memory for a while: what a CPU with RAM to spare does instead of decoding at every call.
+
+Why: on a CPU, decoding a weight costs as much as multiplying some tens of tokens by it, so generation, token by token, would
+spend nearly all its time decoding. On a GPU it costs little and memory is what is short: nothing is held there.
+The numbers are the same bits: a held weight is what `dequantize` would return. Cost: the model in the compute dtype, on top of
+the packed one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from halfbyte.kernels.dequantize import dequantize
+from halfbyte.layers.linear import Linear4bit
+
+log = logging.getLogger("halfbyte")
+SHARE = 0.5
+"""Of the memory that is free, what may be used."""
+
+
+@contextmanager
+def held(model: nn.Module, dtype: torch.dtype, *, limit: int | None = None) -> Iterator[bool]:
+    """Within it, packed layers on the CPU answer from decoded weights in `dtype`. Yields whether they do.
+
+    All or none: when they would take more than `limit` bytes (default: half of the memory that is free) nothing is held.
+    """
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit) and m.codes.device.type == "cpu" and m.decoded is None]
+    wanted = sum(layer.packed.numel for layer in layers) * dtype.itemsize
+    room = limit if limit is not None else int(SHARE * (available_bytes() or 0))
+    if not layers or wanted > room:
+        log.debug("decoded weights are not held: %d bytes wanted, room for %d", wanted, room)
+        yield False
+        return
+    try:
+        for layer in layers:
+            layer.decoded = dequantize(layer.packed, dtype)
+        yield True
+    finally:
+        for layer in layers:
+            layer.decoded = None
+
+
+def available_bytes() -> int | None:
+    """Memory that this process can still have, where the system tells (Linux)."""
+    info = Path("/proc/meminfo")
+    if not info.is_file():
+        return None
+    for line in info.read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None

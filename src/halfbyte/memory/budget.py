@@ -1,0 +1,64 @@
+"""The memory that a plan may use: what the device has free, a size, or a card by name.
+
+Why a reserve: allocators round up and fragment; a plan that uses the last byte fails in the middle of a run.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from halfbyte.errors import RecipeError
+from halfbyte.memory import measure
+from halfbyte.memory.gpus import CARDS, DRIVER_SHARE
+from halfbyte.mistakes import nearest
+
+GIB = 1 << 30
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+RESERVE = 0.03
+"""Share of the budget that stays free for the allocator's rounding."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """kind: of the device (a size or a card is a CUDA device). name: as shown. bytes: usable, the reserve taken off.
+
+    total: bytes of the device. here: whether it is this machine's device. note: how the number came about.
+    """
+
+    kind: Literal["cuda", "cpu"]
+    name: str
+    bytes: int
+    total: int
+    here: bool
+    note: str
+
+
+def budget(asked: str = "auto") -> Budget:
+    """The budget of `memory.gpu` or `--gpu`: `auto`, a size such as `24GiB`, or a card. Raises RecipeError (`memory.gpu`)."""
+    if asked == "auto":
+        return _of_this_machine()
+    if size := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", asked):
+        unit = size.group(2).lower()
+        if unit in UNITS and unit not in ("", "b"):
+            total = int(float(size.group(1)) * UNITS[unit])
+            return Budget("cuda", asked.strip(), int(total * (1 - RESERVE)), total, False, f"{RESERVE:.0%} of it stay free")
+    name = re.sub(r"nvidia|geforce|[\s_]", "", asked.lower())
+    for card in (name, name.replace("-", ""), f"rtx{name}"):
+        if card in CARDS:
+            total = int(CARDS[card] * GIB)
+            usable = int(total * (1 - DRIVER_SHARE) * (1 - RESERVE))
+            note = f"{CARDS[card]:g} GiB, {DRIVER_SHARE:.0%} held by the driver, {RESERVE:.0%} stay free"
+            return Budget("cuda", card, usable, total, False, note)
+    guess = nearest(name, CARDS)
+    hint = f"did you mean `{guess}`?" if guess else "give a size such as 24GiB, or a card such as rtx4090, a100-80g, t4"
+    raise RecipeError(f"`{asked}` is neither a size nor a card that the plan knows", hint=hint, code="memory.gpu")
+
+
+def _of_this_machine() -> Budget:
+    if card := measure.cuda_device():
+        note = f"free now, {RESERVE:.0%} of it stay free"
+        return Budget("cuda", card.name, int(card.free * (1 - RESERVE)), card.total, True, note)
+    ram = measure.ram()
+    return Budget("cpu", "CPU", int(ram.free * (1 - RESERVE)), ram.total, True, f"available RAM, {RESERVE:.0%} of it stay free")

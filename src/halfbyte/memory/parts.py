@@ -1,0 +1,119 @@
+"""The bytes of each part of a run, from a model's config and a recipe alone: nothing is loaded and nothing is run.
+
+The weights are exact: the same shapes go through the same rules as at load. What learns is exact. Activations are counted
+tensor by tensor as the decoder layer keeps them for backward; buffers of libraries and the allocator's rounding are
+estimates, and are shown as parts of their own.
+
+Letters: T = tokens in a microbatch (m rows), H = hidden, N/K = outputs/inputs of a linear layer, c = bytes of a number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import PretrainedConfig
+
+from halfbyte.config import Recipe
+from halfbyte.memory.shapes import Shapes, shapes, skeleton
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LOSS_CHUNK = 64 << 20
+"""Bytes of logits (fp32) that the loss holds at once."""
+CONTEXT = {"cuda": 560 << 20, "cpu": 620 << 20}
+"""What is there before the model: CUDA context and library workspaces; on a CPU, Python with its libraries (measured)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the memory of a run. grows: whether it grows with the microbatch."""
+
+    name: str
+    bytes: int
+    note: str
+    grows: bool = False
+
+
+def parts(
+    config: dict[str, Any] | PretrainedConfig,
+    recipe: Recipe,
+    *,
+    microbatch: int = 1,
+    recompute: bool = False,
+    compute: str = "bf16",
+    device: Literal["cuda", "cpu"] = "cuda",
+) -> list[Part]:
+    """The parts of a run of `recipe` on the model of `config` (a config.json), the largest first."""
+    dtype = DTYPES[compute]
+    return count(shapes(skeleton(config, dtype), recipe.format, recipe.adapter), recipe, microbatch, recompute, dtype, device)
+
+
+def count(s: Shapes, recipe: Recipe, microbatch: int, recompute: bool, dtype: torch.dtype, device: Literal["cuda", "cpu"]) -> list[Part]:
+    """The same from shapes that are known."""
+    tokens = microbatch * recipe.data.tokens
+    found = [*weights(s, recipe), *learning(s, recipe), *activations(s, tokens, recompute, dtype)]
+    chunk = min(tokens * s.vocab * 4, LOSS_CHUNK)
+    found.append(Part("loss", 3 * chunk, "logits of a chunk of tokens, their exponentials and gradient", grows=True))
+    if s.report.packed:
+        scratch = 2 * s.largest * dtype.itemsize
+        found.append(Part("decode scratch", scratch, f"the largest weight decoded ({s.largest:,} numbers), and what it is made of"))
+    found.append(Part("context", CONTEXT[device], "CUDA context and workspaces" if device == "cuda" else "Python and its libraries"))
+    return sorted((p for p in found if p.bytes), key=lambda p: -p.bytes)
+
+
+def weights(s: Shapes, recipe: Recipe) -> list[Part]:
+    """The base: exact."""
+    packed = sum(r.bytes for r in s.report.packed)
+    kept = sum(r.bytes for r in s.report.kept)
+    if recipe.adapter.kind == "none":
+        return [Part("weights", 4 * s.report.params, "fp32 masters of every weight; casts to the compute dtype come and go")]
+    bits = 8 * packed / max(1, sum(r.params for r in s.report.packed))
+    nested = ", nested scales" if recipe.format.nested and recipe.format.kind in ("nf4", "fp4") else ""
+    return [
+        Part("packed weights", packed, f"{recipe.format.kind}{nested}: {bits:.3f} bits a weight"),
+        Part("other weights", kept, "embeddings, head, norms" if packed else "all weights of the frozen base"),
+    ]
+
+
+def learning(s: Shapes, recipe: Recipe) -> list[Part]:
+    """What learns, its gradients and Adam's two moments, all fp32 in flat buffers: exact."""
+    n = 4 * s.padded
+    own = [] if recipe.adapter.kind == "none" else [Part("adapter", n, f"{s.trained:,} numbers in fp32")]
+    return [*own, Part("gradients", n, "fp32"), Part("optimizer", 2 * n, "AdamW's two moments in fp32")]
+
+
+def activations(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype) -> list[Part]:
+    """What forward keeps for backward, and what backward of one layer holds besides."""
+    c = dtype.itemsize
+    layer = tokens * layer_bytes(s, c)
+    wide = max((n for n, _ in s.linears), default=s.hidden)
+    working = tokens * 3 * wide * c + tokens * 4 * s.hidden * c
+    ends = tokens * s.hidden * (4 + 2 * c)
+    if recompute:
+        boundaries = s.layers * tokens * s.hidden * c
+        return [
+            Part("activations", boundaries + layer + ends, "each layer's input, and one layer recomputed", grows=True),
+            Part("backward", working, "gradients on their way through one layer", grows=True),
+        ]
+    return [
+        Part("activations", s.layers * layer + ends, f"what {s.layers} layers keep for backward", grows=True),
+        Part("backward", working, "gradients on their way through one layer", grows=True),
+    ]
+
+
+def layer_bytes(s: Shapes, c: int) -> int:
+    """Bytes a token that one decoder layer keeps for backward, by what its linear layers read and write.
+
+    Norms keep their input in fp32 (two norms). Attention keeps q, k, v as rotated (k and v repeated to all heads), its output and a
+    log-sum a head. An MLP keeps the inputs of its activation and product: 3 of its inner width when gated, 4 when
+    not (the pieces of a tanh-gelu). Every linear layer with an adapter keeps its input, shared in a group, and x Aᵀ.
+    """
+    inner = max((k for _, k in s.linears), default=s.hidden)
+    inputs = [n for n, k in s.linears if k != inner and n >= inner]
+    gated = sum(inputs) >= 2 * inner
+    query = s.hidden
+    norms = 2 * 4 * s.hidden
+    attention = c * (s.hidden + 3 * query + query) + 4 * s.heads
+    mlp = c * (s.hidden + (4 if gated else 6) * inner)
+    return norms + attention + mlp + c * s.rank_sum

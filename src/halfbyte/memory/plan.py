@@ -1,0 +1,198 @@
+"""The plan: how a run will use memory, decided before the first step, with the bytes of every part.
+
+Rows are the same in every step, so what fits once fits always. The choice is between more rows in a microbatch (fewer
+decodes of the weights a step) and keeping activations instead of recomputing them (a third less arithmetic): keeping comes
+first, since a product saturates the device at a few thousand tokens; within either, the most rows that still help.
+Cost: about a second for the shapes; no weight is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from transformers import PretrainedConfig
+
+from halfbyte.checkpoints import description, hub
+from halfbyte.config import Recipe
+from halfbyte.errors import MemoryPlanError
+from halfbyte.memory.budget import Budget
+from halfbyte.memory.budget import budget as budget_of
+from halfbyte.memory.parts import DTYPES, Part, count
+from halfbyte.memory.shapes import Shapes, shapes, skeleton
+
+ENOUGH_TOKENS = {"cuda": 16384, "cpu": 2048}
+"""Tokens of a microbatch beyond which more rows gain nothing."""
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """base: weights of the model; packed: those stored in a format; trained: what learns."""
+
+    base: int
+    packed: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """version: of this layout. fits: whether `bytes` <= `budget.bytes`. bytes: the peak, the sum of `parts`.
+
+    microbatch: rows at once; microbatches: of them in a step. recompute: `none` or `all` layers. offloaded, streamed: bytes kept in host
+    memory instead (0 here). tokens_per_second: predicted speed, null where it is not predicted. reason: of the choice.
+    advice: what would make it fit, or fit better.
+    """
+
+    version: int
+    model: str
+    format: str
+    compute: str
+    budget: Budget
+    fits: bool
+    bytes: int
+    parts: tuple[Part, ...]
+    microbatch: int
+    microbatches: int
+    tokens: int
+    recompute: Literal["none", "all"]
+    offloaded: int
+    streamed: int
+    tokens_per_second: float | None
+    parameters: Parameters
+    reason: str
+    advice: tuple[str, ...]
+
+    @property
+    def spare(self) -> int:
+        """Bytes of the budget that stay free; negative when it does not fit."""
+        return self.budget.bytes - self.bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON, laid out as `json_schema` says."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """The plan as text."""
+        from halfbyte.memory.table import as_text
+
+        return as_text(self)
+
+    def require(self) -> Plan:
+        """The plan itself; raises MemoryPlanError, with the numbers and what would help, when it does not fit."""
+        if self.fits:
+            return self
+        message = f"{self.model} needs {_gib(self.bytes)} and {self.budget.name} has {_gib(self.budget.bytes)} to use"
+        raise MemoryPlanError(message, hint="; ".join(self.advice), code="memory.no-fit")
+
+
+def plan(recipe: Recipe, budget: str | Budget | None = None, *, config: dict[str, Any] | PretrainedConfig | None = None) -> Plan:
+    """The plan of a recipe. budget: a card, a size, or None for `memory.gpu`; config: of the model, read from its source unless given.
+
+    Raises RecipeError for a budget that is not understood; a plan that does not fit is returned, not raised (see `Plan.require`).
+    """
+    given = budget if isinstance(budget, Budget) else budget_of(budget or recipe.memory.gpu)
+    if config is None:
+        config = description.config_of(hub.locate(recipe.model, weights=False).path)
+    compute = compute_of(recipe, given)
+    s = shapes(skeleton(config, DTYPES[compute]), recipe.format, recipe.adapter)
+    best, reason = _choose(s, recipe, given, compute)
+    return _plan(s, recipe, given, compute, best, reason)
+
+
+def compute_of(recipe: Recipe, budget: Budget) -> str:
+    """The compute dtype to plan with: what was asked, else bf16 on a GPU and fp32, which needs the most, on a CPU."""
+    if recipe.compute != "auto":
+        return recipe.compute
+    return "fp32" if budget.kind == "cpu" else "bf16"
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of `Plan.as_dict()`."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Plan).json_schema()
+
+
+Choice = tuple[int, bool]
+
+
+def _choose(s: Shapes, recipe: Recipe, budget: Budget, compute: str) -> tuple[Choice, str]:
+    """(microbatch, recompute) and why."""
+    options = _options(recipe, budget)
+    for i, (m, recompute) in enumerate(options):
+        if _bytes(s, recipe, (m, recompute), budget, compute) <= budget.bytes:
+            how = "every layer is recomputed in backward" if recompute else "all activations are kept"
+            rows = "as asked" if len(options) == 1 else "the first choice" if i == 0 else "the most that fits"
+            return (m, recompute), f"{m} {'row' if m == 1 else 'rows'} at once, {how}: {rows}"
+    return options[-1], "nothing smaller is left to choose"
+
+
+def _options(recipe: Recipe, budget: Budget) -> list[Choice]:
+    """Every (microbatch, recompute) that the recipe allows, the best first."""
+    batch, tokens = recipe.train.batch, recipe.data.tokens
+    if isinstance(recipe.memory.microbatch, int):
+        rows = [recipe.memory.microbatch]
+    else:
+        rows = [m for m in range(batch, 0, -1) if batch % m == 0]
+        rows = [m for m in rows if m * tokens <= ENOUGH_TOKENS[budget.kind]] or [1]
+    modes = {"on": [True], "off": [False], "auto": [False, True]}[recipe.memory.recompute]
+    return [(m, mode) for mode in modes for m in rows]
+
+
+def _bytes(s: Shapes, recipe: Recipe, choice: Choice, budget: Budget, compute: str) -> int:
+    return sum(p.bytes for p in count(s, recipe, *choice, DTYPES[compute], budget.kind))
+
+
+def _plan(s: Shapes, recipe: Recipe, budget: Budget, compute: str, choice: Choice, reason: str) -> Plan:
+    m, recompute = choice
+    found = tuple(count(s, recipe, m, recompute, DTYPES[compute], budget.kind))
+    total = sum(p.bytes for p in found)
+    fits = total <= budget.bytes
+    return Plan(
+        version=VERSION,
+        model=recipe.model.name,
+        format=recipe.format.kind,
+        compute=compute,
+        budget=budget,
+        fits=fits,
+        bytes=total,
+        parts=found,
+        microbatch=m,
+        microbatches=recipe.train.batch // m,
+        tokens=recipe.data.tokens,
+        recompute="all" if recompute else "none",
+        offloaded=0,
+        streamed=0,
+        tokens_per_second=None,
+        parameters=Parameters(s.report.params, sum(r.params for r in s.report.packed), s.trained),
+        reason=reason,
+        advice=() if fits else tuple(_advice(s, recipe, budget, compute, choice)),
+    )
+
+
+def _advice(s: Shapes, recipe: Recipe, budget: Budget, compute: str, choice: Choice) -> list[str]:
+    """Changes of the recipe, each with what it saves; one that suffices alone is marked."""
+    now = _bytes(s, recipe, choice, budget, compute)
+    changes: list[tuple[str, Recipe, Choice]] = []
+    m, recompute = choice
+    if not recompute:
+        changes.append(("memory.recompute=on", recipe, (m, True)))
+    if m > 1:
+        changes.append(("memory.microbatch=1", recipe, (1, recompute)))
+    if recipe.data.tokens > 512:
+        shorter = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokens": recipe.data.tokens // 2})})
+        changes.append((f"data.tokens={recipe.data.tokens // 2}", shorter, choice))
+    told = []
+    for text, changed, option in changes:
+        saved = now - _bytes(s, changed, option, budget, compute)
+        told.append(f"{text} saves {_gib(saved)}" + (" and fits" if now - saved <= budget.bytes else ""))
+    if recipe.format.kind in ("none", "int8") and recipe.adapter.kind == "lora":
+        told.append("format=nf4 stores the base in about 4 bits a weight")
+    if recipe.adapter.kind == "none":
+        told.append("a LoRA adapter (adapter.kind=lora, format=nf4) trains far fewer numbers")
+    return told or ["a smaller model, or a device with more memory"]
+
+
+def _gib(count: int) -> str:
+    return f"{count / (1 << 30):.2f} GiB" if abs(count) >= 1 << 30 else f"{count / (1 << 20):.0f} MiB"

@@ -1,0 +1,138 @@
+"""A model's shapes from its config alone: what is packed, what stays, what learns, and the widths that activations have.
+
+The model is built on the meta device, where a tensor is a shape without memory, so that every family that transformers
+knows is counted by its own code, and packing and targets are decided by the very functions that a run uses.
+Cost: about a second for an 8B model, no weights.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from halfbyte.adapters import targets
+from halfbyte.adapters.config import AdapterConfig
+from halfbyte.errors import ModelError
+from halfbyte.formats.config import FormatConfig
+from halfbyte.formats.packed import Format
+from halfbyte.layers import swap
+from halfbyte.layers.report import Row, SwapReport
+
+SEGMENT = 256
+"""Elements to which each trainable parameter is padded in the flat buffer (`optim/flat.py`)."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the arithmetic of `parts` needs.
+
+    report: packed and kept rows with bytes at `compute`. layers: decoder layers. hidden, vocab: widths. linears: (N, K) of
+    every linear layer of the widest decoder layer, attention first. heads. trained: elements that learn; padded: the same in
+    the flat buffer; rank_sum: of all adapters' ranks in that layer. largest: elements of the largest packed weight.    """
+
+    report: SwapReport
+    layers: int
+    hidden: int
+    vocab: int
+    heads: int
+    linears: tuple[tuple[int, int], ...]
+    trained: int
+    padded: int
+    rank_sum: int
+    largest: int
+
+
+def skeleton(config: dict[str, Any] | PretrainedConfig, compute: torch.dtype) -> PreTrainedModel:
+    """The model of a `config.json` without memory. Raises ModelError where transformers does not know it."""
+    if isinstance(config, dict):
+        kind = config.get("model_type", "")
+        known = {k: v for k, v in config.items() if k not in ("auto_map", "quantization_config", "torch_dtype", "dtype", "model_type")}
+        try:
+            config = AutoConfig.for_model(kind, **known)
+        except ValueError as error:
+            raise ModelError(f"transformers does not know the model type `{kind}`", code="model.unknown") from error
+    with init_empty_weights():
+        net: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=compute, attn_implementation="sdpa")
+    net.tie_weights(recompute_mapping=False)
+    return net.requires_grad_(False)
+
+
+def shapes(net: PreTrainedModel, fmt: FormatConfig, adapter: AdapterConfig) -> Shapes:
+    """The shapes of a meta model. Raises ModelError when no target or skip pattern matches."""
+    report = swap.plan_packing(net, fmt.skip, None if fmt.kind == "none" else Format.from_config(fmt))
+    config = net.config.get_text_config()
+    by_layer = _by_layer(report.rows)
+    widest = max(by_layer.values(), key=lambda rows: sum(r.params for r in rows), default=[])
+    sizes = _trained(net, report, adapter)
+    ranks = _ranks(net, adapter) if adapter.kind == "lora" else {}
+    return Shapes(
+        report=report,
+        layers=len(by_layer),
+        hidden=int(config.hidden_size),
+        vocab=int(config.vocab_size),
+        heads=int(config.num_attention_heads),
+        linears=tuple(_nk(r) for r in widest),
+        trained=sum(sizes),
+        padded=sum(-(-n // SEGMENT) * SEGMENT for n in sizes),
+        rank_sum=sum(ranks.get(r.module, 0) for r in widest),
+        largest=max((r.params for r in report.rows if r.kind in ("linear", "conv1d")), default=0),
+    )
+
+
+def _nk(row: Row) -> tuple[int, int]:
+    first, second = row.shape
+    return (second, first) if row.kind == "conv1d" else (first, second)
+
+
+def _by_layer(rows: list[Row]) -> dict[str, list[Row]]:
+    """The linear rows of each decoder layer: those below the most frequent `<path>.<number>.`."""
+    prefixes: Counter[str] = Counter()
+    split = [(row, _numbered(row.path)) for row in rows if row.kind in ("linear", "conv1d")]
+    for _, found in split:
+        if found:
+            prefixes[found[0]] += 1
+    if not prefixes:
+        return {}
+    stem = prefixes.most_common(1)[0][0]
+    layers: dict[str, list[Row]] = {}
+    for row, found in split:
+        if found and found[0] == stem:
+            layers.setdefault(found[1], []).append(row)
+    return layers
+
+
+def _numbered(path: str) -> tuple[str, str] | None:
+    """`model.layers.3.mlp.up_proj.weight` -> (`model.layers`, `3`)."""
+    steps = path.split(".")
+    at = next((i for i, step in enumerate(steps) if step.isdigit()), None)
+    return None if at is None else (".".join(steps[:at]), steps[at])
+
+
+def _ranks(net: nn.Module, adapter: AdapterConfig) -> dict[str, int]:
+    """Path of each target and the rank of its adapter."""
+    return {path: int(targets.patterned(adapter.rank_pattern, path, adapter.rank)) for path in targets.match(net, adapter)}
+
+
+def _trained(net: PreTrainedModel, report: SwapReport, adapter: AdapterConfig) -> list[int]:
+    """Elements of each parameter that learns."""
+    if adapter.kind == "none":
+        return [row.params for row in report.rows]
+    sizes = []
+    matched = _ranks(net, adapter)
+    for path, rank in matched.items():
+        weight = net.get_submodule(path).weight
+        assert isinstance(weight, torch.Tensor)
+        n, k = (weight.shape[1], weight.shape[0]) if isinstance(net.get_submodule(path), Conv1D) else weight.shape
+        sizes += [rank * k, n * rank]
+    whole = targets.modules_named(net, adapter.modules_to_save)
+    sizes += [r.params for r in report.rows if any(r.path.startswith(f"{path}.") for path in whole)]
+    if adapter.bias != "none":
+        sizes += [r.params for r in report.rows if r.kind == "bias" and (adapter.bias == "all" or r.module in matched)]
+    return sizes

@@ -1,0 +1,31 @@
+"""Supervised fine-tuning: the mean cross-entropy of the trained tokens of a batch.
+
+Why a mean over the whole batch, not over microbatches: examples differ in length, and a mean of means would weight a token by
+the company it keeps and change with the microbatch. Here every trained token of the batch weighs the same, whatever m is.
+Cost: the batch's trained tokens must be counted before its first forward pass (the loader does).
+
+Letters: S = tokens of a microbatch (m rows), H = hidden size.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from halfbyte.kernels import cross_entropy as kernel
+from halfbyte.layers.head import Head
+
+
+def sums(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy (fp32) and number of tokens predicted right (argmax), scalars, over labels that are not -100.
+
+    hidden: `[1, S, H]` after the final norm. labels: int64 `[1, S]`, already shifted; best on the CPU, where they are counted
+    without a sync of the device. Logits are never all materialised.
+    """
+    labelled = int((labels != kernel.IGNORE).sum()) if labels.device.type == "cpu" else None
+    output = kernel.Head(head.weight, head.bias, head.scale, head.cap or 0.0)
+    return kernel.cross_entropy(hidden, labels.to(hidden.device, non_blocking=True), output, labelled=labelled)
+
+
+def loss(hidden: Tensor, labels: Tensor, head: Head, total_trained: int) -> Tensor:
+    """A microbatch's share of the batch's mean loss, fp32 scalar: the shares of all microbatches add up to the mean."""
+    return sums(hidden, labels, head)[0] / max(1, total_trained)

@@ -1,0 +1,179 @@
+"""The end of a run: the adapter (of the best checkpoint) in PEFT's layout, the plot, the summary, what to do next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.adapters.lora import Adapter
+from halfbyte.checkpoints import atomic, peft, resume
+from halfbyte.checkpoints.base import Base
+from halfbyte.config import Recipe
+from halfbyte.data.prepare import Prepared
+from halfbyte.errors import CheckpointError
+from halfbyte.memory.plan import Plan
+from halfbyte.recipe import dump
+from halfbyte.train import metrics
+from halfbyte.train.progress import clock
+from halfbyte.train.report import Report
+from halfbyte.train.state import Parts, State
+
+PLOT, SUMMARY = "loss.png", "summary.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave. adapter: its directory (of the whole model after full fine-tuning). exported_step: whose weights it holds.
+
+    loss_before, loss_after: of the first and the last log line. eval_before, eval_after: scores of every held-out set before
+    the first step and of the exported weights: loss, perplexity, accuracy, tokens. samples: prompt, step, answer.
+    """
+
+    adapter: Path
+    output: Path
+    steps: int
+    exported_step: int
+    loss_before: float | None
+    loss_after: float | None
+    eval_before: Mapping[str, Mapping[str, float]]
+    eval_after: Mapping[str, Mapping[str, float]]
+    trained_parameters: int
+    trained_tokens: int
+    skipped: int
+    seconds: float
+    tokens_per_s: float
+    memory_bytes: int
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    summary: str = ""
+
+
+def plot(parts: Parts, output: Path, name: str) -> None:
+    """Write `loss.png` from `metrics.jsonl`; a full disk is told and passed over."""
+    assert isinstance(parts.report, Report)
+    try:
+        metrics.plot(parts.report.metrics.read(), output / PLOT, name)
+    except OSError as error:
+        parts.report.tell(f"WARNING: {output / PLOT} was not written: {error.strerror}")
+
+
+def hand_over(
+    recipe: Recipe, base: Base, adapter: Adapter, prepared: Prepared, parts: Parts, state: State, plan: Plan, report: Report
+) -> Result:
+    """Export the adapter, write `summary.json`, print the summary."""
+    step = _choose_weights(parts, state, report)
+    extras = {peft.RECIPE: dump(recipe), peft.TEMPLATE: prepared.template.text}
+    output = Path(recipe.output).expanduser()
+    if recipe.adapter.kind == "none":
+        where = _save_model(base, output / "model", extras)
+    else:
+        where = peft.save(adapter, output / "adapter", base, extras)
+    result = _result(parts, state, output, where, step, report)
+    text = summary(recipe, result, plan)
+    (output / SUMMARY).write_text(json.dumps({**asdict(result), "summary": text}, indent=1, default=str) + "\n")
+    report.tell(text)
+    return Result(**{**_fields(result), "summary": text})
+
+
+def _choose_weights(parts: Parts, state: State, report: Report) -> int:
+    """Put the weights of the lowest held-out loss in place, if asked and not the last ones; the step they are from."""
+    if not parts.config.best or state.best_step in (None, state.step):
+        return state.step
+    assert state.best_step is not None
+    path = parts.checkpoints / f"step-{state.best_step:08d}"
+    try:
+        parts.restore(resume.load(path).tensors["adapter_model"])
+    except CheckpointError as error:
+        report.tell(f"WARNING: the best step's checkpoint cannot be used ({error.message}); exporting the last step's weights")
+        return state.step
+    report.tell(f"exporting the weights of step {state.best_step}: the lowest held-out loss ({state.best_loss:.4f})")
+    return state.best_step
+
+
+def _save_model(base: Base, directory: Path, extras: Mapping[str, str]) -> Path:
+    """The whole model after full fine-tuning, in the base's 16-bit dtype, as transformers lays it out."""
+    dtype = torch.bfloat16
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in base.model.state_dict().items()}
+    with atomic.directory(directory, replace=True) as temporary:
+        base.model.save_pretrained(temporary, state_dict=tensors)
+        base.tokenizer.save_pretrained(temporary)
+        for name, text in extras.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+    return directory
+
+
+def _result(parts: Parts, state: State, output: Path, where: Path, step: int, report: Report) -> Result:
+    events = report.metrics.read()
+    losses = [e["loss"] for e in events if e["kind"] == "train" and e["loss"] is not None]
+    scores = {e["step"]: e["sets"] for e in state.evaluations}
+    return Result(
+        adapter=where,
+        output=output,
+        steps=state.step,
+        exported_step=step,
+        loss_before=losses[0] if losses else None,
+        loss_after=losses[-1] if losses else None,
+        eval_before=scores.get(0, {}),
+        eval_after=scores.get(step, {}),
+        trained_parameters=parts.flat.numel,
+        trained_tokens=state.trained_tokens,
+        skipped=state.skipped,
+        seconds=round(state.seconds, 1),
+        tokens_per_s=round(state.step * parts.config.batch * parts.row_tokens / max(state.seconds, 1e-9), 1),
+        memory_bytes=metrics.peak_memory(parts.device),
+        samples=state.samples,
+    )
+
+
+def _fields(result: Result) -> dict[str, Any]:
+    return {name: getattr(result, name) for name in Result.__dataclass_fields__}
+
+
+def summary(recipe: Recipe, result: Result, plan: Plan) -> str:
+    """What was trained, how well, where it is, what to do next."""
+    what = "all weights" if recipe.adapter.kind == "none" else f"a LoRA adapter of rank {recipe.adapter.rank}"
+    lines = [
+        "",
+        f"Trained {what} ({result.trained_parameters:,} parameters) on {recipe.model.name} in {recipe.format.kind}",
+        f"  {result.steps} steps, {result.trained_tokens:,} learned tokens, {clock(result.seconds)} of training, "
+        f"{result.tokens_per_s:,.0f} tokens/s, peak {result.memory_bytes / 2**30:.2f} GiB (planned {plan.bytes / 2**30:.2f})",
+    ]
+    if result.skipped:
+        lines.append(f"  {result.skipped} steps skipped, see anomalies.jsonl")
+    for name, after in result.eval_after.items():
+        before = result.eval_before.get(name)
+        start = f"{before['loss']:.4f} -> " if before else ""
+        accuracy = f"{before['accuracy']:.1%} -> " if before else ""
+        lines.append(f"  held-out loss {start}{after['loss']:.4f}, token accuracy {accuracy}{after['accuracy']:.1%}  ({name})")
+    lines += _answers(result)
+    whole = recipe.adapter.kind == "none"
+    lines += [
+        "",
+        f"{'Model' if whole else 'Adapter'}:  {result.adapter}",
+        f"Plot:     {result.output / PLOT}",
+        f"Numbers:  {result.output / metrics.METRICS}",
+        "",
+        "Next:",
+        f"  halfbyte chat {result.adapter}",
+        f"  halfbyte eval {result.adapter}",
+        f"  halfbyte quantize {result.adapter} --format nf4 --out {result.output / 'nf4'}"
+        if whole
+        else f"  halfbyte merge {result.adapter} --out {result.output / 'merged'}",
+    ]
+    return "\n".join(lines)
+
+
+def _answers(result: Result) -> list[str]:
+    """Every fixed prompt, answered before and after."""
+    lines: list[str] = []
+    steps = {sample["step"] for sample in result.samples}
+    for prompt in dict.fromkeys(sample["prompt"] for sample in result.samples):
+        told = {s["step"]: " ".join(s["answer"].split()) for s in result.samples if s["prompt"] == prompt}
+        lines += ["", f"  {prompt}", f"    before: {told.get(0, '')}"]
+        if len(steps) > 1:
+            lines.append(f"    after:  {told[max(told)]}")
+    return lines

@@ -1,0 +1,124 @@
+"""The training loop, whole: fetch, forward, loss, backward, clip, step, log, evaluate, sample, save.
+
+It knows nothing of recipes, files or models; `run.py` composes those into `Parts`. A step is atomic: signals are looked at
+between microbatches, an unfinished window is dropped, and everything is saved at the boundary before it.
+"""
+
+from __future__ import annotations
+
+import time
+
+from halfbyte.errors import Interrupted, TrainingError
+from halfbyte.train import metrics, saving
+from halfbyte.train.evaluate import evaluate, record
+from halfbyte.train.signals import Stop
+from halfbyte.train.state import Batch, Parts, State
+from halfbyte.train.step import (
+    Outcome,
+    backward,
+    clip_gradient,
+    forward,
+    mixed,
+    objective,
+    optimizer_step,
+    seed_step,
+    settle,
+    split,
+)
+
+
+def train(parts: Parts, state: State, stop: Stop) -> None:
+    """Train from where `state` stands to the end of the run. Raises Interrupted (exit code 75) after saving when asked to stop."""
+    pending: list[Outcome] = []
+    parts.model.train()
+    survey(parts, state, stop)
+    while not stop and not finished(parts, state):
+        started = time.monotonic()
+        outcome = one_step(parts, state, stop)
+        state.seconds += time.monotonic() - started
+        if outcome is None:
+            break
+        pending.append(outcome)
+        if at_boundary(parts, state):
+            read(parts, state, pending)
+        if due(state.step, parts.config.log_every):
+            metrics.log(parts, state)
+        survey(parts, state, stop)
+        if due(state.step, parts.config.save_every) or state.best_step == state.step:
+            saving.save(parts, state)
+    read(parts, state, pending)
+    saving.save(parts, state)
+    if stop.signal and not (finished(parts, state) and state.evaluated == state.step):
+        raise Interrupted(
+            f"stopped by {stop.signal.name} at step {state.step} of {parts.total_steps}; the run is saved",
+            hint="run the same command again to resume",
+            code="train.interrupted",
+        )
+
+
+def one_step(parts: Parts, state: State, stop: Stop) -> Outcome | None:
+    """One optimizer step on one batch; None when the run was asked to stop meanwhile (the window is dropped, nothing changed)."""
+    batch = fetch(parts, state)
+    seed_step(parts, state.step)
+    total = None
+    for part in split(parts, batch, state.step):
+        if stop:
+            return None
+        with mixed(parts):
+            hidden = forward(parts, part)
+            loss = objective(parts, hidden, part, batch)
+        share = backward(parts, loss)
+        total = share if total is None else total + share
+    assert total is not None
+    values = clip_gradient(parts, total)
+    return optimizer_step(parts, state, values, batch)
+
+
+def read(parts: Parts, state: State, pending: list[Outcome]) -> None:
+    """Read the device; when it ends the run (three non-finite steps), save first: a resumed run goes on behind them."""
+    try:
+        settle(parts, state, pending)
+    except TrainingError:
+        state.non_finite = 0
+        saving.save(parts, state)
+        raise
+
+
+def fetch(parts: Parts, state: State) -> Batch:
+    """The next batch: a function of seed and step."""
+    return parts.loader.at(state.step)
+
+
+def survey(parts: Parts, state: State, stop: Stop) -> None:
+    """Evaluate and sample when due (before the first step, every `eval_every`, after the last), once a step whatever resumes."""
+    due_now = state.step == 0 or finished(parts, state) or due(state.step, parts.config.eval_every)
+    if not due_now or state.evaluated == state.step:
+        return
+    scores = evaluate(parts, stop)
+    if scores is None:
+        return
+    record(parts, state, scores)
+    for prompt in parts.config.prompts:
+        sample = {"kind": "sample", "step": state.step, "prompt": prompt, "answer": parts.answer(prompt)}
+        state.samples.append(sample)
+        parts.report.event(sample)
+    state.evaluated = state.step
+
+
+def finished(parts: Parts, state: State) -> bool:
+    """Whether the run is over: all steps done, the time limit reached, or no better evaluation for `patience` of them."""
+    config = parts.config
+    late = config.max_minutes is not None and state.seconds >= 60 * config.max_minutes
+    stale = config.patience is not None and state.stale >= config.patience
+    return state.step >= parts.total_steps or late or stale
+
+
+def at_boundary(parts: Parts, state: State) -> bool:
+    """Whether the device must be read now: something after this step depends on its numbers."""
+    config = parts.config
+    return finished(parts, state) or any(due(state.step, n) for n in (config.log_every, config.eval_every, config.save_every))
+
+
+def due(step: int, every: int) -> bool:
+    """Whether `step` is a multiple of `every`; 0 is never."""
+    return every > 0 and step % every == 0

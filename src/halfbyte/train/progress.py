@@ -1,0 +1,108 @@
+"""What a person sees while a run goes on: one live line on a terminal, plain lines elsewhere, words to stderr.
+
+Why two forms: a log file full of carriage returns helps nobody. Plain lines come at most every ten seconds, evaluations,
+samples and warnings always.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_EVERY = 10.0
+
+
+class Display:
+    """Prints events. total: optimizer steps of the run; start: those already done."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.progress: Progress | None = None
+        self.loading: Progress | None = None
+        self.total = 0
+        self.start = 0
+        self.began = self.printed = time.monotonic()
+
+    def begin(self, total: int, start: int) -> None:
+        """Show the bar (terminal) from here on."""
+        self.total, self.start = total, start
+        self.began = self.printed = time.monotonic()
+        if self.console.is_terminal:
+            columns = (
+                BarColumn(24),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            self.progress = Progress(*columns, console=self.console, transient=True)
+            self.progress.add_task("starting", total=total, completed=start)
+            self.progress.start()
+
+    def advance(self, what: str, done: int, total: int | None) -> None:
+        """Show how far a preparation is (terminal only)."""
+        if not self.console.is_terminal:
+            return
+        if self.loading is None:
+            self.loading = Progress(
+                BarColumn(24),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TextColumn("{task.description}"),
+                console=self.console,
+                transient=True,
+            )
+            self.loading.add_task("")
+            self.loading.start()
+        self.loading.update(self.loading.task_ids[0], completed=done, total=total, description=what)
+
+    def settled(self) -> None:
+        """Take the preparation's bar away."""
+        if self.loading is not None:
+            self.loading.stop()
+            self.loading = None
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+    def tell(self, text: str) -> None:
+        """A line of words."""
+        self.console.print(text, markup=False, style="yellow" if text.startswith("WARNING") else None)
+
+    def event(self, event: dict[str, Any]) -> None:
+        """Show an event of the run, if it is for people."""
+        kind = event["kind"]
+        if kind == "train":
+            self._train(event)
+        elif kind == "eval":
+            loss, perplexity, accuracy = event["loss"], event["perplexity"], event["accuracy"]
+            text = f"step {event['step']}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}, token accuracy {accuracy:.1%}"
+            self.tell(f"{text} ({event['set']}, {event['tokens']:,} tokens)")
+        elif kind == "sample":
+            self.tell(f"step {event['step']}: {event['prompt']}\n  > {event['answer'].strip()}")
+
+    def _train(self, event: dict[str, Any]) -> None:
+        loss = "skipped" if event["loss"] is None else f"{event['loss']:.4f}"
+        memory = f"{event['memory_mib'] / 1024:.1f} GiB" if event["memory_mib"] >= 1024 else f"{event['memory_mib']:.0f} MiB"
+        text = f"loss {loss}  lr {event['lr']:.2e}  {event['tokens_per_s']:,.0f} tok/s  {memory}"
+        if self.progress is not None:
+            self.progress.update(self.progress.task_ids[0], completed=event["step"], description=text)
+            return
+        now = time.monotonic()
+        if now - self.printed >= PLAIN_EVERY or event["step"] in (self.start + 1, self.total):
+            self.printed = now
+            left = (now - self.began) / (event["step"] - self.start) * (self.total - event["step"])
+            self.tell(f"step {event['step']}/{self.total}  {text}  left {clock(left)}")
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03` or `2:03`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,0 +1,227 @@
+"""`train`: a recipe in, an adapter out. Composes data, base, adapter and plan into `Parts`, runs the loop, and hands over.
+
+Order: whatever can be wrong is found before the first step, the cheap mistakes first: lock, trackers, damaged checkpoints,
+data, plan, base, targets, head, isolation of packed examples, disk. What `auto` becomes is said with its reason, kept in the
+checkpoint, and not decided again on resume.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.adapters import full, lora
+from halfbyte.adapters import state as adapter_state
+from halfbyte.adapters.lora import Adapter
+from halfbyte.checkpoints import cache, description, hub, huggingface, resume
+from halfbyte.checkpoints.base import Base
+from halfbyte.checkpoints.resume import Contents
+from halfbyte.config import Recipe
+from halfbyte.data import checks
+from halfbyte.data.loader import Loader
+from halfbyte.data.prepare import Prepared, prepare
+from halfbyte.generate.chat import generate
+from halfbyte.layers import forward, head, recompute
+from halfbyte.memory.plan import Plan
+from halfbyte.memory.plan import plan as make_plan
+from halfbyte.optim.adamw import AdamW
+from halfbyte.optim.flat import flatten
+from halfbyte.optim.scaling import LossScale
+from halfbyte.train import choices as choosing
+from halfbyte.train import finish, lock, loop, metrics, saving, signals
+from halfbyte.train.choices import Choice
+from halfbyte.train.finish import Result
+from halfbyte.train.identity import identity
+from halfbyte.train.report import OnEvent, Report
+from halfbyte.train.state import Parts, State
+
+CHECKPOINTS = "checkpoints"
+
+
+def train(recipe: Recipe, *, on_event: OnEvent | None = None) -> Result:
+    """Run a recipe to its end, resuming where an earlier run in the same `output` stopped.
+
+    on_event: called with every event (`train`, `eval`, `sample`, `anomaly`, `message`, ...), a JSON object each.
+    Raises the errors of `halfbyte.errors`; Interrupted after a signal, when everything is saved.
+    """
+    output = Path(recipe.output).expanduser()
+    report = Report(output, on_event)
+    metrics.check_trackers(recipe.log.to)
+    with lock.hold(output, report.tell), _words(report):
+        resume.sweep(output / CHECKPOINTS, report.tell)
+        stored = resume.newest(output / CHECKPOINTS, report.tell)
+        base, adapter, prepared, parts, plan = compose(recipe, report, stored)
+        state = State() if stored is None else saving.restore(parts, stored)
+        if stored is not None:
+            report.tell(f"resuming at step {state.step} of {parts.total_steps}, from {CHECKPOINTS}/step-{state.step:08d}")
+        else:
+            _room(parts)
+        report.open(state, parts.total_steps, recipe.log.to, parts.choices["run"]["value"], recipe.model_dump(mode="json"))
+        try:
+            with signals.guard() as stop:
+                loop.train(parts, state, stop)
+        finally:
+            report.close()
+            finish.plot(parts, output, recipe.model.name)
+        return finish.hand_over(recipe, base, adapter, prepared, parts, state, plan, report)
+
+
+def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Base, Adapter, Prepared, Parts, Plan]:
+    """Everything a run is made of, checked."""
+    device = choosing.device(report.tell)
+    kept = choosing.from_document(stored.documents["choices"]) if stored is not None else {}
+    chosen = {
+        "compute": choosing.settle("compute", recipe.compute, kept, lambda: choosing.compute(recipe.compute, device)),
+        "threads": choosing.settle("threads", "auto", kept, lambda: choosing.threads(device)),
+        "run": kept.get("run", Choice(secrets.token_hex(8), "drawn")),
+    }
+    torch.set_num_threads(chosen["threads"].value)
+    compute = choosing.DTYPES[chosen["compute"].value]
+    prepared = _data(recipe, report)
+    plan = make_plan(recipe.model_copy(update={"compute": chosen["compute"].value})).require()
+    rows, recomputing = recipe.memory.microbatch, recipe.memory.recompute
+    chosen["microbatch"] = choosing.settle("microbatch", rows, kept, lambda: Choice(plan.microbatch, plan.reason))
+    chosen["recompute"] = choosing.settle("recompute", recomputing, kept, lambda: Choice(_on(plan.recompute), plan.reason))
+    if stored is None:
+        report.tell(plan.table())
+    base = huggingface.load(recipe.model, recipe.format, _stored_dtype(recipe, compute), device, report.display.advance)
+    report.display.settled()
+    report.tell(f"base: {base.name}, {base.report.summary()}")
+    chosen["attention"] = choosing.settle("attention", "auto", kept, lambda: Choice(_attention(base), "what the layers allow"))
+    adapter = _adapter(recipe, base, report)
+    embedding = base.model.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
+    checks.embeddings(prepared.train, base.tokenizer, embedding, trainable=embedding.requires_grad)
+    recompute.set_recompute(base.model, chosen["recompute"].value == "on")
+    forward.prove_isolation(base.model)
+    for name in ("compute", "threads", "attention", "microbatch", "recompute"):
+        report.tell(f"{name}: {chosen[name]}")
+    parts = _parts(recipe, report, device, compute, base, adapter, prepared, chosen)
+    if stored is not None:
+        resume.refuse_other_run(stored, parts.identity, parts.checkpoints)
+    return base, adapter, prepared, parts, plan
+
+
+def _data(recipe: Recipe, report: Report) -> Prepared:
+    """The token sets; needs the tokenizer only, so that mistakes in data are told before a model is loaded."""
+    tokenizer = description.read(hub.locate(recipe.model, weights=False).path).tokenizer
+    prepared = prepare(recipe.data, tokenizer, recipe.train.seed, cache.cache_root(), report.display.advance)
+    report.display.settled()
+    for line in prepared.report.lines():
+        report.tell(line)
+    return prepared
+
+
+def _adapter(recipe: Recipe, base: Base, report: Report) -> Adapter:
+    if recipe.adapter.kind == "none":
+        adapter = full.attach(base.model, recipe.adapter)
+        report.tell(f"adapter: none, full fine-tuning of {adapter.trainable:,} parameters in fp32")
+    else:
+        adapter = lora.attach(base.model, recipe.adapter, recipe.train.seed)
+        report.tell(f"adapter: {adapter.summary()}")
+    return adapter
+
+
+def _parts(
+    recipe: Recipe,
+    report: Report,
+    device: torch.device,
+    compute: torch.dtype,
+    base: Base,
+    adapter: Adapter,
+    prepared: Prepared,
+    chosen: Mapping[str, Choice],
+) -> Parts:
+    config, tokens = recipe.train, recipe.data.tokens
+    flat = flatten(adapter.parameters())
+    loader = Loader(prepared.train, tokens, config.batch, config.seed)
+    steps = loader.steps(config.epochs)
+    full_model = recipe.adapter.kind == "none"
+
+    def restore(tensors: Mapping[str, Tensor]) -> None:
+        adapter_state.load_state_dict(adapter, tensors, source="the checkpoint")
+
+    def answer(prompt: str) -> str:
+        messages = [{"role": "user", "content": prompt}]
+        return generate(base, messages, config.sample_tokens, template=prepared.template.text).text
+
+    modules = {path: [layer.lora_a.shape[0], layer.scale] for path, layer in adapter.layers.items()}
+    return Parts(
+        config=config,
+        model=base.model,
+        head=head.find(base.model),
+        forward=lambda ids, positions, bounds: forward.hidden_states(base.model, ids, positions, bounds),
+        dropout=lambda seed, step, row: adapter.set_dropout_state(seed, step, row, tokens),
+        weights=lambda: adapter_state.state_dict(adapter),
+        restore=restore,
+        answer=answer,
+        flat=flat,
+        optimizer=AdamW(flat, recipe.optim),
+        scale=LossScale.create(compute, device),
+        loader=loader,
+        evals={name: Loader(held, tokens, chosen["microbatch"].value, config.seed) for name, held in prepared.eval.items()},
+        device=device,
+        autocast=compute if full_model and compute != torch.float32 else None,
+        microbatch=chosen["microbatch"].value,
+        row_tokens=tokens,
+        total_steps=min(steps, config.max_steps or steps),
+        checkpoints=Path(recipe.output).expanduser() / CHECKPOINTS,
+        identity=identity(
+            recipe,
+            base=base.digest,
+            data=prepared.digest,
+            template=prepared.template.text,
+            compute=chosen["compute"].value,
+            adapter=modules,
+        ),
+        choices=choosing.document(chosen),
+        report=report,
+    )
+
+
+def _on(plan_recompute: str) -> str:
+    return "off" if plan_recompute == "none" else "on"
+
+
+def _stored_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:
+    """Full fine-tuning keeps fp32 masters and computes in autocast; a frozen base is stored in the compute dtype."""
+    return torch.float32 if recipe.adapter.kind == "none" else compute
+
+
+def _attention(base: Base) -> str:
+    return base.report.attention or str(base.model.config._attn_implementation)
+
+
+def _room(parts: Parts) -> None:
+    """Refuse to start what cannot be saved: room for two checkpoints. Raises TrainingError (train.disk-full)."""
+    parts.checkpoints.mkdir(parents=True, exist_ok=True)
+    resume.require_space(parts.checkpoints, 2 * saving.contents(parts, State()).nbytes)
+
+
+class _words(logging.Handler):
+    """While inside, what the library's other parts log is told like everything else."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(logging.INFO)
+        self.report = report
+        self.logger = logging.getLogger("halfbyte")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning = "WARNING: " if record.levelno >= logging.WARNING else ""
+        self.report.tell(f"{warning}{record.getMessage()}")
+
+    def __enter__(self) -> _words:
+        self.before = self.logger.level
+        self.logger.setLevel(logging.WARNING)
+        self.logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.logger.removeHandler(self)
+        self.logger.setLevel(self.before)

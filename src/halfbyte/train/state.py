@@ -1,0 +1,124 @@
+"""What a run is made of (`Parts`, fixed) and where it stands (`State`, saved in every checkpoint)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.layers.head import Head
+from halfbyte.optim.adamw import AdamW
+from halfbyte.optim.flat import Flat
+from halfbyte.optim.scaling import LossScale
+from halfbyte.train.config import TrainConfig
+
+
+class Microbatch(Protocol):
+    """m rows, flattened: ids, labels, positions int64 `[1, m*T]`, cu_seqlens int32."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def position_ids(self) -> Tensor: ...
+    @property
+    def cu_seqlens(self) -> Tensor: ...
+
+
+class Batch(Protocol):
+    """R rows: one optimizer step."""
+
+    @property
+    def example_ids(self) -> list[list[int]]: ...
+    @property
+    def trained_tokens(self) -> int: ...
+    def microbatches(self, m: int) -> Iterator[Microbatch]: ...
+
+
+class Loader(Protocol):
+    """Batches as a function of the step; `position` is (epoch, row), `sweep` is every row once, for evaluation."""
+
+    def at(self, step: int) -> Batch: ...
+    def position(self, step: int) -> tuple[int, int]: ...
+    def rows(self, epoch: int) -> int: ...
+    def sweep(self) -> Iterator[Batch]: ...
+
+
+class Reporter(Protocol):
+    """Where events go: files, terminal, trackers. An event is a JSON object with `kind` and `step`."""
+
+    def event(self, event: dict[str, Any]) -> None: ...
+    def tell(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of. Nothing in it but tensors' contents changes.
+
+    forward: (input_ids, position_ids, cu_seqlens) -> hidden `[1, S, H]`. dropout: (seed, step, first row), numbers the masks.
+    weights: the adapter's tensors for a checkpoint, by name; restore: the mirror. autocast: compute dtype of a model whose
+    weights are fp32 (full fine-tuning), else None. answer: one fixed prompt -> the model's text.
+    """
+
+    config: TrainConfig
+    model: nn.Module
+    head: Head
+    forward: Callable[[Tensor, Tensor, Tensor], Tensor]
+    dropout: Callable[[int, int, int], None]
+    weights: Callable[[], Mapping[str, Tensor]]
+    restore: Callable[[Mapping[str, Tensor]], None]
+    answer: Callable[[str], str]
+    flat: Flat
+    optimizer: AdamW
+    scale: LossScale
+    loader: Loader
+    evals: Mapping[str, Loader]
+    device: torch.device
+    autocast: torch.dtype | None
+    microbatch: int
+    row_tokens: int
+    total_steps: int
+    checkpoints: Path
+    identity: Mapping[str, Any]
+    choices: Mapping[str, Any]
+    report: Reporter
+
+
+@dataclass
+class State:
+    """Where a run stands, at an optimizer-step boundary. All of it is plain JSON.
+
+    step: optimizer steps done, skipped ones included; also the number of the next batch. window: log values since the last log
+    line. evaluated, saved: steps of the last evaluation and checkpoint (-1: none). stale: evaluations since the best one.
+    """
+
+    step: int = 0
+    trained_tokens: int = 0
+    skipped: int = 0
+    non_finite: int = 0
+    seconds: float = 0.0
+    logged_seconds: float = 0.0
+    logged_step: int = 0
+    evaluated: int = -1
+    saved: int = -1
+    save_failures: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    stale: int = 0
+    window: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def document(self) -> dict[str, Any]:
+        """For `trainer.json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> State:
+        """The mirror of `document`."""
+        return cls(**document)

@@ -1,0 +1,49 @@
+"""The preview shows what is learned, with and without colour."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+from rich.console import Console
+
+from halfbyte.data.config import DataConfig
+from halfbyte.data.prepare import prepare
+from halfbyte.data.preview import of, pieces, renderable
+
+
+def test_rendered_without_colour(tokenizer: Any, jsonl: Any, chat: Any, tmp_path: Any) -> None:
+    records = [chat("What is it?", f"It is a cat {i}.") for i in range(5)]
+    prepared = prepare(DataConfig(train=[str(jsonl(records))], tokens=128), tokenizer, 0, tmp_path)
+    out = io.StringIO()
+    Console(file=out, width=100, no_color=True).print(renderable(of(prepared, tokenizer, 2, 0)))
+    text = out.getvalue()
+    assert text.count("⟦It is a cat") == 2 and "<|im_start|>assistant⏎" in text and ".<|im_end|>⟧" in text
+    for word in ("rows of 128 tokens", "first row: 4 documents of", "left over (no loss)", "eval: data", "longest", "data.jsonl:"):
+        assert word in text
+
+
+def test_tokens_of_one_character_are_shown_together(tokenizer: Any) -> None:
+    ids = tokenizer("a二b").input_ids
+    found = pieces(ids, [False] * len(ids), tokenizer)
+    assert [p.text for p in found] == ["a", "二", "b"] and [i for p in found for i in p.ids] == ids
+
+
+def test_long_examples_are_shortened_and_structured_ones_are_not(tokenizer: Any, jsonl: Any, tmp_path: Any) -> None:
+    prepared = prepare(DataConfig(train=[str(jsonl([{"text": "x y " * 500}]))], eval=0, tokens=128), tokenizer, 0, tmp_path)
+    out = io.StringIO()
+    preview = of(prepared, tokenizer, 1, 0)
+    Console(file=out, width=100).print(renderable(preview))
+    shown = preview.examples[0]
+    assert "tokens ..." in out.getvalue() and len(shown.pieces) == shown.tokens == shown.trained + 1
+
+
+def test_as_data(tokenizer: Any, jsonl: Any, chat: Any, tmp_path: Any) -> None:
+    prepared = prepare(DataConfig(train=[str(jsonl([chat("One?", "two")]))], eval=0, tokens=64), tokenizer, 0, tmp_path)
+    found = json.loads(json.dumps(of(prepared, tokenizer, 5, 0).as_dict()))
+    example = found["examples"][0]
+    assert "".join(p["text"] for p in example["pieces"] if p["trained"]) == "two<|im_end|>"
+    assert sum(len(p["ids"]) for p in example["pieces"]) == example["tokens"] == found["first_row"]["documents"][0]
+    assert found["first_row"]["left_over"] == 64 - example["tokens"] and found["lengths"][0]["learned"] == example["trained"]
+    assert found["template"]["text"] == tokenizer.chat_template and found["report"]["sources"][0]["examples"] == 1

@@ -1,0 +1,195 @@
+"""Sources: every file kind gives the same records, and a bad line is named by file and line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte.data import hub
+from halfbyte.data.config import SourceConfig
+from halfbyte.data.problems import Problems
+from halfbyte.data.sources import Record, open_source
+from halfbyte.errors import DataError
+
+ROWS = [{"prompt": 'a, "b"\nc', "completion": "é 二"}, {"prompt": "{{name}}", "completion": "x"}]
+
+
+def read(path: Path | str, **options: Any) -> tuple[list[Record], Problems]:
+    problems = Problems()
+    return list(open_source(SourceConfig(path=str(path), **options), Path("unused")).read(problems)), problems
+
+
+def _csv(path: Path, delimiter: str = ",") -> None:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, ["prompt", "completion"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def _parquet(path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "a.jsonl": lambda p: p.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8"),
+    "a.jsonl.gz": lambda p: p.write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
+    "a.json": lambda p: p.write_text(json.dumps(ROWS, indent=2), encoding="utf-8"),
+    "lines.json": lambda p: p.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8"),
+    "bom.json": lambda p: p.write_text(json.dumps(ROWS), encoding="utf-8-sig"),
+    "bom.jsonl": lambda p: p.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8-sig"),
+    "a.csv": _csv,
+    "a.tsv": lambda p: _csv(p, "\t"),
+    "a.parquet": _parquet,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_gives_the_same_records(name: str, tmp_path: Path) -> None:
+    WRITERS[name](tmp_path / name)
+    records, problems = read(tmp_path / name)
+    assert [r.data for r in records] == ROWS and problems.total == 0
+
+
+def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
+    _csv(tmp_path / "a.csv")
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
+    _parquet(tmp_path / "a.parquet")
+    places = {
+        name: [str(r.where).removeprefix(str(tmp_path)) for r in read(tmp_path / name)[0]]
+        for name in ("a.json", "a.csv", "a.jsonl", "a.parquet")
+    }
+    assert places["a.json"] == ["/a.json:2", "/a.json:6"]
+    assert places["a.csv"] == ["/a.csv:2", "/a.csv:4"]  # the first record spans two lines
+    assert places["a.jsonl"] == ["/a.jsonl:1", "/a.jsonl:3"]
+    assert places["a.parquet"] == ["/a.parquet row 1", "/a.parquet row 2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n{"a": 2}\n', "a.jsonl:2: expected a JSON object, got expecting value at column"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl:2: expected an object with named fields, got a list"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "a.jsonl:2: expected UTF-8 text, got byte 0xff at position 8"),
+        ("a.json", b'[\n{"a": 1},\n{"a" 2}\n]', "a.json:3: expected a JSON array of objects"),
+        ("a.json", b'[\n{"a": 1}\n{"a": 2}\n]', "a.json:3: expected `,` or `]` after an element"),
+        ("a.json", b'[{"a": 1}', "a.json:1: expected `,` or `]` after an element, got the end of the file"),
+        ("a.json", b'[{"a": 1},\n 3]', "a.json:2: expected an object with named fields, got a number"),
+        ("a.csv", b"a,b\n1,2\n3\n4,5,6\n", "a.csv:3: expected 2 columns, got 1"),
+        ("a.csv", b"a,b\n1,2\n4,5,6\n", "a.csv:3: expected 2 columns, got 3"),
+        ("a.parquet", b"nonsense", "a.parquet row 1: expected a Parquet file"),
+    ],
+)
+def test_a_bad_line_is_named(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    _, problems = read(tmp_path / name)
+    with pytest.raises(DataError) as caught:
+        problems.raise_any()
+    assert said in str(caught.value) and caught.value.code == "data.bad-file" and caught.value.hint
+
+
+def test_good_lines_after_bad_ones_are_still_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('nonsense\n{"a": 1}\n' * 15)
+    records, problems = read(tmp_path / "a.jsonl")
+    assert len(records) == problems.total == 15
+    with pytest.raises(DataError, match=r"15 examples are wrong(.|\n)*and 5 more"):
+        problems.raise_any()
+
+
+def test_not_utf8_names_the_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"fine\nb\xe9d\n")
+    with pytest.raises(DataError, match=r"a\.txt:2: byte 0xe9"):
+        read(tmp_path / "a.txt")
+
+
+def test_text_files(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("one\ntwo\nthree\n")
+    (tmp_path / "blocks.txt").write_text("\n\none\ntwo\n\n \nthree\n")
+    (tmp_path / "book.md").write_text("# One\n\ntwo\n")
+    assert [r.data["text"] for r in read(tmp_path / "lines.txt")[0]] == ["one", "two", "three"]
+    assert [(r.data["text"], r.where.line) for r in read(tmp_path / "blocks.txt")[0]] == [("one\ntwo", 3), ("three", 7)]
+    assert [r.data["text"] for r in read(tmp_path / "book.md")[0]] == ["# One\n\ntwo\n"]
+
+
+def test_directories_and_patterns(tmp_path: Path) -> None:
+    for name in ("b/2.jsonl", "a/1.jsonl", ".hidden/3.jsonl", "a/notes.docx"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    source = open_source(SourceConfig(path=str(tmp_path)), tmp_path)
+    assert [r.data["text"] for r in source.read(Problems())] == ["a/1.jsonl", "b/2.jsonl"]
+    assert "notes.docx" in source.notes[0]
+    assert [r.data["text"] for r in read(f"{tmp_path}/**/*2.jsonl")[0]] == ["b/2.jsonl"]
+
+
+@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/no/such/folder/x", "~/no/*.json"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "load", lambda *_: pytest.fail("asked the Hub"))
+    with pytest.raises(DataError, match="no data file") as caught:
+        open_source(SourceConfig(path=path), Path("unused"))
+    assert caught.value.code == "data.not-found"
+
+
+def test_odd_files(tmp_path: Path) -> None:
+    (tmp_path / "a.docx").write_text("x")
+    with pytest.raises(DataError, match=r"`\.docx` are not read"):
+        read(tmp_path / "a.docx")
+    (tmp_path / "d").mkdir()
+    with pytest.raises(DataError, match="holds no data file"):
+        read(tmp_path / "d")
+    (tmp_path / "a.jsonl").write_text("{}")
+    with pytest.raises(DataError, match="means nothing for local files"):
+        read(tmp_path / "a.jsonl", revision="main")
+
+
+def test_the_digest_follows_the_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n')
+    before = open_source(SourceConfig(path=str(path)), tmp_path).digest
+    path.write_text('{"text": "b"}\n')
+    assert open_source(SourceConfig(path=str(path)), tmp_path).digest != before
+
+
+def test_a_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> Any:
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    records, _ = read("somebody/chats", split="test", config="en", revision="abc")
+    assert asked == [(("somebody/chats", "en"), {"split": "test", "revision": "abc"})]
+    assert [r.data for r in records] == ROWS and str(records[1].where) == "somebody/chats[test] row 2"
+
+
+def _refuse(error: Exception) -> Callable[..., Any]:
+    def load_dataset(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return load_dataset
+
+
+def test_a_hub_dataset_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    cases = {
+        "data.not-found": datasets.exceptions.DatasetNotFoundError("no"),
+        "data.unreachable": ConnectionError("no route\nmore"),
+        "data.refused": ValueError("Unknown split"),
+    }
+    for code, error in cases.items():
+        monkeypatch.setattr(datasets, "load_dataset", _refuse(error))
+        with pytest.raises(DataError) as caught:
+            read("somebody/chats")
+        assert caught.value.code == code and caught.value.hint and "\n" not in caught.value.message

@@ -1,0 +1,50 @@
+"""The Triton kernels compile for the GPUs we name, without one: what the interpreter accepts, the compiler may refuse."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src"
+PROGRAM = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from halfbyte.kernels.dequantize import fused
+from halfbyte.kernels.dropout import fused as dropout
+
+target = GPUTarget("cuda", int(sys.argv[1]), 32)
+
+def build(kernel, signature, constants):
+    types = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+    triton.compile(ASTSource(kernel, types, constants), target=target, options={"enable_fp_fusion": False})
+
+for out in ("*bf16", "*fp16", "*fp32"):
+    for kind, nested in (("codebook", True), ("codebook", False), ("none", False), ("int", False), ("min", False)):
+        pointers = dict(out=out, codes="*u8", scales="*u8" if nested else "*fp32", nested_scales="*fp32", nested_offset="*fp32",
+                        zeros="*fp32", table="*fp32", nested_levels="*fp32", K="i64")
+        shape = dict(NESTED_BLOCK=256, BLOCK=64, SPAN=64, HALF=32, R=64)
+        build(fused._four_bit, pointers, dict(KIND=kind, NESTED=nested, INTERPRETED=False) | shape)
+    build(fused._eight_bit, dict(out=out, codes="*u8", scales="*fp32"), dict(TILE=4096, INTERPRETED=False))
+    build(dropout._dropout, dict(out=out, x=out, state="*i64", cut="i64", inverse="fp32"), dict(QUADS=512, INTERPRETED=False))
+print("compiled")
+"""
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile(capability: int, tmp_path: Path) -> None:
+    """Ampere and Hopper."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SOURCE)}
+    program = tmp_path / "build.py"
+    program.write_text(PROGRAM)
+    done = subprocess.run(
+        [sys.executable, str(program), str(capability)], env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.stdout.strip() == "compiled", done.stderr

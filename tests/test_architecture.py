@@ -1,0 +1,170 @@
+"""Who may import whom, and how large things may get: DESIGN's order and STYLE's bounds as tests."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "halfbyte"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Lowest first. A folder may import every folder above it in this list; those on one line do not import each other.
+ORDER: list[set[str]] = [
+    {"config_base", "errors", "mistakes"},
+    {"*.config"},
+    {"config"},
+    {"recipe"},
+    {"formats"},
+    {"kernels"},
+    {"layers"},
+    {"adapters"},
+    {"checkpoints"},
+    {"optim", "data", "memory", "objectives", "generate"},
+    {"train", "export"},
+    {"cli"},
+]
+# Only these know the whole recipe; the folders below know their own section.
+MAY_SEE_RECIPE = {"config", "recipe", "memory", "train", "export", "cli", "halfbyte"}
+MAY_IMPORT: dict[str, set[str]] = {
+    name: set().union(*ORDER[:level]) for level, names in enumerate(ORDER) for name in names
+}
+MAY_IMPORT["mistakes"] = {"errors"}
+MAY_IMPORT["*.config"] = {"config_base", "errors", "*.config"}
+LIMITS = {"train/loop.py": 200}
+BROAD = {"cli/main.py", "cli/doctor.py"}
+
+
+def part_of(module: str) -> str:
+    """`halfbyte.formats.nf4` -> formats; `halfbyte.formats.config` -> *.config; `halfbyte.recipe` -> recipe."""
+    steps = module.split(".")[1:]
+    if len(steps) == 2 and steps[1] == "config":
+        return "*.config"
+    return steps[0] if steps else "halfbyte"
+
+
+def module_of(file: Path) -> str:
+    steps = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(steps[:-1] if steps[-1] == "__init__" else steps)
+
+
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imports(file: Path) -> Iterator[tuple[int, str]]:
+    """Line and module of every import of our own."""
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names if alias.name.split(".")[0] == "halfbyte")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
+            if node.module and node.module.split(".")[0] == "halfbyte":
+                for alias in node.names:
+                    deeper = PACKAGE.parent.joinpath(*node.module.split("."), alias.name)
+                    is_module = deeper.with_suffix(".py").exists() or (deeper / "__init__.py").exists()
+                    yield node.lineno, f"{node.module}.{alias.name}" if is_module else node.module
+
+
+def ids(file: Path) -> str:
+    return str(file.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("file", FILES, ids=ids)
+def test_imports_point_one_way(file: Path) -> None:
+    mine = part_of(module_of(file))
+    if mine == "halfbyte":
+        return
+    wrong = []
+    for line, module in imports(file):
+        other = part_of(module)
+        allowed = other == mine or other in MAY_IMPORT[mine] or module == "halfbyte"
+        if other in ("config", "recipe") and mine not in MAY_SEE_RECIPE:
+            allowed = False
+        if not allowed:
+            wrong.append(f"{ids(file)}:{line}: {mine} may not import {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_folder_is_in_the_table() -> None:
+    folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders <= set(MAY_IMPORT), f"add to ORDER: {folders - set(MAY_IMPORT)}"
+    assert "utils" not in folders
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.name == "__init__.py"], ids=ids)
+def test_packages_import_nothing(file: Path) -> None:
+    if file.parent == PACKAGE or file.parent.parent.name == "kernels":
+        return
+    assert all(isinstance(n, ast.Expr) for n in tree_of(file).body), f"{ids(file)} holds more than its docstring"
+
+
+@pytest.mark.parametrize("file", FILES, ids=ids)
+def test_sizes(file: Path) -> None:
+    lines = len(file.read_text(encoding="utf-8").splitlines())
+    limit = LIMITS.get(ids(file), 400)
+    assert lines <= limit, f"{ids(file)} has {lines} lines, more than {limit}"
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            size = node.end_lineno - node.lineno + 1
+            kernel = any("jit" in ast.unparse(d) for d in node.decorator_list)
+            assert size <= (120 if kernel else 60), f"{ids(file)}:{node.lineno}: {node.name} has {size} lines"
+
+
+@pytest.mark.parametrize("file", FILES, ids=ids)
+def test_opens_with_what_it_is(file: Path) -> None:
+    doc = ast.get_docstring(tree_of(file))
+    assert doc, f"{ids(file)} has no docstring"
+
+
+@pytest.mark.parametrize("file", FILES, ids=ids)
+def test_no_broad_except(file: Path) -> None:
+    if ids(file) in BROAD:
+        return
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = "" if node.type is None else ast.unparse(node.type)
+            assert caught not in ("", "Exception", "BaseException"), f"{ids(file)}:{node.lineno}: catches everything"
+
+
+@pytest.mark.parametrize("file", FILES, ids=ids)
+def test_patches_nothing(file: Path) -> None:
+    """No assignment into an imported module (`torch.x = ...`, `transformers.y.z = ...`)."""
+    modules = set()
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.Import):
+            modules |= {(a.asname or a.name).split(".")[0] for a in node.names}
+    for node in ast.walk(tree_of(file)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+        for target in targets:
+            root = target
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            patched = isinstance(target, ast.Attribute) and isinstance(root, ast.Name) and root.id in modules
+            # torch.backends holds switches that torch documents as settings, not code.
+            assert not patched or ast.unparse(target).startswith("torch.backends"), f"{ids(file)}:{node.lineno}: {ast.unparse(node)}"
+
+
+def test_triton_is_imported_by_fused_only() -> None:
+    for file in FILES:
+        for node in ast.walk(tree_of(file)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(n.split(".")[0] == "triton" for n in names):
+                assert "kernels" in file.parts, f"{ids(file)} imports triton"
+
+
+def test_private_paths_stay_out() -> None:
+    """No path of a developer's machine in anything that is published."""
+    suffixes = {".py", ".md", ".yaml", ".toml", ".txt", ""}
+    skipped = {".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "runs"}
+    for file in ROOT.rglob("*"):
+        parts = set(file.relative_to(ROOT).parts)
+        if file.is_file() and file.suffix in suffixes and not parts & skipped and file != Path(__file__) and ".ci" not in parts:
+            text = file.read_text(encoding="utf-8", errors="ignore")
+            assert "../shared" not in text and "/work/" not in text, f"{file.relative_to(ROOT)} names a private path"
