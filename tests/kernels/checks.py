@@ -122,7 +122,14 @@ def check_dequantize_beyond_int32(device: str) -> None:
     empty = codes[:0]
     packed = Packed(Format("nf4", 64), (n,), torch.bfloat16, codes, scales.view(torch.uint8), empty, empty, empty)
     last = Packed(
-        Format("nf4", 64), (tail,), torch.bfloat16, codes[-tail // 2 :], scales[-tail // 64 :].view(torch.uint8), empty, empty, empty
+        Format("nf4", 64),
+        (tail,),
+        torch.bfloat16,
+        codes[-tail // 2 :],
+        scales[-tail // 64 :].view(torch.uint8),
+        empty,
+        empty,
+        empty,
     )
     got = dequantize(packed)
     assert torch.equal(got[-tail:], formats.dequantize(last))
@@ -256,7 +263,9 @@ def _check_head(device: str, dtype: torch.dtype, bias: bool, scale: float, cap: 
     def results(loss: Tensor, at: list[Tensor]) -> list[Tensor]:
         return [loss, *torch.autograd.grad(loss * 0.37, at)]
 
-    loss, correct = cross_entropy(hidden, labels, Head(weight, b, scale, cap), labelled=int((labels != -100).sum()), chunk_bytes=chunk_bytes)
+    loss, correct = cross_entropy(
+        hidden, labels, Head(weight, b, scale, cap), labelled=int((labels != -100).sum()), chunk_bytes=chunk_bytes
+    )
     got = results(loss, leaves)
     honest = results(plain_cross_entropy(hidden, labels, Head(weight, b, scale, cap)), leaves)
     exact = [t.detach().double().requires_grad_() for t in leaves]

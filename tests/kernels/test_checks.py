@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from kernels import checks
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -46,7 +47,9 @@ def test_forced_twin(outcome: dict[str, str], name: str) -> None:
     assert not outcome[name], outcome[name]
 
 
-@pytest.mark.parametrize("fault", [lambda t: t * 0, lambda t: t * 1.01, lambda t: t + 0.01 * t.abs().max(), lambda t: t * float("nan")])
+@pytest.mark.parametrize(
+    "fault", [lambda t: t * 0, lambda t: t * 1.01, lambda t: t + 0.01 * t.abs().max(), lambda t: t * float("nan")]
+)
 def test_the_bound_can_fail(fault) -> None:  # type: ignore[no-untyped-def]
     """Zeros, a hundredth too much, an offset and NaN are all refused, in bf16 too."""
     truth = torch.randn(63, 60, dtype=torch.float64)

@@ -28,7 +28,8 @@ for out in ("*bf16", "*fp16", "*fp32"):
     for kind, nested in (("codebook", True), ("codebook", False), ("none", False), ("int", False), ("min", False)):
         pointers = dict(out=out, codes="*u8", scales="*u8" if nested else "*fp32", nested_scales="*fp32", nested_offset="*fp32",
                         zeros="*fp32", table="*fp32", nested_levels="*fp32", K="i64")
-        build(fused._four_bit, pointers, dict(KIND=kind, NESTED=nested, NESTED_BLOCK=256, BLOCK=64, SPAN=64, HALF=32, R=64, INTERPRETED=False))
+        shape = dict(NESTED_BLOCK=256, BLOCK=64, SPAN=64, HALF=32, R=64)
+        build(fused._four_bit, pointers, dict(KIND=kind, NESTED=nested, INTERPRETED=False) | shape)
     build(fused._eight_bit, dict(out=out, codes="*u8", scales="*fp32"), dict(TILE=4096, INTERPRETED=False))
     build(dropout._dropout, dict(out=out, x=out, state="*i64", cut="i64", inverse="fp32"), dict(QUADS=512, INTERPRETED=False))
 print("compiled")
@@ -43,5 +44,7 @@ def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SOURCE)}
     program = tmp_path / "build.py"
     program.write_text(PROGRAM)
-    done = subprocess.run([sys.executable, str(program), str(capability)], env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        [sys.executable, str(program), str(capability)], env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.stdout.strip() == "compiled", done.stderr
