@@ -1,4 +1,4 @@
-"""Faults: what was tried, what the user saw, what was lost. Writes the table of docs/concepts/faults.md; fails if anything was lost.
+"""Faults: what was tried, what the user saw, what was lost: the table of docs/concepts/faults.md. Fails if anything was lost.
 
     python bench/faults.py [--kills 20] [--only NAME ...] [--docs docs/concepts/faults.md]
 
@@ -29,8 +29,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
-from support import chats, save_tiny, write_jsonl
-
 
 from halfbyte.checkpoints import huggingface, peft, resume
 from halfbyte.checkpoints.config import ModelConfig
@@ -41,6 +39,7 @@ from halfbyte.layers import forward
 from halfbyte.recipe import recipe_from
 from halfbyte.train import metrics
 from halfbyte.train.run import train
+from support import chats, save_tiny, write_jsonl
 
 STEPS = 60
 NAN_TOKEN = ord("~")
@@ -159,7 +158,9 @@ def kills(bench: Bench, count: int = 20) -> Trial:
     code = child(lambda: train(bench.recipe(output)), log)
     resumed = sum("resuming at step" in line for line in log.read_text().splitlines())
     saw = f"{done} kills, {during_save} of them while a checkpoint was being written; {resumed} restarts resumed; exit {code}"
-    return Trial("`kill -9` at random moments of a run that saves after every step, the same command again", saw, bench.lost(output))
+    return Trial(
+        "`kill -9` at random moments of a run that saves after every step, the same command again", saw, bench.lost(output)
+    )
 
 
 def terminated(bench: Bench) -> Trial:
@@ -235,7 +236,11 @@ def flipped_bytes(bench: Bench) -> Trial:
     code = child(lambda: train(bench.recipe(output)), log)
     assert code == 0, first_error(log)
     lost = bench.lost(output) if found == 100 else f"{100 - found} flipped bytes were not seen"
-    return Trial("100 flipped bytes in a checkpoint, one at a time; then a run that finds one", f"{found} of 100 seen. {first_error(log)}", lost)
+    return Trial(
+        "100 flipped bytes in a checkpoint, one at a time; then a run that finds one",
+        f"{found} of 100 seen. {first_error(log)}",
+        lost,
+    )
 
 
 def truncated_shard(bench: Bench) -> Trial:
@@ -280,8 +285,11 @@ def nan_example(bench: Bench) -> Trial:
     last = resume.newest(bench.root / "nan" / "checkpoints", print)
     assert last is not None
     sound = all(bool(t.isfinite().all()) for group in last.tensors.values() for t in group.values())
-    saw = f"one example: {len(anomalies)} of 40 steps skipped, each with the example's number in anomalies.jsonl; all examples: {first_error(log)}"
-    return Trial("an example whose forward pass gives NaN; then a data set full of them", saw, "nothing" if sound else "the weights")
+    skipped = f"{len(anomalies)} of 40 steps skipped, each with the example's number in anomalies.jsonl"
+    saw = f"one example: {skipped}; all examples: {first_error(log)}"
+    return Trial(
+        "an example whose forward pass gives NaN; then a data set full of them", saw, "nothing" if sound else "the weights"
+    )
 
 
 def misspelt_key(bench: Bench) -> Trial:
