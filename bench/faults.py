@@ -145,19 +145,23 @@ def kills(bench: Bench, count: int = 20) -> Trial:
     """kill -9 at random moments; the same command again, each time."""
     output, log = "kills", bench.root / "kills.log"
     generator = random.Random(0)
-    done = during_save = 0
+    done = during_save = training = 0
     while done < count:
-        moment = generator.uniform(0, bench.start + 2 * bench.seconds / count)
+        moment = generator.uniform(0.5 * bench.start, bench.start + 3 * bench.seconds / count)
+        seen = len(log.read_text()) if log.exists() else 0
         code = child(lambda: train(bench.recipe(output)), log, moment)
         done += code == -signal.SIGKILL
+        training += code == -signal.SIGKILL and "tok/s" in log.read_text()[seen:]
         during_save += any(".tmp-" in p.name for p in (bench.root / output / "checkpoints").glob(".step-*"))
         if code == 0:
             shutil.rmtree(bench.root / output)  # finished before its time: once more from the start
         elif code != -signal.SIGKILL:
             raise SystemExit(f"the run failed by itself: {first_error(log)}")
     code = child(lambda: train(bench.recipe(output)), log)
-    resumed = sum("resuming at step" in line for line in log.read_text().splitlines())
-    saw = f"{done} kills, {during_save} of them while a checkpoint was being written; {resumed} restarts resumed; exit {code}"
+    saw = (
+        f"{done} kills: {done - training} before a restarted run's first step, {training} in training; {during_save} of them while "
+    )
+    saw += f"a checkpoint was being written; then exit {code}"
     return Trial(
         "`kill -9` at random moments of a run that saves after every step, the same command again", saw, bench.lost(output)
     )
