@@ -24,20 +24,18 @@ from halfbyte.formats.quantize import dequantize, quantize
 NORMAL_SHAPE = (1024, 4096)
 
 
-def formats() -> dict[str, Format]:
-    """Every row of the table."""
-    rows: dict[str, Format] = {}
-    for block in BLOCKS:
-        rows[f"nf4, block {block}"] = Format("nf4", block)
-        rows[f"nf4, block {block}, nested"] = Format("nf4", block, nested=True)
-        rows[f"fp4, block {block}"] = Format("fp4", block)
-        rows[f"int4, groups of {block}, symmetric"] = Format("int4", block)
-        rows[f"int4, groups of {block}, int zero"] = Format("int4", block, zero="int")
-        rows[f"int4, groups of {block}, float zero"] = Format("int4", block, zero="float")
-        rows[f"int4, groups of {block}, min"] = Format("int4", block, zero="min")
-    rows["int8, a scale a row"] = Format("int8")
-    order = sorted(rows, key=lambda label: (rows[label].kind, rows[label].zero, rows[label].nested, rows[label].block))
-    return {label: rows[label] for label in order}
+def formats() -> dict[str, dict[int, Format]]:
+    """Every row of the tables, by block size; int8 has one scale a row, whatever the block."""
+    rows: dict[str, dict[int, Format]] = {
+        "nf4": {block: Format("nf4", block) for block in BLOCKS},
+        "nf4, nested": {block: Format("nf4", block, nested=True) for block in BLOCKS},
+        "fp4": {block: Format("fp4", block) for block in BLOCKS},
+        "fp4, nested": {block: Format("fp4", block, nested=True) for block in BLOCKS},
+        "int4, symmetric": {block: Format("int4", block) for block in BLOCKS},
+    }
+    for zero in ("int", "float", "min"):
+        rows[f"int4, {zero}"] = {block: Format("int4", block, zero=zero) for block in BLOCKS}
+    return rows | {"int8, a scale a row": {BLOCKS[0]: Format("int8")}}
 
 
 def measure(fmt: Format, weights: Iterable[Tensor]) -> tuple[float, float]:
@@ -76,17 +74,20 @@ def matrices(path: Path) -> Iterator[Tensor]:
                     yield tensor.float()
 
 
-def table(model: Path | None) -> str:
-    """The Markdown table; its last column only when a model is given."""
-    lines = ["| format | bits a weight | error, N(0, 1) |" + (" error, model |" if model else "")]
-    lines.append("| --- | ---: | ---: |" + (" ---: |" if model else ""))
-    # Kept whole, since every format needs all of them (0.5 GB in fp32 for a 135M model).
-    weights = list(matrices(model)) if model else []
-    for label, fmt in formats().items():
-        bits, error = measure(fmt, normal())
-        real = f" {measure(fmt, weights)[1]:.4f} |" if model else ""
-        lines.append(f"| {label} | {bits:.3f} | {error:.4f} |{real}")
+def table(cells: dict[str, dict[int, str]]) -> str:
+    """A Markdown table: a line a format, a column a block size."""
+    lines = ["| block | " + " | ".join(map(str, BLOCKS)) + " |", "| --- |" + " ---: |" * len(BLOCKS)]
+    for label, row in cells.items():
+        lines.append(f"| {label} | " + " | ".join(row.get(block, "") for block in BLOCKS) + " |")
     return "\n".join(lines)
+
+
+def tables(weights: list[Tensor]) -> tuple[str, str]:
+    """Bits a weight and error, over these weights."""
+    found = {label: {block: measure(fmt, weights) for block, fmt in row.items()} for label, row in formats().items()}
+    bits = {label: {block: f"{value[0]:.3f}" for block, value in row.items()} for label, row in found.items()}
+    errors = {label: {block: f"{value[1]:.4f}" for block, value in row.items()} for label, row in found.items()}
+    return table(bits), table(errors)
 
 
 def write_table(path: Path, marker: str, text: str) -> None:
@@ -104,10 +105,14 @@ def main() -> int:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--docs", type=Path, help="write the table into this file, between its markers")
     options = parser.parse_args()
-    text = table(options.model)
-    print(text)
-    if options.docs:
-        write_table(options.docs, "format-error", text)
+    parts = dict(zip(("format-bits", "format-error-normal"), tables(normal()), strict=True))
+    if options.model:
+        # Kept whole, since every format needs all of them (0.5 GB in fp32 for a 135M model).
+        parts["format-error-model"] = tables(list(matrices(options.model)))[1]
+    for marker, text in parts.items():
+        print(f"{marker}\n\n{text}\n")
+        if options.docs:
+            write_table(options.docs, marker, text)
     return 0
 
 

@@ -97,7 +97,9 @@ def test_missing_parts_are_named(tmp_path: Path) -> None:
         read(tensors, tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"blocksize": 48}, {"quant_type": "fp4"}, {"dtype": "int3"}, {"shape": None}, {"nested_blocksize": 64}])
+@pytest.mark.parametrize(
+    "change", [{"blocksize": 48}, {"quant_type": "fp4"}, {"dtype": "int3"}, {"shape": None}, {"nested_blocksize": 64}]
+)
 def test_an_impossible_state_is_an_error(change: dict[str, Any], tmp_path: Path) -> None:
     tensors = stored(Format("nf4", 64, nested=True))
     key = "w.weight.quant_state.bitsandbytes__nf4"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import save_tiny
 
 from halfbyte.checkpoints import cache as cache_module
 from halfbyte.checkpoints import huggingface
@@ -17,6 +16,7 @@ from halfbyte.formats.config import FormatConfig
 from halfbyte.formats.packed import Packed
 from halfbyte.formats.quantize import quantize
 from halfbyte.layers import swap
+from support import save_tiny
 
 IDS = torch.arange(1, 20)[None]
 

@@ -9,7 +9,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from support import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halfbyte.checkpoints import bundled, huggingface
@@ -17,6 +16,7 @@ from halfbyte.checkpoints.gguf import ARCHITECTURES
 from halfbyte.errors import CheckpointError
 from halfbyte.formats.config import FormatConfig
 from halfbyte.layers.linear import Linear4bit
+from support import tiny_model, tiny_tokenizer
 
 IDS = torch.arange(1, 20)[None]
 NONE = FormatConfig(kind="none")

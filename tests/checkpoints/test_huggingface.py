@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import CHATML, FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +20,7 @@ from halfbyte.formats.config import FormatConfig
 from halfbyte.formats.packed import Format
 from halfbyte.formats.quantize import dequantize, quantize
 from halfbyte.layers.linear import Linear4bit
+from support import CHATML, FAMILIES, save_tiny, tiny_model, tiny_tokenizer
 
 IDS = torch.arange(1, 20)[None]
 NONE = FormatConfig(kind="none")
@@ -125,7 +125,10 @@ def test_names_without_the_base_model_prefix(family: str, tmp_path: Path) -> Non
 
 def test_old_gpt2_mask_buffers_are_ignored_by_rule(tmp_path: Path) -> None:
     directory = save_tiny(tmp_path / "m", "gpt2")
-    edit(directory, lambda t: t | {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8), "transformer.h.1.attn.masked_bias": torch.ones(1)})
+    edit(
+        directory,
+        lambda t: t | {"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8), "transformer.h.1.attn.masked_bias": torch.ones(1)},
+    )
     assert load(directory).digest == load(save_tiny(tmp_path / "plain", "gpt2")).digest
 
 
@@ -173,7 +176,16 @@ def test_every_mismatch_is_listed_at_once(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         load(directory)
     text = str(caught.value)
-    for part in ("missing (2)", "model.norm.weight", "q_proj.weight", "unexpected (2)", "surplus", "wrong shape (1)", "[3, 64]", "[160, 64]"):
+    for part in (
+        "missing (2)",
+        "model.norm.weight",
+        "q_proj.weight",
+        "unexpected (2)",
+        "surplus",
+        "wrong shape (1)",
+        "[3, 64]",
+        "[160, 64]",
+    ):
         assert part in text
     assert "q_projj" in caught.value.hint
     assert caught.value.code == "checkpoint.mismatch"

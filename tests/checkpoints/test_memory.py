@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights
-from support import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from halfbyte.checkpoints import shards
+from support import save_tiny, tiny_tokenizer
 
 MIB = 1 << 20
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from support import save_tiny
 
 from halfbyte.checkpoints import huggingface, shards
 from halfbyte.errors import CheckpointError, UnsafeFileError
 from halfbyte.formats.config import FormatConfig
+from support import save_tiny
 
 
 class Canary:
@@ -60,7 +60,11 @@ def test_pickles_are_refused(name: str, tmp_path: Path) -> None:
 def test_code_of_the_author_is_refused(file: str, tmp_path: Path) -> None:
     directory = save_tiny(tmp_path / "m")
     canary = plant(directory)
-    auto_map = {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil", "AutoTokenizer": ["modeling_evil.Evil", None]}
+    auto_map = {
+        "AutoConfig": "modeling_evil.Evil",
+        "AutoModelForCausalLM": "modeling_evil.Evil",
+        "AutoTokenizer": ["modeling_evil.Evil", None],
+    }
     edit_json(directory / file, auto_map=auto_map)
     if file == "config.json":
         edit_json(directory / file, model_type="evil")
@@ -83,7 +87,9 @@ def test_code_is_not_run_where_transformers_has_its_own(tmp_path: Path, caplog: 
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("key", ["_attn_implementation_internal", "attn_implementation", "_attn_implementation", "_experts_implementation"])
+@pytest.mark.parametrize(
+    "key", ["_attn_implementation_internal", "attn_implementation", "_attn_implementation", "_experts_implementation"]
+)
 def test_kernel_repositories_are_refused(key: str, tmp_path: Path) -> None:
     directory = save_tiny(tmp_path / "m")
     edit_json(directory / "config.json", **{key: "someone/evil-kernel"})
@@ -99,7 +105,9 @@ def test_an_index_cannot_leave_its_directory(tmp_path: Path) -> None:
         load(directory)
 
 
-@pytest.mark.parametrize(("file", "text"), [("config.json", "{"), ("config.json", "[]"), (shards.INDEX, "{"), (shards.INDEX, '{"weight_map": 3}')])
+@pytest.mark.parametrize(
+    ("file", "text"), [("config.json", "{"), ("config.json", "[]"), (shards.INDEX, "{"), (shards.INDEX, '{"weight_map": 3}')]
+)
 def test_broken_json_names_its_file(file: str, text: str, tmp_path: Path) -> None:
     directory = save_tiny(tmp_path / "m")
     (directory / file).write_text(text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -65,6 +67,14 @@ def test_text_never_leaves_a_tail_of_one_token() -> None:
 def test_chats_of_natural_lengths_fill_98_percent() -> None:
     lengths = np.clip(np.random.default_rng(0).lognormal(5, 0.8, 3000), 20, 2048).astype(np.int64)
     assert pack(lengths, np.zeros(3000, dtype=np.bool_), 2048, 255).efficiency > 0.995
+
+
+def test_a_row_is_a_mixture_of_lengths() -> None:
+    # Falling lengths alone make rows of one length each (0.1 here), and then batches are not drawn at random.
+    lengths = np.random.default_rng(0).integers(40, 120, 3000)
+    packing = pack(lengths, np.zeros(3000, dtype=np.bool_), 2048, 255)
+    spread = [np.std(packing.length[a:b]) for a, b in pairwise(packing.first)]
+    assert np.mean(spread) > 0.5 * np.std(lengths) and packing.efficiency > 0.98
 
 
 def test_a_repeated_packing_is_the_same() -> None:

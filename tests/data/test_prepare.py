@@ -60,6 +60,12 @@ def test_held_out_sources_of_their_own(run: Any, chat: Any, jsonl: Any) -> None:
     other = jsonl([chat("Three?", "four")], "other.jsonl")
     prepared = run([chat("One?", "two")], eval=[{"path": str(other)}, {"path": str(other)}])
     assert list(prepared.eval) == ["other", "other#2"] and len(prepared.train) == 1
+    assert [s.name for s in prepared.report.sources] == ["data", "held out: other", "held out: other#2"]
+
+
+def test_a_forged_turn_is_noted(run: Any, chat: Any) -> None:
+    prepared = run([chat("One?</s>", "two"), chat("One?", "two")], eval=0)
+    assert any("1 examples where a message spells a special token" in note for note in prepared.report.notes)
 
 
 LONG = "one " * 100
@@ -178,6 +184,9 @@ def test_templates_resolve(make_tokenizer: Any, tokenizer: Any, tmp_path: Path) 
     assert templates.resolve(str(tmp_path / "t.jinja"), bare).text == "{{ eos_token }}"
     with pytest.raises(DataError, match="neither a known template nor a file"):
         templates.resolve("chatnl", bare)
+    silent = make_tokenizer(template=None, eos_token=None)
+    silent.get_vocab = lambda: {}
+    assert templates.resolve("auto", silent).name == "none"
     with pytest.raises(DataError, match="has none") as caught:
         templates.resolve("plain", make_tokenizer(template=None, eos_token=None))
     assert caught.value.code == "data.no-eot"
@@ -198,6 +207,17 @@ def test_the_cache(run: Any, chat: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
     run(records, eval=0, tokens=128, too_long="split")  # decided later than the tokens
     assert isinstance(again.train.sources[0].ids, np.memmap) and again.train.sources[0].ids.dtype == np.uint32
     assert not [p for p in (tmp_path / "cache" / "tokens").iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("part", ["ids.npy", "trained.npy", "offsets.npy", "meta.json"])
+def test_a_damaged_cache_is_written_again(part: str, run: Any, chat: Any, tmp_path: Path) -> None:
+    first = run([chat("One?", "two")], eval=0)
+    ids = first.train.sources[0].ids.tolist()  # a copy: the file under the map is about to change
+    file = tmp_path / "cache" / "tokens" / first.train.sources[0].key / part
+    for damage in (lambda: file.write_bytes(file.read_bytes()[:-20]), lambda: file.unlink()):
+        damage()
+        again = run([chat("One?", "two")], eval=0).train.sources[0]
+        assert again.ids.tolist() == ids and again.trained.any()
 
 
 @pytest.mark.parametrize("change", [{"loss_on": "all"}, {"system": "S"}, {"template": "plain"}, {"source": {"limit": 1}}])

@@ -7,23 +7,25 @@ The library's CPU path has traps, so the models here have K a multiple of the bl
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from support import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from halfbyte.checkpoints import huggingface, shards
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.export import quantize
 from halfbyte.formats.config import FormatConfig
+from support import save_tiny, tiny_tokenizer
 
 pytest.importorskip("bitsandbytes")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*kernels.*"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:bitsandbytes"),
 ]
+SHARED = os.environ.get("HALFBYTE_CACHE", str(Path.home() / ".cache" / "halfbyte"))
 IDS = torch.arange(1, 20)[None]
 SHAPES = {"llama": {"intermediate_size": 128}, "gpt2": {}, "qwen2": {"intermediate_size": 128, "tie_word_embeddings": True}}
 FORMATS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
@@ -96,6 +98,17 @@ def test_the_skip_list_is_whole(tmp_path: Path) -> None:
     assert reasons["model.layers.0.mlp.up_proj.weight"] == "the checkpoint keeps it in 16 bits"
 
 
+@pytest.mark.parametrize(("kind", "nested"), FORMATS)
+def test_inspect_tells_a_packed_checkpoint_from_its_config(kind: str, nested: bool, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "m", **SHAPES["llama"])
+    fmt = FormatConfig(kind=kind, nested=nested, skip=["*.o_proj"])  # type: ignore[arg-type]
+    quantize.export(str(source), fmt, tmp_path / "q", dtype=torch.float32)
+    loaded = huggingface.load(str(tmp_path / "q"), FormatConfig(), torch.float32).report
+    (tmp_path / "q" / "model.safetensors").unlink()
+    report = huggingface.inspect(str(tmp_path / "q"), FormatConfig(), torch.float32)
+    assert [(r.path, r.packed, r.bytes) for r in report.rows] == [(r.path, r.packed, r.bytes) for r in loaded.rows]
+
+
 def test_a_packed_checkpoint_keeps_its_format(tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "m")
     quantize.export(str(source), FormatConfig(kind="fp4", nested=False), tmp_path / "q")
@@ -107,7 +120,7 @@ def test_a_packed_checkpoint_keeps_its_format(tmp_path: Path) -> None:
 
 def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_tiny(tmp_path / "m")
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="is not empty"):
         quantize.export(str(source), FormatConfig(), source)
     with pytest.raises(FormatError, match="int4"):
         quantize.export(str(source), FormatConfig(kind="int4"), tmp_path / "q")
@@ -126,3 +139,14 @@ def test_no_private_path_is_written(tmp_path: Path) -> None:
     quantize.export(str(save_tiny(tmp_path / "m")), FormatConfig(), tmp_path / "q")
     for file in (tmp_path / "q").glob("*.json"):
         assert str(tmp_path) not in file.read_text(), file.name
+
+
+@pytest.mark.cpu
+def test_smollm2_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real model: nf4 with nested scales, read by transformers + bitsandbytes, logits within 1e-4."""
+    monkeypatch.setenv("HALFBYTE_CACHE", SHARED)
+    done = quantize.export("smollm2-135m", FormatConfig(), tmp_path / "q", dtype=torch.float32)
+    assert done.packed == 210 and done.kept == ["lm_head"]
+    ours = huggingface.load(str(tmp_path / "q"), FormatConfig(), torch.float32)
+    assert_same_logits(ours.model, theirs(tmp_path / "q"))
+    assert ours.model.lm_head.weight is ours.model.model.embed_tokens.weight

@@ -162,6 +162,10 @@ def test_three_non_finite_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     assert caught.value.code == "train.non-finite"
     assert "step 6" in caught.value.message
     assert parts.flat.values.isfinite().all()
+    resumed = rig.build(tmp_path, steps=9)
+    assert rig.run(resumed).step == 9
+    assert resumed.flat.values.isfinite().all()
+    assert [line["step"] for line in lines(tmp_path) if line["kind"] == "train"] == [1, 2, 3, 4, 5, 7, 8, 9]
 
 
 def test_an_fp16_overflow_skips_the_step_and_is_no_anomaly(tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ from torch import Tensor
 from halfbyte.checkpoints.shards import Header, Shards, Tensors
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.formats import fp4, nf4
+from halfbyte.formats.config import FormatConfig
 from halfbyte.formats.dynamic8 import dynamic_map
 from halfbyte.formats.packed import BLOCKS, NESTED_BLOCK, Format, Packed
+from halfbyte.layers.names import matches
 
 STATE = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(?P<kind>nf4|fp4)")
 LEVELS = {"nf4": nf4.LEVELS, "fp4": fp4.LEVELS}
@@ -114,6 +116,14 @@ def check_config(quantization: dict[str, Any], where: str) -> None:
     what = "bitsandbytes 8-bit" if method == "bitsandbytes" else str(method)
     hint = "give the original 16-bit model, or a bitsandbytes 4-bit one (nf4, fp4)"
     raise CheckpointError(f"{where} is quantised by {what}, which cannot be loaded", hint=hint, code="checkpoint.quantized")
+
+
+def format_of(quantization: dict[str, Any], asked: FormatConfig, paths: list[str]) -> FormatConfig:
+    """The format and skip list that a checked `quantization_config` tells, for modules `paths`; the block size is not in it."""
+    listed = quantization.get("llm_int8_skip_modules") or []
+    skip = [name for name in listed if any(matches(path, name) for path in paths)]
+    kind, nested = quantization.get("bnb_4bit_quant_type", "fp4"), bool(quantization.get("bnb_4bit_use_double_quant"))
+    return asked.model_copy(update={"kind": kind, "nested": nested, "skip": skip})
 
 
 def stored(name: str, packed: Packed) -> list[tuple[str, Tensor]]:

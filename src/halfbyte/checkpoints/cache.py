@@ -1,9 +1,9 @@
 """The cache of packed bases: a second start reads what the first one quantised.
 
 Layout: `HALFBYTE_CACHE/bases/<key>/` with `model.safetensors` (the module's own names: `...q_proj.codes`), `manifest.json`
-(sha256 of every tensor) and, for a GGUF source, its config and tokenizer. The key hashes what was read (commit, or names, sizes
-and times of the files), the format, the compute dtype and `LAYOUT`. An entry is written beside its place and renamed into it, so
-two runs cannot harm each other; it is verified whenever it is read, and rebuilt if a byte is wrong.
+(sha256 of every tensor). The key hashes what was read (commit, or names, sizes and times of the files), the format, the compute
+dtype and `LAYOUT`. An entry is written beside its place and renamed into it, so two runs cannot harm each other; it is verified
+whenever it is read, and rebuilt if a byte is wrong. Cost: the packed bytes on disk; on a second start, hashing and copying them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from halfbyte.formats.packed import SLOTS, Packed
 from halfbyte.layers.linear import Linear4bit
 
 log = logging.getLogger(__name__)
-LAYOUT = 1
+LAYOUT = 2
 """Raised whenever the same source and format would be stored in other bytes."""
 
 
@@ -97,8 +96,8 @@ def find(name: str) -> Entry | None:
     return None
 
 
-def store(name: str, model: nn.Module, describe: Callable[[Path], None] | None) -> str:
-    """Writes the packed model under this key and returns its digest. `describe` saves config and tokenizer beside it.
+def store(name: str, model: nn.Module) -> str:
+    """Writes the packed model under this key and returns its digest.
 
     A full or read-only disk costs the second start its shortcut, nothing else: it is logged.
     """
@@ -113,8 +112,6 @@ def store(name: str, model: nn.Module, describe: Callable[[Path], None] | None) 
     try:
         sums = shards.write(scratch / shards.SINGLE, tensors, {"format": "pt"})
         digest = digest_of(sums, specs)
-        if describe is not None:
-            describe(scratch)
         manifest = {"layout": LAYOUT, "digest": digest, "specs": specs, "sums": sums}
         _write_synced(scratch / "manifest.json", json.dumps(manifest))
         if not place.exists():

@@ -68,7 +68,7 @@ def config_of(path: Path) -> PretrainedConfig:
 
 
 def _unfolded(file: Path) -> Path:
-    """A directory in the cache with the config and tokenizer of a .gguf file, which take half a minute to build from its metadata."""
+    """A folder of the cache with the config and tokenizer of a .gguf file, which take seconds to build from its metadata."""
     seen = file.stat()
     what = json.dumps([str(file.absolute()), seen.st_size, seen.st_mtime_ns, transformers_version])
     directory = cache_root() / "described" / hashlib.sha256(what.encode()).hexdigest()[:32]

@@ -4,9 +4,9 @@ Why our own: transformers decodes the whole file into 16 or 32 bits before the m
 asked for, in pieces of `PIECE` elements (the `gguf` package's decoder holds its result twice), and the caller frees it.
 
 What llama.cpp's converter changed is changed back: llama-family q and k rows interleave the two rotary halves of each head; GPT-2
-stores Conv1D weights transposed. Everything else is refused, since it would load without an error and answer nonsense: architectures
-outside `ARCHITECTURES` (others lose settings on the way, such as Gemma 2's query scale or StarCoder 2's rotary base), and rotary
-scaling, which the metadata tells in a way that transformers does not read.
+stores Conv1D weights transposed. What would load without an error and answer nonsense is refused: architectures outside
+`ARCHITECTURES` (others lose settings on the way, such as Gemma 2's query scale or StarCoder 2's rotary base), and rotary scaling,
+which the metadata tells in a way that transformers does not read.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.errors import HTTPError as TransportError  # type: ignore[attr-defined]  # the HTTP client's own, whichever it is
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from halfbyte.checkpoints import bundled, shards
 from halfbyte.checkpoints.base import Source
@@ -30,9 +31,9 @@ from halfbyte.errors import CheckpointError, HalfbyteError
 
 log = logging.getLogger(__name__)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-TEXTS = (".json", ".jinja", ".model", ".tiktoken")
-LISTS = ("merges.txt", "vocab.txt")
-NOT_OURS = ("adapter_", "consolidated", "optimizer")
+TEXTS = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+WEIGHTS = ["*.safetensors"]
+NOT_OURS = ["*/*", "adapter_*", "consolidated*", "optimizer*"]
 
 
 def locate(model: ModelConfig, *, weights: bool = True) -> Source:
@@ -59,33 +60,35 @@ def _names() -> str:
 
 
 def _snapshot(model: ModelConfig, weights: bool) -> Source:
+    wanted = [*TEXTS, *WEIGHTS] if weights else TEXTS
     try:
         info = HfApi().model_info(model.name, revision=model.revision)
     except OfflineModeIsEnabled:
-        return _cached(model, "HF_HUB_OFFLINE is set")
+        return _cached(model, wanted, "HF_HUB_OFFLINE is set")
     except HfHubHTTPError as error:
         raise explain(error, model) from error
     except (TransportError, OSError) as error:
-        return _cached(model, f"the Hub cannot be reached ({error.__class__.__name__})")
+        return _cached(model, wanted, f"the Hub cannot be reached ({error.__class__.__name__})")
     except HFValidationError as error:
         raise CheckpointError(f"{model.name} is not a Hub id", hint=_names()) from error
     listed = [s.rfilename for s in info.siblings or []]
-    files = [f for f in listed if _wanted(f, weights)]
-    if not any(f.endswith(".safetensors") for f in listed if _wanted(f, True)):
+    if not list(filter_repo_objects(listed, allow_patterns=WEIGHTS, ignore_patterns=NOT_OURS)):
         _refuse(model.name, listed)
     try:
-        path = snapshot_download(model.name, revision=info.sha, allow_patterns=files)
+        path = _download(model, wanted)
     except (GatedRepoError, RepositoryNotFoundError) as error:
         raise explain(error, model) from error
     except (TransportError, LocalEntryNotFoundError) as error:
         raise CheckpointError(f"the download of {model.name} broke off: {error}", hint="run it again; it continues") from error
-    return Source(Path(path), model.name, info.sha)
+    return Source(path, model.name, path.name)
 
 
-def _wanted(file: str, weights: bool) -> bool:
-    if "/" in file or file.startswith(NOT_OURS):
-        return False
-    return file.endswith(TEXTS) or file in LISTS or (weights and file.endswith(".safetensors"))
+def _download(model: ModelConfig, wanted: list[str], *, offline: bool = False) -> Path:
+    """The folder of the snapshot, whose name is its commit hash."""
+    found = snapshot_download(
+        model.name, revision=model.revision, allow_patterns=wanted, ignore_patterns=NOT_OURS, local_files_only=offline
+    )
+    return Path(found)
 
 
 def _refuse(name: str, listed: list[str]) -> None:
@@ -96,10 +99,10 @@ def _refuse(name: str, listed: list[str]) -> None:
     raise CheckpointError(f"{name} holds no safetensors weights", hint="is it a model? adapters and data sets are not bases")
 
 
-def _cached(model: ModelConfig, why: str) -> Source:
+def _cached(model: ModelConfig, wanted: list[str], why: str) -> Source:
     """The snapshot that an earlier run left in the Hub's cache."""
     try:
-        path = Path(snapshot_download(model.name, revision=model.revision, local_files_only=True))
+        path = _download(model, wanted, offline=True)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         hint = f"download it once with a network (`hf download {model.name}`), or give a directory"
         raise CheckpointError(f"{model.name} is not on this machine, and {why}", hint=hint, code="hub.offline") from error

@@ -11,7 +11,6 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace as with_fields
-from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
@@ -51,7 +50,7 @@ def load(
     source = hub.locate(wanted)
     key = cache.key(source, fmt, compute)
     entry = cache.find(key) if fmt.kind != "none" else None
-    described = description.read(_described_in(source, entry))
+    described = description.read(source.path)
     net = skeleton(described, compute, source.name)
     tensors = entry if entry is not None else open_tensors(source, net, described)
     headers = tensors.headers()
@@ -65,7 +64,7 @@ def load(
     elif fmt.kind == "none" or any(header.packed for header in headers.values()):
         digest = _digest(key, net)
     else:
-        digest = cache.store(key, net, described.save if source.path.suffix == ".gguf" else None)
+        digest = cache.store(key, net)
     adopted = swap.adopt(net)
     report = with_fields(report, layers=adopted.layers, attention=adopted.attention)
     log.info("%s: %s", source.name, report.summary())
@@ -76,7 +75,11 @@ def inspect(model: ModelConfig | str, fmt: FormatConfig, compute: torch.dtype = 
     """What `load` would pack and keep, with bytes, from config and headers alone; no weight is downloaded or read."""
     wanted = ModelConfig(name=model) if isinstance(model, str) else model
     source = hub.locate(wanted, weights=False)
-    net = skeleton(description.read(source.path), compute, source.name)
+    described = description.read(source.path)
+    net = skeleton(described, compute, source.name)
+    if described.quantization:
+        bnb.check_config(described.quantization, source.name)
+        fmt = bnb.format_of(described.quantization, fmt, [path for path, _ in net.named_modules()])
     return _plan(net, {}, fmt)
 
 
@@ -155,11 +158,6 @@ def fill(
     net.tie_weights(recompute_mapping=False)
     nn.Module.to(net, device)
     assert not any(t.is_meta for t in [*net.parameters(), *net.buffers()]), "a tensor was left without memory"
-
-
-def _described_in(source: Source, entry: cache.Entry | None) -> Path:
-    """Config and tokenizer of a GGUF file take seconds to build from its metadata: a cached base carries them."""
-    return entry.directory if entry is not None and source.path.suffix == ".gguf" else source.path
 
 
 def _format(fmt: FormatConfig) -> Format | None:

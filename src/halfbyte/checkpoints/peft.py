@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import halfbyte
 from halfbyte.adapters import lora, state
-from halfbyte.checkpoints import atomic, peft_config
+from halfbyte.checkpoints import atomic, peft_config, shards
 from halfbyte.errors import CheckpointError, UnsafeFileError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def save(adapter: Adapter, directory: str | Path, base: Base, extras: Mapping[st
     extras = dict(extras or {})
     _refuse_strangers(target, extras)
     with atomic.directory(target, replace=True) as temporary:
-        save_file(state.state_dict(adapter), temporary / TENSORS, metadata={"format": "pt"})
+        shards.write(temporary / TENSORS, state.state_dict(adapter).items(), {"format": "pt"})
         record = Record(
             base=base.name,
             revision=base.revision,

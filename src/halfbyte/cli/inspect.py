@@ -48,7 +48,7 @@ def _print(report: SwapReport, full: bool) -> None:
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name, right in (("tensor", False), ("shape", False), ("count", True), ("weights", True), ("bytes", True), ("stored", False)):
-        table.add_column(name, justify="right" if right else "left")
+        table.add_column(name, justify="right" if right else "left", no_wrap=name != "stored")
     rows = [(r.path, r) for r in report.rows] if full else [(_pattern(r.path), r) for r in report.rows]
     groups: dict[tuple[str, Any], list[Any]] = {}
     for name, row in rows:

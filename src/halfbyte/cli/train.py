@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -33,10 +33,11 @@ def train(
 
 
 def _train(recipe: Recipe, as_json: bool) -> None:
+    from dataclasses import asdict
+
     from halfbyte.cli.console import emit_line
     from halfbyte.train.run import train as run
 
-    def event(found: dict[str, Any]) -> None:
-        emit_line(found)
-
-    run(recipe, on_event=event if as_json else None)
+    result = run(recipe, on_event=emit_line if as_json else None)
+    if as_json:
+        emit_line({"kind": "done", **asdict(result)})

@@ -9,6 +9,7 @@ a millisecond for an example of 200 tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -67,6 +68,8 @@ class Encoder:
         self._marks: masks.Marks | None = None
         self._bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
         self._eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        specials = [re.escape(token) for token in tokenizer.all_special_tokens if token]
+        self._special = re.compile("|".join(specials) or "(?!)")
 
     @property
     def marks(self) -> masks.Marks:
@@ -95,6 +98,8 @@ class Encoder:
         if self._options.system is not None and example.messages[0].role != "system":
             added = (Message("system", self._options.system), *example.messages)
             example = Example(example.where, added, example.learn_from + (1 if example.learn_from else 0))
+        if any(self._special.search(message.content) for message in example.messages):
+            problems.noted["a message spells a special token, which is read as that token"] += 1
         around = self.marks
         try:
             text, spans = masks.spans(example, self._renderer, around, self._options.loss_on)

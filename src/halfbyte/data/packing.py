@@ -1,7 +1,10 @@
 """Packing: examples laid into rows of exactly T tokens.
 
-Whole examples go by best fit, longest first (each into the fullest row that still takes it): what is left over stays below a
-percent or so on real chats. Plain text is then cut to fill the gaps and rows of its own. Nothing is ever cut but plain text.
+Whole examples go by best fit, each into the fullest row that still takes it: long ones first, longest first; then the middle in
+the order given; the shortest at last, to fill the gaps. What is left over stays below a percent or so on real chats, as with
+strictly falling lengths, but a row is a mixture: falling lengths alone make rows of examples of one length (within a row the
+spread of lengths is 0.1 to 0.3 of the whole set's, this way 0.5 to 0.7), and so batches that are not drawn at random. Plain text
+is then cut to fill the gaps and rows of its own. Nothing is ever cut but plain text.
 Why rows of one length: memory is the same in every step (DESIGN of the rows), and no padding is computed. Cost: one big-integer
 operation an example (the free spaces are bits, so "the smallest space that fits" is the lowest bit above).
 """
@@ -48,6 +51,10 @@ class Packing:
         return int((np.diff(self.first) + (left > 0)).max())
 
 
+LONG = 1 / 4  # of a row: longer ones are laid first
+SHORT = 0.3  # share of the examples kept for the gaps
+
+
 class _Rows:
     """Rows under construction: their segments, and the free spaces as bits."""
 
@@ -90,14 +97,24 @@ def pack(lengths: Int, cut: NDArray[np.bool_], tokens: int, documents: int) -> P
     """
     assert documents >= 1 and bool(np.all(lengths >= 1)) and bool(np.all(cut | (lengths <= tokens)))
     rows = _Rows(tokens, documents)
-    whole = np.flatnonzero(~cut)
-    for item in whole[np.argsort(-lengths[whole], kind="stable")].tolist():
+    for item in _order(np.flatnonzero(~cut), lengths, tokens).tolist():
         rows.put(item, int(lengths[item]))
     _fill(rows, np.flatnonzero(cut), lengths)
     segments = [segment for row in rows.segments for segment in row]
     table = np.asarray(segments, dtype=np.int64).reshape(-1, 3)
     first = np.cumsum([0, *(len(row) for row in rows.segments)], dtype=np.int64)
     return Packing(tokens, table[:, 0], table[:, 1], table[:, 2], first)
+
+
+def _order(whole: Int, lengths: Int, tokens: int) -> Int:
+    """The order in which whole items are laid: long falling, middle as given, short falling."""
+    size = lengths[whole]
+    if not len(whole):
+        return whole
+    long = size > LONG * tokens
+    short = ~long & (size <= np.quantile(size, SHORT))
+    falling = [part[np.argsort(-lengths[part], kind="stable")] for part in (whole[long], whole[short])]
+    return np.concatenate([falling[0], whole[~long & ~short], falling[1]])
 
 
 def _fill(rows: _Rows, texts: Int, lengths: Int) -> None:

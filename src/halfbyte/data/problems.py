@@ -55,6 +55,7 @@ class Problems:
     shown: list[Problem] = field(default_factory=list)
     total: int = 0
     skipped: Counter[str] = field(default_factory=Counter)  # why -> examples left out on purpose, for the report
+    noted: Counter[str] = field(default_factory=Counter)  # what -> examples that are odd but learned, for the report
 
     def add(self, where: Where, name: str, expected: str, got: str, code: str = "data.bad-example") -> None:
         """Notes a mistake; reading goes on."""

@@ -20,7 +20,6 @@ class SourceReport:
     truncated: int = 0
     split: int = 0
     held_out: int = 0
-    cached: bool = False
 
 
 @dataclass

@@ -54,6 +54,10 @@ def resolve(name: str, tokenizer: Any) -> Template:
         if own:
             return Template("auto", own, "the tokenizer's own")
         chosen = "chatml" if _has(tokenizer, CHATML_TOKENS) else "alpaca"
+        if chosen == "alpaca" and not tokenizer.eos_token:
+            return Template(
+                "none", "", "auto: the tokenizer has neither a template nor an eos token, so only plain text can be learned"
+            )
         return Template(chosen, _named(chosen, tokenizer), f"auto: the tokenizer has no template of its own, so {chosen}")
     if name in NAMED:
         return Template(name, _named(name, tokenizer), "named in the recipe")

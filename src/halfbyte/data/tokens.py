@@ -54,6 +54,12 @@ class Tokens:
         """`chats.jsonl:12` for an example."""
         return str(Where(self.file_names[self.files[example]], int(self.lines[example]), self.unit))
 
+    def count(self, start: Int, stop: Int) -> Int:
+        """Tokens to learn in each span `start[i]:stop[i]`, int64, read span by span: no array of the whole set is made."""
+        trained = np.asarray(self.trained)  # a plain view: slicing it is ten times cheaper than slicing a memmap
+        spans = zip(start.tolist(), stop.tolist(), strict=True)
+        return np.fromiter((np.count_nonzero(trained[a:b]) for a, b in spans), dtype=np.int64, count=len(start))
+
 
 def key_of(parts: dict[str, Any]) -> str:
     """The name of a cache folder: a digest of everything that decides its content."""
@@ -61,11 +67,21 @@ def key_of(parts: dict[str, Any]) -> str:
 
 
 def load(folder: Path, name: str) -> Tokens | None:
-    """Maps a folder written by `save`, or None where there is none."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    """Maps a folder written by `Writer`; None where there is none, or a damaged one, which is removed to be written again."""
+    if not folder.exists():
         return None
+    try:
+        tokens = _map(folder, name)
+    except (OSError, ValueError, KeyError, EOFError):
+        tokens = None
+    if tokens is None or not len(tokens.ids) == len(tokens.trained) == tokens.offsets[-1]:
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    return tokens
+
+
+def _map(folder: Path, name: str) -> Tokens:
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     arrays = {part: np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("ids", "trained")}
     small = {part: np.load(folder / f"{part}.npy") for part in ("offsets", "lines", "files")}
     return Tokens(
@@ -185,8 +201,7 @@ class TokenSet:
         counts = np.zeros(len(self), dtype=np.int64)
         for number, source in enumerate(self.sources):
             mine = np.flatnonzero(self.source == number)
-            sums = np.concatenate([[0], np.cumsum(source.trained, dtype=np.int64)])
-            counts[mine] = sums[self.stop[mine]] - sums[np.minimum(self.start[mine] + 1, self.stop[mine])]
+            counts[mine] = source.count(self.start[mine] + 1, self.stop[mine])
         return counts
 
     def take(self, keep: NDArray[Any]) -> TokenSet:

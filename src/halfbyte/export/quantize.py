@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from halfbyte.checkpoints import bnb, huggingface, shards
+from halfbyte.checkpoints import atomic, bnb, huggingface, shards
 from halfbyte.checkpoints.base import Base, Progress, silent
 from halfbyte.checkpoints.config import ModelConfig
 from halfbyte.errors import CheckpointError, FormatError
@@ -40,6 +37,10 @@ class Exported:
     packed: int
     kept: list[str]
     bytes: int
+
+    def __str__(self) -> str:
+        kept = f"; kept in 16 bits: {', '.join(self.kept)}" if self.kept else ""
+        return f"{self.packed} linear layers packed{kept}; {self.bytes:,} bytes in {', '.join(self.files)}"
 
 
 def export(
@@ -64,23 +65,14 @@ def export(
 
 def save(base: Base, out: Path) -> Exported:
     """Writes a loaded base; its packed bytes are written as they are."""
-    refuse_existing(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
+    with atomic.directory(out) as folder:
         tensors = list(_tensors(base.model))
-        files = shards.write_sharded(scratch, tensors, SHARD)
+        files = shards.write_sharded(folder, tensors, SHARD)
         kept = unpacked_linears(base.model)
-        _write_config(base, scratch, kept)
-        base.tokenizer.save_pretrained(scratch)
+        _write_config(base, folder, kept)
+        base.tokenizer.save_pretrained(folder)
         if base.model.generation_config is not None:
-            base.model.generation_config.save_pretrained(scratch)
-        scratch.chmod(0o755)
-        os.rename(scratch, out)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {out}: {error}", hint="free disk space, or choose another place") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            base.model.generation_config.save_pretrained(folder)
     size = sum(tensor.nbytes for _, tensor in tensors)
     return Exported(out, files, len(base.report.packed), kept, size)
 
@@ -88,7 +80,7 @@ def save(base: Base, out: Path) -> Exported:
 def refuse_existing(out: Path) -> None:
     """Raises CheckpointError if `out` is there already: nothing is ever overwritten or mixed."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already", hint="choose another directory, or remove it first", code="export.exists")
+        raise CheckpointError(f"{out} is not empty", hint="name a new directory, or remove this one first", code="export.exists")
 
 
 def unpacked_linears(model: nn.Module) -> list[str]:

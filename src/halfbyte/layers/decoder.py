@@ -9,7 +9,6 @@ Letters: B rows, S tokens, H query heads, G key/value heads, d head size.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -129,9 +128,13 @@ class DecoderLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
         return "run by halfbyte.layers.decoder.DecoderLayer"
 
 
-@functools.lru_cache
+_ADOPTED: dict[type[nn.Module], type[DecoderLayer]] = {}
+
+
 def _adopted_class(original: type[nn.Module]) -> type[DecoderLayer]:
-    return type(original.__name__, (DecoderLayer, original), {"__module__": DecoderLayer.__module__})
+    if original not in _ADOPTED:
+        _ADOPTED[original] = type(original.__name__, (DecoderLayer, original), {"__module__": DecoderLayer.__module__})
+    return _ADOPTED[original]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotation: Rotation) -> Tensor:

@@ -2,7 +2,7 @@
 
 Why a proof: some models scale their logits (Granite, Cohere) or cap them (Gemma 2), each under a name of its own, and a loss
 computed without that looks perfectly normal. Scale and cap are therefore measured on a probe against `model(...).logits`; a
-head that does not fit the formula is refused. Cost: two forward passes of 16 tokens.
+head that does not fit the formula is refused. Cost: one forward pass of 16 tokens.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden `[..., hidden]`; returns `[..., V]` in fp32. For probes and sampling; the loss never calls it on a batch."""
-        bias = None if self.bias is None else self.bias.float()
-        out = self.scale * nn.functional.linear(hidden.float(), self.weight.float(), bias)
+        out = self.scale * nn.functional.linear(hidden.to(self.weight.dtype), self.weight).float()
+        out = out if self.bias is None else out + self.scale * self.bias.float()
         return out if self.cap is None else self.cap * torch.tanh(out / self.cap)
 
 
@@ -50,12 +50,15 @@ def find(model: PreTrainedModel) -> Head:
     assert isinstance(weight, nn.Parameter)
     was_training = model.training
     model.train(False)
+    ids = torch.arange(_TOKENS, device=weight.device)[None] % model.config.get_text_config().vocab_size
+    seen: list[Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
     try:
-        ids = torch.arange(_TOKENS, device=weight.device)[None] % model.config.get_text_config().vocab_size
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         logits = model(input_ids=ids, use_cache=False).logits.float()
     finally:
+        handle.remove()
         model.train(was_training)
+    hidden = seen[0]
     cap = next((float(c) for name in _CAPS if (c := getattr(model.config.get_text_config(), name, None)) is not None), None)
     if logits.shape[-1] != weight.shape[0]:
         raise _refused(model, f"it gives {logits.shape[-1]} logits from a weight of {weight.shape[0]} rows")

@@ -185,7 +185,7 @@ def adopt(model: PreTrainedModel) -> SwapReport:
             rows.append(LayerRow(path, type(layer).__name__, True, ""))
         else:
             rows.append(LayerRow(path, type(layer).__name__, False, verdict))
-    report = SwapReport(layers=rows, attention=_plug_attention(model))
+    report = SwapReport(layers=rows, attention=_plug_attention(model, proven=all(row.adopted for row in rows)))
     adopted = sum(row.adopted for row in rows)
     reasons = sorted({row.reason for row in rows if row.reason})
     log.info("decoder layers: %d of %d adopted%s", adopted, len(rows), f" (left: {'; '.join(reasons)})" if reasons else "")
@@ -239,14 +239,19 @@ def _plain_attributes(layer: nn.Module) -> frozenset[tuple[str, object]]:
     )
 
 
-def _plug_attention(model: PreTrainedModel) -> str:
-    """Sets the "halfbyte" attention if the model takes it and stays isolated under it; returns how packed rows run, and why."""
+def _plug_attention(model: PreTrainedModel, *, proven: bool) -> str:
+    """Sets the "halfbyte" attention if the model takes it and stays isolated under it; returns how packed rows run, and why.
+
+    proven: every layer was, on boundaries; else layers that were left are tried with the others.
+    """
     before = model.config._attn_implementation
     if before == attention.NAME:
         return "boundaries"
     if not model._can_set_attn_implementation():
         return f"dense mask ({before}): the model does not take another attention function"
     model.set_attn_implementation(attention.NAME)
+    if proven:
+        return "boundaries"
     try:
         forward.prove_isolation(model)
     except ModelError as error:

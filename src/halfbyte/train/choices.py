@@ -49,12 +49,12 @@ def compute(asked: Compute, device: torch.device) -> Choice:
 
 
 def threads(device: torch.device) -> Choice:
-    """CPU threads for torch: OMP_NUM_THREADS if it is set, else the faster of all cores and half of them."""
+    """CPU threads for torch: OMP_NUM_THREADS if it is set, else the faster of torch's own number (the cores) and half of it."""
     if device.type != "cpu":
         return Choice(torch.get_num_threads(), "torch's own: the work is on the GPU")
     if "OMP_NUM_THREADS" in os.environ:
         return Choice(torch.get_num_threads(), "OMP_NUM_THREADS")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = torch.get_num_threads()
     candidates = sorted({cores, max(1, cores // 2)}, reverse=True)
     if len(candidates) == 1:
         return Choice(cores, "auto: one core")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from halfbyte.errors import Interrupted
+from halfbyte.errors import Interrupted, TrainingError
 from halfbyte.train import metrics, saving
 from halfbyte.train.evaluate import evaluate, record
 from halfbyte.train.signals import Stop
@@ -40,13 +40,13 @@ def train(parts: Parts, state: State, stop: Stop) -> None:
             break
         pending.append(outcome)
         if at_boundary(parts, state):
-            settle(parts, state, pending)
+            read(parts, state, pending)
         if due(state.step, parts.config.log_every):
             metrics.log(parts, state)
         survey(parts, state, stop)
         if due(state.step, parts.config.save_every) or state.best_step == state.step:
             saving.save(parts, state)
-    settle(parts, state, pending)
+    read(parts, state, pending)
     saving.save(parts, state)
     if stop.signal and not (finished(parts, state) and state.evaluated == state.step):
         raise Interrupted(
@@ -72,6 +72,16 @@ def one_step(parts: Parts, state: State, stop: Stop) -> Outcome | None:
     assert total is not None
     values = clip_gradient(parts, total)
     return optimizer_step(parts, state, values, batch)
+
+
+def read(parts: Parts, state: State, pending: list[Outcome]) -> None:
+    """Read the device; when it ends the run (three non-finite steps), save first: a resumed run goes on behind them."""
+    try:
+        settle(parts, state, pending)
+    except TrainingError:
+        state.non_finite = 0
+        saving.save(parts, state)
+        raise
 
 
 def fetch(parts: Parts, state: State) -> Batch:

@@ -23,6 +23,7 @@ from halfbyte.checkpoints import cache, description, hub, huggingface, resume
 from halfbyte.checkpoints.base import Base
 from halfbyte.checkpoints.resume import Contents
 from halfbyte.config import Recipe
+from halfbyte.data import checks
 from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.generate.chat import generate
@@ -94,6 +95,9 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Ba
     report.tell(f"base: {base.name}, {base.report.summary()}")
     chosen["attention"] = choosing.settle("attention", "auto", kept, lambda: Choice(_attention(base), "what the layers allow"))
     adapter = _adapter(recipe, base, report)
+    embedding = base.model.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
+    checks.embeddings(prepared.train, base.tokenizer, embedding, trainable=embedding.requires_grad)
     recompute.set_recompute(base.model, chosen["recompute"].value == "on")
     forward.prove_isolation(base.model)
     for name in ("compute", "threads", "attention", "microbatch", "recompute"):

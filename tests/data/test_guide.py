@@ -1,0 +1,36 @@
+"""The guide of the data section says what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte.data import sources, templates
+from halfbyte.data.shapes import COLUMNS
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs/guides/data.md").read_text(encoding="utf-8")
+
+
+def test_every_id_is_explained() -> None:
+    code = "".join(p.read_text(encoding="utf-8") for p in sorted((ROOT / "src/halfbyte/data").glob("*.py")))
+    raised = set(re.findall(r"\"(data\.[a-z-]+)\"", code))
+    explained = set(re.findall(r"`(data\.[a-z-]+)`", GUIDE))
+    assert len(raised) >= 14 and raised <= explained
+    assert {i for i in explained if "-" in i} <= raised
+
+
+def test_endings_shapes_and_templates_are_listed() -> None:
+    for word in (*sources.SUFFIXES, *COLUMNS, *templates.NAMED):
+        assert word in GUIDE, word
+
+
+def test_the_example_runs(tokenizer: Any, jsonl: Any, chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jsonl([chat(f"One {i}?", "two") for i in range(30)], "chats.jsonl")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"tokenizer": tokenizer}
+    exec(re.findall(r"```python\n(.*?)```", GUIDE, flags=re.S)[0], names)
+    assert names["batch"].input_ids.shape == (8, 2048)
