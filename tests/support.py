@@ -204,4 +204,6 @@ def environment(**changes: str) -> dict[str, str]:
 def cli(*args: str, cwd: Path | None = None, stdin: str = "", timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs `halfbyte ARGS` in a process of its own."""
     command = [sys.executable, "-m", "halfbyte.cli.main", *args]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=cwd, timeout=timeout, check=False, env=environment(**env))
+    return subprocess.run(
+        command, input=stdin, capture_output=True, text=True, cwd=cwd, timeout=timeout, check=False, env=environment(**env)
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from halfbyte.memory.plan import plan
 from halfbyte.recipe import load_recipe
 from support import QWEN3_8B, SMOLLM2

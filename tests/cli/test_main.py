@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from halfbyte.errors import Interrupted
-from halfbyte.recipe import load_recipe
 
 from cli.conftest import Cli
+from halfbyte.errors import Interrupted
+from halfbyte.recipe import load_recipe
 
 
 def test_help_names_every_command(cli: Cli) -> None:

@@ -24,7 +24,13 @@ def trained(cli: Cli, place: Path) -> Path:
 
 
 def test_train_leaves_an_adapter(trained: Path, cli: Cli) -> None:
-    for name in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/recipe.yaml", "metrics.jsonl", "loss.png"):
+    for name in (
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/recipe.yaml",
+        "metrics.jsonl",
+        "loss.png",
+    ):
         assert (trained / "run" / name).is_file(), name
     again = cli("train", "recipe.yaml")
     assert again.code == 0 and "resuming at step 3 of 3" in again.err

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from halfbyte.adapters import full, lora
 from halfbyte.config import Recipe
 from halfbyte.formats.packed import Format

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+
 from halfbyte.config import Recipe
 from halfbyte.errors import MemoryPlanError, RecipeError
 from halfbyte.memory.budget import GIB, budget
@@ -27,7 +28,7 @@ def test_8b_on_cards() -> None:
     assert large.fits and large.recompute == "none"
     none = plan(recipe_of(), "4GiB", config=QWEN3_8B)
     assert not none.fits and none.advice and none.spare < 0
-    with pytest.raises(MemoryPlanError, match="needs .* GiB and 4GiB has 3.88 GiB") as caught:
+    with pytest.raises(MemoryPlanError, match=r"needs .* GiB and 4GiB has 3.88 GiB") as caught:
         none.require()
     assert caught.value.code == "memory.no-fit"
 
@@ -81,15 +82,27 @@ def test_table_is_readable_without_colour() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "total"), [("24GiB", 24 * GIB), ("24 gib", 24 * GIB), ("24GB", 24 * 10**9), ("512MiB", GIB // 2), ("rtx4090", 24 * GIB),
-                         ("RTX 4090", 24 * GIB), ("GeForce RTX 3060", 12 * GIB), ("a100-80g", 80 * GIB), ("4090", 24 * GIB)]
-)  # fmt: skip
+    ("asked", "total"),
+    [
+        ("24GiB", 24 * GIB),
+        ("24 gib", 24 * GIB),
+        ("24GB", 24 * 10**9),
+        ("512MiB", GIB // 2),
+        ("rtx4090", 24 * GIB),
+        ("RTX 4090", 24 * GIB),
+        ("GeForce RTX 3060", 12 * GIB),
+        ("a100-80g", 80 * GIB),
+        ("4090", 24 * GIB),
+    ],
+)
 def test_budgets(asked: str, total: int) -> None:
     found = budget(asked)
     assert found.total == total and 0.9 * total < found.bytes < total and not found.here
 
 
-@pytest.mark.parametrize(("asked", "hint"), [("rtx409", "did you mean `rtx4090`?"), ("24", "give a size"), ("24 parsecs", "give a size")])
+@pytest.mark.parametrize(
+    ("asked", "hint"), [("rtx409", "did you mean `rtx4090`?"), ("24", "give a size"), ("24 parsecs", "give a size")]
+)
 def test_budgets_that_are_not(asked: str, hint: str) -> None:
     with pytest.raises(RecipeError) as caught:
         budget(asked)

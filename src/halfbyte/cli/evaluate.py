@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     target: str = typer.Argument(..., help="Adapter or run directory, or a base model."),
-    data: list[str] = typer.Option(None, "--data", "-d", help="Files to evaluate on; default: the run's own held-out data."),  # noqa: B008
+    data: list[str] = typer.Option(None, "--data", "-d", help="Files to evaluate on; default: the run's own held-out data."),
     tokens: int | None = typer.Option(None, "--tokens", min=16, help="Row length; default: the run's, or 1024."),
     loss_on: str | None = typer.Option(None, "--loss-on", help="assistant, last or all."),
     kind: str = typer.Option("nf4", "--format", "-f", help="Format of a base without an adapter."),
@@ -27,6 +27,7 @@ def evaluate(
 ) -> None:
     """Loss, perplexity and token accuracy of a base, and of the adapter on it.
 
+    \b
     halfbyte eval runs/quickstart
     halfbyte eval runs/quickstart --data held-out.jsonl --json
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from typing import Any
 
 import typer
 
@@ -39,7 +40,7 @@ app.command("schema")(schema.schema)
 
 
 # Newer releases of typer carry their own copy of click: the base of its usage errors is reached through a name that both export.
-UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+UsageError: Any = typer.BadParameter.__bases__[0]
 
 CTRL_C = 130
 """What typer makes of a KeyboardInterrupt."""

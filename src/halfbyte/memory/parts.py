@@ -48,7 +48,9 @@ def parts(
     return count(shapes(skeleton(config, dtype), recipe.format, recipe.adapter), recipe, microbatch, recompute, dtype, device)
 
 
-def count(s: Shapes, recipe: Recipe, microbatch: int, recompute: bool, dtype: torch.dtype, device: Literal["cuda", "cpu"]) -> list[Part]:
+def count(
+    s: Shapes, recipe: Recipe, microbatch: int, recompute: bool, dtype: torch.dtype, device: Literal["cuda", "cpu"]
+) -> list[Part]:
     """The same from shapes that are known."""
     tokens = microbatch * recipe.data.tokens
     found = [*weights(s, recipe), *learning(s, recipe), *activations(s, tokens, recompute, dtype)]
@@ -60,7 +62,9 @@ def count(s: Shapes, recipe: Recipe, microbatch: int, recompute: bool, dtype: to
         if device == "cpu" and recipe.train.prompts:
             held = sum(r.params for r in s.report.packed) * dtype.itemsize
             found.append(Part("answers", held, "decoded weights, held while the fixed prompts are answered"))
-    found.append(Part("context", CONTEXT[device], "CUDA context and workspaces" if device == "cuda" else "Python and its libraries"))
+    found.append(
+        Part("context", CONTEXT[device], "CUDA context and workspaces" if device == "cuda" else "Python and its libraries")
+    )
     return sorted((p for p in found if p.bytes), key=lambda p: -p.bytes)
 
 

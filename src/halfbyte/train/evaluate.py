@@ -60,7 +60,9 @@ def _score(parts: Parts, loader: Loader, stop: Stop | None) -> Score | None:
     return measure(loader, parts.microbatch, sums, stop)
 
 
-def measure(loader: Loader, microbatch: int, sums: Callable[[Microbatch], tuple[Tensor, Tensor]], stop: Stop | None = None) -> Score | None:
+def measure(
+    loader: Loader, microbatch: int, sums: Callable[[Microbatch], tuple[Tensor, Tensor]], stop: Stop | None = None
+) -> Score | None:
     """The score of a whole set. sums: loss and right predictions, summed over the learned tokens of a microbatch."""
     loss_sum, correct, tokens = 0.0, 0.0, 0
     for batch in loader.sweep():
@@ -81,7 +83,7 @@ def evaluate_base(base: Base, sets: Mapping[str, TokenSet], tokens: int) -> dict
 
     On a CPU with room for it, the weights are decoded once for all rows.
     """
-    device = base.model.get_input_embeddings().weight.device  # type: ignore[no-untyped-call]
+    device = next(base.model.parameters()).device
     output = head.find(base.model)
 
     def sums(part: Microbatch) -> tuple[Tensor, Tensor]:
