@@ -1,4 +1,4 @@
-"""Faults: what was tried, what the user saw, what was lost. Writes the table of docs/concepts/faults.md; fails if anything was lost.
+"""Faults: what was tried, what the user saw, what was lost: the table of docs/concepts/faults.md. Fails if anything was lost.
 
     python bench/faults.py [--kills 20] [--only NAME ...] [--docs docs/concepts/faults.md]
 
@@ -29,8 +29,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
-from support import chats, save_tiny, write_jsonl
-
 
 from halfbyte.checkpoints import huggingface, peft, resume
 from halfbyte.checkpoints.config import ModelConfig
@@ -41,6 +39,7 @@ from halfbyte.layers import forward
 from halfbyte.recipe import recipe_from
 from halfbyte.train import metrics
 from halfbyte.train.run import train
+from support import chats, save_tiny, write_jsonl
 
 STEPS = 60
 NAN_TOKEN = ord("~")
@@ -146,20 +145,26 @@ def kills(bench: Bench, count: int = 20) -> Trial:
     """kill -9 at random moments; the same command again, each time."""
     output, log = "kills", bench.root / "kills.log"
     generator = random.Random(0)
-    done = during_save = 0
+    done = during_save = training = 0
     while done < count:
-        moment = generator.uniform(0, bench.start + 2 * bench.seconds / count)
+        moment = generator.uniform(0.5 * bench.start, bench.start + 3 * bench.seconds / count)
+        seen = len(log.read_text()) if log.exists() else 0
         code = child(lambda: train(bench.recipe(output)), log, moment)
         done += code == -signal.SIGKILL
+        training += code == -signal.SIGKILL and "tok/s" in log.read_text()[seen:]
         during_save += any(".tmp-" in p.name for p in (bench.root / output / "checkpoints").glob(".step-*"))
         if code == 0:
             shutil.rmtree(bench.root / output)  # finished before its time: once more from the start
         elif code != -signal.SIGKILL:
             raise SystemExit(f"the run failed by itself: {first_error(log)}")
     code = child(lambda: train(bench.recipe(output)), log)
-    resumed = sum("resuming at step" in line for line in log.read_text().splitlines())
-    saw = f"{done} kills, {during_save} of them while a checkpoint was being written; {resumed} restarts resumed; exit {code}"
-    return Trial("`kill -9` at random moments of a run that saves after every step, the same command again", saw, bench.lost(output))
+    saw = (
+        f"{done} kills: {done - training} before a restarted run's first step, {training} in training; {during_save} of them while "
+    )
+    saw += f"a checkpoint was being written; then exit {code}"
+    return Trial(
+        "`kill -9` at random moments of a run that saves after every step, the same command again", saw, bench.lost(output)
+    )
 
 
 def terminated(bench: Bench) -> Trial:
@@ -235,7 +240,11 @@ def flipped_bytes(bench: Bench) -> Trial:
     code = child(lambda: train(bench.recipe(output)), log)
     assert code == 0, first_error(log)
     lost = bench.lost(output) if found == 100 else f"{100 - found} flipped bytes were not seen"
-    return Trial("100 flipped bytes in a checkpoint, one at a time; then a run that finds one", f"{found} of 100 seen. {first_error(log)}", lost)
+    return Trial(
+        "100 flipped bytes in a checkpoint, one at a time; then a run that finds one",
+        f"{found} of 100 seen. {first_error(log)}",
+        lost,
+    )
 
 
 def truncated_shard(bench: Bench) -> Trial:
@@ -280,8 +289,11 @@ def nan_example(bench: Bench) -> Trial:
     last = resume.newest(bench.root / "nan" / "checkpoints", print)
     assert last is not None
     sound = all(bool(t.isfinite().all()) for group in last.tensors.values() for t in group.values())
-    saw = f"one example: {len(anomalies)} of 40 steps skipped, each with the example's number in anomalies.jsonl; all examples: {first_error(log)}"
-    return Trial("an example whose forward pass gives NaN; then a data set full of them", saw, "nothing" if sound else "the weights")
+    skipped = f"{len(anomalies)} of 40 steps skipped, each with the example's number in anomalies.jsonl"
+    saw = f"one example: {skipped}; all examples: {first_error(log)}"
+    return Trial(
+        "an example whose forward pass gives NaN; then a data set full of them", saw, "nothing" if sound else "the weights"
+    )
 
 
 def misspelt_key(bench: Bench) -> Trial:

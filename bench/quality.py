@@ -190,26 +190,31 @@ def everything(args: argparse.Namespace) -> None:
 
 
 def table(args: argparse.Namespace) -> None:
+    """The results as Markdown."""
+    print(markdown(Path(args.out)))
+
+
+def markdown(results: Path) -> str:
     """Means over seeds, gap to 16-bit LoRA, and whether nf4's gap is at most the peer's plus two standard errors."""
-    rows = [json.loads(line) for line in Path(args.out).read_text().splitlines()]
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
     after = {m: {r["seed"]: r["after"] for r in rows if r["method"] == m and "after" in r} for m in METHODS}
     before = {m: statistics.mean(r["before"] for r in rows if r["method"] == m and "after" in r) for m in METHODS if after[m]}
     base = after["lora16"]
     gaps = {m: [after[m][s] - base[s] for s in after[m] if s in base] for m in METHODS}
-    print("| method | before | after, each seed | mean | gap to 16-bit LoRA |\n| --- | --- | --- | --- | --- |")
+    text = ["| method | before | after, each seed | mean | gap to 16-bit LoRA |", "| --- | --- | --- | --- | --- |"]
     for m in METHODS:
         if not after[m]:
             continue
         mean, gap = statistics.mean(after[m].values()), statistics.mean(gaps[m])
         seeds = ", ".join(f"{after[m][s]:.4f}" for s in sorted(after[m]))
-        print(f"| {m} | {before[m]:.4f} | {seeds} | {mean:.4f} | {gap:+.4f} ({gap / statistics.mean(base.values()):+.2%}) |")
+        text.append(f"| {m} | {before[m]:.4f} | {seeds} | {mean:.4f} | {gap:+.4f} ({gap / statistics.mean(base.values()):+.2%}) |")
     ours, theirs = gaps["nf4"], gaps["peft-bnb"]
-    if len(ours) > 1 and len(theirs) > 1:
+    if len(ours) > 1 and len(ours) == len(theirs):
         differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-        error = statistics.stdev(differences) / math.sqrt(len(differences))
-        verdict = statistics.mean(ours) <= statistics.mean(theirs) + 2 * error
-        print(f"\nnf4 minus peft-bnb, paired by seed: {statistics.mean(differences):+.4f}, standard error {error:.4f}: ", end="")
-        print("within two standard errors" if verdict else "NOT within two standard errors")
+        mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+        verdict = "within" if mean <= 2 * error else "NOT within"
+        text += ["", f"nf4 minus peft-bnb, paired by seed: {mean:+.4f}, standard error {error:.4f}: {verdict} two standard errors."]
+    return "\n".join(text)
 
 
 def main() -> None:

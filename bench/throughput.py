@@ -2,7 +2,8 @@
 
     python bench/throughput.py make --dir M --size 8b --tokenizer DIR
     python bench/throughput.py run  --dir M --impl halfbyte --rows 4 --tokens 2048 [--recompute]
-    python bench/throughput.py all  --dir M --out bench/results/NAME.jsonl          every implementation in turn, fresh processes
+    python bench/throughput.py all  --dir M --out bench/results/NAME.jsonl      every implementation in turn, fresh processes
+    python bench/throughput.py table --out bench/results/NAME.jsonl             as Markdown
 
 `run` prints one JSON line. A step is forward, backward, clipping (ours) and AdamW on `rows` rows of random tokens, one document a
 row. Ours runs fp32 AdamW states, the peers bitsandbytes' 8-bit AdamW. Peak is the allocator's. Peers need bitsandbytes, PEFT,
@@ -253,10 +254,27 @@ def everything(args: argparse.Namespace) -> None:
             file.flush()
 
 
+def table(args: argparse.Namespace) -> None:
+    """The results as Markdown."""
+    print(markdown(Path(args.out)))
+
+
+def markdown(results: Path) -> str:
+    """One row a run, in the order they ran; a red gate or a failure shows no figure."""
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    text = ["| implementation | recompute | tokens/s | peak GiB | resident GiB |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        figures = (
+            [f"{row['tokens_per_s']:,}", f"{row['peak_GiB']:.1f}", f"{row['resident_GiB']:.1f}"] if "step_s" in row else ["-"] * 3
+        )
+        text.append(f"| {row['impl']} | {'full' if row['recompute'] else 'none'} | {' | '.join(figures)} |")
+    return "\n".join(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["make", "run", "all"])
-    parser.add_argument("--dir", required=True)
+    parser.add_argument("command", choices=["make", "run", "all", "table"])
+    parser.add_argument("--dir", default="model")
     parser.add_argument("--size", choices=SIZES, default="8b")
     parser.add_argument("--tokenizer")
     parser.add_argument("--impl", default="halfbyte")
@@ -265,7 +283,7 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--out", default="bench/results/throughput.jsonl")
     args = parser.parse_args()
-    {"make": make, "run": run, "all": everything}[args.command](args)
+    {"make": make, "run": run, "all": everything, "table": table}[args.command](args)
 
 
 if __name__ == "__main__":

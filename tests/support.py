@@ -45,6 +45,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
 FAMILIES["gpt2"].pop("max_position_embeddings")
 """Settings of one tiny model a family; keys are transformers' `model_type`."""
 
+QWEN3_8B = {
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+}
+SMOLLM2 = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+"""The shapes of two real models, as their config.json says."""
+
 
 def tiny_config(family: str = "llama", **changes: Any) -> dict[str, Any]:
     """The `config.json` of a tiny model, as a dict."""
@@ -181,4 +204,6 @@ def environment(**changes: str) -> dict[str, str]:
 def cli(*args: str, cwd: Path | None = None, stdin: str = "", timeout: float = 300, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs `halfbyte ARGS` in a process of its own."""
     command = [sys.executable, "-m", "halfbyte.cli.main", *args]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=cwd, timeout=timeout, check=False, env=environment(**env))
+    return subprocess.run(
+        command, input=stdin, capture_output=True, text=True, cwd=cwd, timeout=timeout, check=False, env=environment(**env)
+    )

@@ -30,9 +30,7 @@ ORDER: list[set[str]] = [
 ]
 # Only these know the whole recipe; the folders below know their own section.
 MAY_SEE_RECIPE = {"config", "recipe", "memory", "train", "export", "cli", "halfbyte"}
-MAY_IMPORT: dict[str, set[str]] = {
-    name: set().union(*ORDER[:level]) for level, names in enumerate(ORDER) for name in names
-}
+MAY_IMPORT: dict[str, set[str]] = {name: set().union(*ORDER[:level]) for level, names in enumerate(ORDER) for name in names}
 MAY_IMPORT["mistakes"] = {"errors"}
 MAY_IMPORT["*.config"] = {"config_base", "errors", "*.config"}
 LIMITS = {"train/loop.py": 200}
@@ -148,13 +146,21 @@ def test_patches_nothing(file: Path) -> None:
                 root = root.value
             patched = isinstance(target, ast.Attribute) and isinstance(root, ast.Name) and root.id in modules
             # torch.backends holds switches that torch documents as settings, not code.
-            assert not patched or ast.unparse(target).startswith("torch.backends"), f"{ids(file)}:{node.lineno}: {ast.unparse(node)}"
+            assert not patched or ast.unparse(target).startswith("torch.backends"), (
+                f"{ids(file)}:{node.lineno}: {ast.unparse(node)}"
+            )
 
 
 def test_triton_is_imported_by_fused_only() -> None:
     for file in FILES:
         for node in ast.walk(tree_of(file)):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             if any(n.split(".")[0] == "triton" for n in names):
                 assert "kernels" in file.parts, f"{ids(file)} imports triton"
 

@@ -6,8 +6,9 @@ import json
 import subprocess
 import sys
 
-import halfbyte
 import pytest
+
+import halfbyte
 import support
 
 HEAVY = ("torch", "transformers", "datasets", "pydantic", "numpy")
@@ -46,7 +47,7 @@ def test_every_name_resolves(name: str) -> None:
 
 def test_folders_do_not_hide_functions() -> None:
     import halfbyte.generate.chat
-    import halfbyte.train.state  # noqa: F401
+    import halfbyte.train.state
 
     assert callable(halfbyte.train)
     assert callable(halfbyte.generate)
@@ -62,7 +63,9 @@ def test_import_loads_nothing_heavy() -> None:
 
 
 def after_command(*args: str) -> list[str]:
-    return loaded_after(f"from halfbyte.cli.main import main\ntry: main({list(args)!r})\nexcept SystemExit as e: assert e.code == 0, e.code")
+    return loaded_after(
+        f"from halfbyte.cli.main import main\ntry: main({list(args)!r})\nexcept SystemExit as e: assert e.code == 0, e.code"
+    )
 
 
 def test_help_loads_nothing_heavy() -> None:

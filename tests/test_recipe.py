@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from halfbyte.config import Recipe
 from halfbyte.errors import RecipeError
 from halfbyte.recipe import MAX_BYTES, dump, load_recipe, recipe_from
-from hypothesis import given
-from hypothesis import strategies as st
 
 GOOD = "model: m\ndata:\n  train: [{path: a.jsonl}]\n"
 

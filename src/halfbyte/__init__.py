@@ -42,7 +42,7 @@ _HOMES = {
 }
 """Public name: the module that defines it (`module:name` where it has another name there)."""
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from halfbyte.config import Recipe as Recipe

@@ -95,7 +95,7 @@ def in_words(error: ValidationError, data: Any, root: type[BaseModel]) -> list[M
     mistakes: list[Mistake] = []
     wrong: dict[Path, list[dict[str, Any]]] = {}
     for found in error.errors(include_url=False):
-        entry = dict(found)
+        entry: dict[str, Any] = dict(found)
         path = _path_in_data(found["loc"], data, found["type"])
         if entry["type"] == CONTRADICTION:
             mistakes += [Mistake(tuple(key.split(".")), f"`{key}`: {why}") for key, why in entry["ctx"]["mistakes"]]

@@ -175,7 +175,7 @@ def _plain(loader: _Loader, node: yaml.Node, path: Path, document: _Document) ->
             document.lines[(*path, i)] = entry.start_mark.line + 1
             entries.append(_plain(loader, entry, (*path, i), document))
         return entries
-    return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    return loader.construct_object(node, deep=True)
 
 
 def _override(document: _Document, text: str) -> None:
@@ -222,7 +222,7 @@ def _put(data: Any, step: str | int, value: Any) -> bool:
 
 def _value(text: str, value: str) -> Any:
     try:
-        return yaml.load(value, Loader=_Loader)  # noqa: S506
+        return yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"override `{text}`: the value is not valid YAML", hint="quote it", code="recipe.yaml") from error
 

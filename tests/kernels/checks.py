@@ -231,15 +231,16 @@ def _check_group(device: str, dtype: torch.dtype, p: float, rows: int, tokens: i
 
 
 def plain_cross_entropy(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
-    """Plain PyTorch: logits in the dtype of hidden, the loss in fp32 (float64 stays float64)."""
-    z = hidden @ head.weight.to(hidden.dtype).T
+    """Plain PyTorch on the labelled rows: logits in the dtype of hidden, the loss in fp32 (float64 stays float64)."""
+    kept = labels != -100
+    z = hidden[kept] @ head.weight.to(hidden.dtype).T
     z = z.to(torch.promote_types(torch.float32, z.dtype))
     if head.bias is not None:
         z = z + head.bias
     z = z * head.scale
     if head.cap:
         z = head.cap * torch.tanh(z / head.cap)
-    return torch.nn.functional.cross_entropy(z.flatten(0, -2), labels.flatten(), reduction="sum", ignore_index=-100)
+    return torch.nn.functional.cross_entropy(z, labels[kept], reduction="sum")
 
 
 def check_cross_entropy(device: str) -> None:

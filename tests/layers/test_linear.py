@@ -7,13 +7,13 @@ import re
 
 import pytest
 import torch
-from kernels.checks import random_packed
 from torch import nn
 
 from halfbyte.errors import CheckpointError, FormatError
 from halfbyte.formats.packed import SLOTS, Format
 from halfbyte.formats.quantize import dequantize
 from halfbyte.layers.linear import Linear4bit, linear_group
+from kernels.checks import random_packed
 
 FORMATS = [Format("nf4", 64, nested=True), Format("fp4", 32), Format("int4", 32, zero="min"), Format("int8")]
 NESTED = FORMATS[0]
@@ -85,7 +85,13 @@ def test_deepcopy_is_a_copy() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_casts_reach_the_bias_only(dtype: torch.dtype) -> None:
-    for cast in (lambda m: m.to(dtype), lambda m: m.to("cpu", dtype), lambda m: m.half(), lambda m: m.float(), lambda m: m.double()):
+    for cast in (
+        lambda m: m.to(dtype),
+        lambda m: m.to("cpu", dtype),
+        lambda m: m.half(),
+        lambda m: m.float(),
+        lambda m: m.double(),
+    ):
         module, before = layer(), layer()
         cast(module)
         assert same_bytes(module, before) and module.codes.dtype == torch.uint8

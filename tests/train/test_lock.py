@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -25,7 +26,8 @@ with lock.hold(Path(sys.argv[1]), print):
 
 def test_a_second_run_is_refused_and_a_killed_one_taken_over(tmp_path: Path) -> None:
     told: list[str] = []
-    child = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    child = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment)
     assert child.stdout is not None
     try:
         assert child.stdout.readline() == "held\n"

@@ -56,8 +56,9 @@ def device() -> torch.device:
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if torch.cuda.device_count() > 1:
-        say(f"{torch.cuda.device_count()} GPUs are here, one is used: {torch.cuda.get_device_name(0)} (CUDA_VISIBLE_DEVICES picks another)")
+    if (count := torch.cuda.device_count()) > 1:
+        name = torch.cuda.get_device_name(0)
+        say(f"{count} GPUs are here, one is used: {name} (CUDA_VISIBLE_DEVICES picks another)")
     return torch.device("cuda", 0)
 
 
@@ -101,7 +102,10 @@ def adapter_directory(target: str) -> Path | None:
 
 
 def load(target: str, kind: str, model: str | None, asked_compute: str) -> Loaded:
-    """Loads a base model, or an adapter directory with the base it was trained on. kind: format of a base; model: overrides the record."""
+    """Loads a base model, or an adapter directory with the base it was trained on.
+
+    kind: format of a base without a record. model: another base than the record's.
+    """
     from halfbyte.checkpoints import huggingface, peft
     from halfbyte.export.merge import load_base
     from halfbyte.formats.config import FormatConfig

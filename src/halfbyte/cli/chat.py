@@ -30,6 +30,7 @@ def chat(
 ) -> None:
     """Chat with a model; answers stream. Inside: /base, /adapter, /reset, /quit.
 
+    \b
     halfbyte chat runs/quickstart --prompt "What does json.dumps do in Python?"
     """
     from halfbyte.cli.arguments import load

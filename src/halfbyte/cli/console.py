@@ -19,10 +19,11 @@ DEFAULTS_OF_LIBRARIES = {
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console: stdout for what was asked for, stderr for words about it."""
+    """A rich console: stdout for what was asked for, stderr for words about it. 120 columns where it is no terminal."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 120)
 
 
 def say(text: str) -> None:

@@ -15,9 +15,9 @@ def data() -> None:
 @app.command()
 def preview(
     recipe: str | None = typer.Argument(None, help="Recipe file; left out with --model and --data.", show_default=False),
-    overrides: list[str] = typer.Argument(None, help="Changes to it, such as data.loss_on=all.", show_default=False),  # noqa: B008
+    overrides: list[str] = typer.Argument(None, help="Changes to it, such as data.loss_on=all.", show_default=False),
     model: str | None = typer.Option(None, "--model", "-m", help="Base model: its tokenizer and chat template are used."),
-    data: list[str] = typer.Option(None, "--data", "-d", help="Training data: file, directory, Hub id or python-docs."),  # noqa: B008
+    data: list[str] = typer.Option(None, "--data", "-d", help="Training data: file, directory, Hub id or python-docs."),
     count: int = typer.Option(3, "--examples", "-n", min=1, help="How many examples to show."),
     as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
 ) -> None:

@@ -14,7 +14,18 @@ from typing import Any
 
 import typer
 
-PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers", "gguf", "triton", "bitsandbytes")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "gguf",
+    "triton",
+    "bitsandbytes",
+)
 OPTIONAL = ("triton", "bitsandbytes")
 
 
@@ -75,7 +86,8 @@ def _gpu() -> tuple[str, str]:
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     free, total = torch.cuda.mem_get_info(0)
     major, minor = torch.cuda.get_device_capability(0)
-    text = f"{names[0]}, compute capability {major}.{minor}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, CUDA {torch.version.cuda}"
+    memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    text = f"{names[0]}, compute capability {major}.{minor}, {memory}, CUDA {torch.version.cuda}"
     if len(names) > 1:
         text += f"; {len(names)} GPUs are here, one is used"
     return ("ok", text) if (major, minor) >= (7, 0) else ("bad", f"{text}; 7.0 (Volta) or later is needed")

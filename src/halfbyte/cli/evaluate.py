@@ -1,14 +1,77 @@
-"""`halfbyte eval`: held-out loss of a base or an adapter."""
+"""`halfbyte eval`: held-out loss of a base, and of what was trained on it."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
 import typer
+
+from halfbyte.errors import RecipeError
+
+if TYPE_CHECKING:
+    from halfbyte.cli.arguments import Loaded
+    from halfbyte.data.config import DataConfig
 
 
 def evaluate(
     target: str = typer.Argument(..., help="Adapter or run directory, or a base model."),
-    data: list[str] = typer.Option(None, "--data", "-d", help="What to evaluate on; default: the run's own held-out data."),  # noqa: B008
+    data: list[str] = typer.Option(None, "--data", "-d", help="Files to evaluate on; default: the run's own held-out data."),
+    tokens: int | None = typer.Option(None, "--tokens", min=16, help="Row length; default: the run's, or 1024."),
+    loss_on: str | None = typer.Option(None, "--loss-on", help="assistant, last or all."),
+    kind: str = typer.Option("nf4", "--format", "-f", help="Format of a base without an adapter."),
+    model: str | None = typer.Option(None, "--model", "-m", help="Base of an adapter that does not say which it was."),
+    compute: str = typer.Option("auto", "--compute", help="auto, bf16, fp16 or fp32."),
     as_json: bool = typer.Option(False, "--json", help="Print the scores as JSON."),
 ) -> None:
-    """Loss, perplexity and token accuracy, with the adapter and without."""
-    raise NotImplementedError
+    """Loss, perplexity and token accuracy of a base, and of the adapter on it.
+
+    \b
+    halfbyte eval runs/quickstart
+    halfbyte eval runs/quickstart --data held-out.jsonl --json
+    """
+    from halfbyte.checkpoints.cache import cache_root
+    from halfbyte.cli.arguments import load
+    from halfbyte.cli.console import emit
+    from halfbyte.data.prepare import prepare
+    from halfbyte.train.evaluate import evaluate_base
+
+    loaded = load(target, kind, model, compute)
+    config, seed = _data(loaded, data or [], tokens, loss_on)
+    sets = prepare(config, loaded.base.tokenizer, seed, cache_root()).eval
+    scores: dict[str, Any] = {}
+    for name, on in (("base", False), ("adapter", True)) if loaded.adapter else (("base", True),):
+        with loaded.adapter.enabled(on) if loaded.adapter else nullcontext():
+            scores[name] = {part: asdict(score) for part, score in evaluate_base(loaded.base, sets, config.tokens).items()}
+    if as_json:
+        emit(scores)
+    else:
+        for name, found in scores.items():
+            for part, s in found.items():
+                text = f"loss {s['loss']:.4f}  perplexity {s['perplexity']:.2f}  token accuracy {s['accuracy']:.1%}"
+                print(f"{name:8} {part}: {text}  ({s['tokens']:,} tokens)")
+
+
+def _data(loaded: Loaded, files: list[str], tokens: int | None, loss_on: str | None) -> tuple[DataConfig, int]:
+    """What to evaluate on, and the seed that held it out: as the run's recipe says, with the options' changes."""
+    import tempfile
+    from pathlib import Path
+
+    from halfbyte.cli.arguments import section
+    from halfbyte.data.config import DataConfig
+    from halfbyte.recipe import load_recipe
+
+    values: dict[str, Any] = {"train": files, "tokens": 1024}
+    seed = 0
+    if loaded.files is not None and loaded.files.recipe is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            saved = Path(folder) / "recipe.yaml"
+            saved.write_text(loaded.files.recipe, encoding="utf-8")
+            recipe = load_recipe(saved)
+        values, seed = recipe.data.model_dump(), recipe.train.seed
+    elif not files:
+        raise RecipeError(f"on what? {loaded.base.name} has no run of its own", hint="give --data FILE")
+    changes = {"train": files, "eval": files} if files else {}
+    options = {k: v for k, v in (("tokens", tokens), ("loss_on", loss_on)) if v is not None}
+    return section(DataConfig, values | changes | options), seed

@@ -33,6 +33,7 @@ def init(
 ) -> None:
     """Ask for a model, data and a format, and write a recipe.
 
+    \b
     halfbyte init --yes --model Qwen/Qwen3-8B --data chats.jsonl
     """
     from halfbyte.cli.console import say

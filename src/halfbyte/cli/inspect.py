@@ -16,13 +16,14 @@ def inspect(
     kind: str = typer.Option("nf4", "--format", "-f", help="Format to inspect for: nf4, fp4, int4, int8 or none."),
     nested: bool = typer.Option(True, "--nested/--plain", help="Scales in 8 bits as well (nf4, fp4)."),
     block: int = typer.Option(64, "--block", help="Weights that share a scale."),
-    skip: list[str] = typer.Option(None, "--skip", help="Modules to keep in 16 bits (pattern with *)."),  # noqa: B008
+    skip: list[str] = typer.Option(None, "--skip", help="Modules to keep in 16 bits (pattern with *)."),
     revision: str | None = typer.Option(None, "--revision", help="Commit, tag or branch of a Hub id."),
     full: bool = typer.Option(False, "--all", help="One line a tensor instead of one a kind."),
     as_json: bool = typer.Option(False, "--json", help="Print every tensor as JSON."),
 ) -> None:
     """Print what of a model is packed, what is not and why, with bytes. Reads no weights.
 
+    \b
     halfbyte inspect Qwen/Qwen3-8B --format nf4
     """
     from dataclasses import asdict
@@ -35,7 +36,15 @@ def inspect(
     fmt = section(FormatConfig, {"kind": kind, "nested": nested, "block": block, "skip": skip or []})
     report = huggingface.inspect(model_config(model, revision), fmt)
     if as_json:
-        emit({"model": model, "format": kind, "parameters": report.params, "bytes": report.bytes, "tensors": [asdict(r) for r in report.rows]})
+        emit(
+            {
+                "model": model,
+                "format": kind,
+                "parameters": report.params,
+                "bytes": report.bytes,
+                "tensors": [asdict(r) for r in report.rows],
+            }
+        )
     else:
         _print(report, full)
 
@@ -47,8 +56,15 @@ def _print(report: SwapReport, full: bool) -> None:
     from halfbyte.memory.table import size
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name, right in (("tensor", False), ("shape", False), ("count", True), ("weights", True), ("bytes", True), ("stored", False)):
-        table.add_column(name, justify="right" if right else "left")
+    for name, right in (
+        ("tensor", False),
+        ("shape", False),
+        ("count", True),
+        ("weights", True),
+        ("bytes", True),
+        ("stored", False),
+    ):
+        table.add_column(name, justify="right" if right else "left", no_wrap=name != "stored")
     rows = [(r.path, r) for r in report.rows] if full else [(_pattern(r.path), r) for r in report.rows]
     groups: dict[tuple[str, Any], list[Any]] = {}
     for name, row in rows:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from typing import Any
 
 import typer
 
@@ -39,7 +40,10 @@ app.command("schema")(schema.schema)
 
 
 # Newer releases of typer carry their own copy of click: the base of its usage errors is reached through a name that both export.
-UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+UsageError: Any = typer.BadParameter.__bases__[0]
+
+CTRL_C = 130
+"""What typer makes of a KeyboardInterrupt."""
 
 
 def _version(asked: bool) -> None:
@@ -71,6 +75,9 @@ def main(argv: list[str] | None = None) -> None:
 def _run(args: list[str], debug: bool) -> int:
     try:
         code = app(args, prog_name="halfbyte", standalone_mode=False)
+        if code == CTRL_C:
+            fail("stopped")
+            return 1
         return code if isinstance(code, int) else 0
     except HalfbyteError as error:
         fail(error.message, error.hint, error.code)

@@ -28,10 +28,15 @@ def merge(
     if folder is None:
         raise RecipeError(f"{adapter} holds no adapter", hint="give the directory with adapter_config.json, or a run's directory")
     with Loading() as loading:
-        report = run(folder, out, into, device=device(), progress=lambda done, total: loading.progress("writing", done, total))  # type: ignore[arg-type]
+
+        def progress(done: int, total: int) -> None:
+            loading.progress("writing", done, total)
+
+        report = run(folder, out, "original" if into == "original" else "dequantised", device=device(), progress=progress)
     if as_json:
-        emit({"out": str(report.out), "into": report.into, "layers": len(report.merged), "bytes": report.bytes, "shards": report.shards,
-              "moved": vars(report.moved) if report.moved else None, "note": report.note})  # fmt: skip
+        moved = vars(report.moved) if report.moved else None
+        sizes = {"layers": len(report.merged), "bytes": report.bytes, "shards": report.shards}
+        emit({"out": str(report.out), "into": report.into, **sizes, "moved": moved, "note": report.note})
         return
     say(f"merged {len(report.merged)} layers into the {report.into} base: {report.bytes:,} bytes in {report.shards} file(s)")
     say(f"{report.moved}" if report.moved else report.note)

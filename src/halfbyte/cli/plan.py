@@ -7,7 +7,7 @@ import typer
 
 def plan(
     recipe: str | None = typer.Argument(None, help="Recipe file; left out with --model.", show_default=False),
-    overrides: list[str] = typer.Argument(None, help="Changes to it, such as data.tokens=4096.", show_default=False),  # noqa: B008
+    overrides: list[str] = typer.Argument(None, help="Changes to it, such as data.tokens=4096.", show_default=False),
     model: str | None = typer.Option(None, "--model", "-m", help="Plan the default recipe of this model instead of a file."),
     gpu: str | None = typer.Option(None, "--gpu", help="Budget: a card such as rtx4090, or a size such as 24GiB."),
     as_json: bool = typer.Option(False, "--json", help="Print the plan as JSON."),
@@ -15,6 +15,7 @@ def plan(
 ) -> None:
     """Print the bytes of every part of a run, and say yes or no: does it fit? Loads no weights.
 
+    \b
     halfbyte plan recipe.yaml --gpu rtx3060
     """
     from halfbyte.cli import recipes

@@ -13,11 +13,12 @@ def quantize(
     kind: str = typer.Option("nf4", "--format", "-f", help="nf4 or fp4."),
     nested: bool = typer.Option(True, "--nested/--plain", help="Keep the scales in 8 bits as well."),
     block: int = typer.Option(64, "--block", help="Weights that share a scale."),
-    skip: list[str] = typer.Option(None, "--skip", help="Modules to keep in 16 bits (pattern with *)."),  # noqa: B008
+    skip: list[str] = typer.Option(None, "--skip", help="Modules to keep in 16 bits (pattern with *)."),
     revision: str | None = typer.Option(None, "--revision", help="Commit, tag or branch of a Hub id."),
 ) -> None:
     """Quantise a model and write it in bitsandbytes' layout.
 
+    \b
     halfbyte quantize Qwen/Qwen3-8B --format nf4 --out qwen3-8b-nf4
     """
     from halfbyte.cli.arguments import device, model_config, section

@@ -16,7 +16,8 @@ def resolve(recipe: str | None, overrides: list[str], *, model: str | None = Non
     from halfbyte.recipe import load_recipe, recipe_from
 
     if recipe is not None and "=" in recipe and not Path(recipe).exists():
-        recipe, overrides = None, [recipe, *overrides]
+        overrides = [recipe, *overrides]
+        recipe = None
     if recipe is not None:
         extra = ([f"model={model}"] if model else []) + ([f"data.train={data}"] if data else [])
         return load_recipe(recipe, [*extra, *overrides])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -12,14 +12,15 @@ if TYPE_CHECKING:
 
 def train(
     recipe: str | None = typer.Argument(None, help="Recipe file; left out with --model and --data.", show_default=False),
-    overrides: list[str] = typer.Argument(None, help="Changes to it, such as train.lr=1e-4.", show_default=False),  # noqa: B008
+    overrides: list[str] = typer.Argument(None, help="Changes to it, such as train.lr=1e-4.", show_default=False),
     model: str | None = typer.Option(None, "--model", "-m", help="Base model: Hub id, directory, .gguf file or smollm2-135m."),
-    data: list[str] = typer.Option(None, "--data", "-d", help="Training data: file, directory, Hub id or python-docs."),  # noqa: B008
+    data: list[str] = typer.Option(None, "--data", "-d", help="Training data: file, directory, Hub id or python-docs."),
     show: bool = typer.Option(False, "--show", help="Print the resolved recipe and stop."),
     as_json: bool = typer.Option(False, "--json", help="Print events as JSON, one a line, instead of words."),
 ) -> None:
     """Train an adapter. Run the same command again to resume a stopped run.
 
+    \b
     halfbyte train recipe.yaml train.lr=1e-4
     halfbyte train --model smollm2-135m --data my.jsonl
     """
@@ -33,10 +34,11 @@ def train(
 
 
 def _train(recipe: Recipe, as_json: bool) -> None:
+    from dataclasses import asdict
+
     from halfbyte.cli.console import emit_line
     from halfbyte.train.run import train as run
 
-    def event(found: dict[str, Any]) -> None:
-        emit_line(found)
-
-    run(recipe, on_event=event if as_json else None)
+    result = run(recipe, on_event=emit_line if as_json else None)
+    if as_json:
+        emit_line({"kind": "done", **asdict(result)})

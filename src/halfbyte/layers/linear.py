@@ -57,7 +57,7 @@ class Linear4bit(nn.Linear):
     """A frozen linear layer on a packed weight. Subclasses nn.Linear so that PEFT and others see a linear layer.
 
     Parameters (all frozen uint8, named as `formats.packed.SLOTS`): `codes`, `scales`, `nested_scales`, `nested_offset`,
-    `zeros`, and `bias` in 16 or 32 bits. `weight` is a property that decodes afresh: nothing decoded is kept.
+    `zeros`, and `bias` in 16 or 32 bits. `weight` is a property that decodes afresh: nothing decoded is kept by default.
     `state_dict()` holds these and, as `_extra_state`, the bytes of `Packed.spec`: bytes of one format are never read as another.
     """
 

@@ -52,8 +52,9 @@ def computes_linear(module: nn.Module) -> bool:
 
 
 def _probe_linear(module: nn.Module) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    weight, bias, x = (torch.randn(shape, generator=generator) for shape in ((3, 5), (3,), (2, 5)))
+    generator = torch.Generator("cpu").manual_seed(0)
+    # On the CPU whatever the default device is: models are planned under `torch.device("meta")`.
+    weight, bias, x = (torch.randn(shape, generator=generator, device="cpu") for shape in ((3, 5), (3,), (2, 5)))
     values = {"weight": weight} if module.bias is None else {"weight": weight, "bias": bias}
     if set(values) != {name for name, _ in module.named_parameters()}:
         return False

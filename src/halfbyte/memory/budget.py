@@ -15,7 +15,18 @@ from halfbyte.memory.gpus import CARDS, DRIVER_SHARE
 from halfbyte.mistakes import nearest
 
 GIB = 1 << 30
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "tib": 1 << 40,
+}
 RESERVE = 0.03
 """Share of the budget that stays free for the allocator's rounding."""
 

@@ -16,11 +16,10 @@ import torch
 from transformers import PretrainedConfig
 
 from halfbyte.config import Recipe
+from halfbyte.kernels.cross_entropy import CHUNK_BYTES
 from halfbyte.memory.shapes import Shapes, shapes, skeleton
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LOSS_CHUNK = 64 << 20
-"""Bytes of logits (fp32) that the loss holds at once."""
 CONTEXT = {"cuda": 560 << 20, "cpu": 620 << 20}
 """What is there before the model: CUDA context and library workspaces; on a CPU, Python with its libraries (measured)."""
 
@@ -49,16 +48,23 @@ def parts(
     return count(shapes(skeleton(config, dtype), recipe.format, recipe.adapter), recipe, microbatch, recompute, dtype, device)
 
 
-def count(s: Shapes, recipe: Recipe, microbatch: int, recompute: bool, dtype: torch.dtype, device: Literal["cuda", "cpu"]) -> list[Part]:
+def count(
+    s: Shapes, recipe: Recipe, microbatch: int, recompute: bool, dtype: torch.dtype, device: Literal["cuda", "cpu"]
+) -> list[Part]:
     """The same from shapes that are known."""
     tokens = microbatch * recipe.data.tokens
     found = [*weights(s, recipe), *learning(s, recipe), *activations(s, tokens, recompute, dtype)]
-    chunk = min(tokens * s.vocab * 4, LOSS_CHUNK)
+    chunk = min(tokens * s.vocab * 4, CHUNK_BYTES[device])
     found.append(Part("loss", 3 * chunk, "logits of a chunk of tokens, their exponentials and gradient", grows=True))
     if s.report.packed:
         scratch = 2 * s.largest * dtype.itemsize
         found.append(Part("decode scratch", scratch, f"the largest weight decoded ({s.largest:,} numbers), and what it is made of"))
-    found.append(Part("context", CONTEXT[device], "CUDA context and workspaces" if device == "cuda" else "Python and its libraries"))
+        if device == "cpu" and recipe.train.prompts:
+            held = sum(r.params for r in s.report.packed) * dtype.itemsize
+            found.append(Part("answers", held, "decoded weights, held while the fixed prompts are answered"))
+    found.append(
+        Part("context", CONTEXT[device], "CUDA context and workspaces" if device == "cuda" else "Python and its libraries")
+    )
     return sorted((p for p in found if p.bytes), key=lambda p: -p.bytes)
 
 
@@ -106,8 +112,8 @@ def layer_bytes(s: Shapes, c: int) -> int:
     """Bytes a token that one decoder layer keeps for backward, by what its linear layers read and write.
 
     Norms keep their input in fp32 (two norms). Attention keeps q, k, v as rotated (k and v repeated to all heads), its output and a
-    log-sum a head. An MLP keeps the inputs of its activation and product: 3 of its inner width when gated, 4 when
-    not (the pieces of a tanh-gelu). Every linear layer with an adapter keeps its input, shared in a group, and x Aᵀ.
+    log-sum a head. An MLP keeps the inputs of its activation and product: 3 of its inner width when gated, 8 when
+    not (the pieces of a tanh gelu). Every linear layer with an adapter keeps its input, shared in a group, and x Aᵀ.
     """
     inner = max((k for _, k in s.linears), default=s.hidden)
     inputs = [n for n, k in s.linears if k != inner and n >= inner]
@@ -115,5 +121,5 @@ def layer_bytes(s: Shapes, c: int) -> int:
     query = s.hidden
     norms = 2 * 4 * s.hidden
     attention = c * (s.hidden + 3 * query + query) + 4 * s.heads
-    mlp = c * (s.hidden + (4 if gated else 6) * inner)
+    mlp = c * (s.hidden + (4 if gated else 9) * inner)
     return norms + attention + mlp + c * s.rank_sum

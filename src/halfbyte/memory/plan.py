@@ -39,8 +39,8 @@ class Parameters:
 class Plan:
     """version: of this layout. fits: whether `bytes` <= `budget.bytes`. bytes: the peak, the sum of `parts`.
 
-    microbatch: rows at once; microbatches: of them in a step. recompute: `none` or `all` layers. offloaded, streamed: bytes kept in host
-    memory instead (0 here). tokens_per_second: predicted speed, null where it is not predicted. reason: of the choice.
+    microbatch: rows at once; microbatches: of them in a step. recompute: `none` or `all` layers. offloaded, streamed: bytes kept
+    in host memory instead (0 here). tokens_per_second: predicted speed, null where it is not predicted. reason: of the choice.
     advice: what would make it fit, or fit better.
     """
 
@@ -87,7 +87,7 @@ class Plan:
 
 
 def plan(recipe: Recipe, budget: str | Budget | None = None, *, config: dict[str, Any] | PretrainedConfig | None = None) -> Plan:
-    """The plan of a recipe. budget: a card, a size, or None for `memory.gpu`; config: of the model, read from its source unless given.
+    """The plan of a recipe. budget: a card, a size, or None for `memory.gpu`. config: of the model, else read from its source.
 
     Raises RecipeError for a budget that is not understood; a plan that does not fit is returned, not raised (see `Plan.require`).
     """

@@ -35,7 +35,7 @@ class Shapes:
 
     report: packed and kept rows with bytes at `compute`. layers: decoder layers. hidden, vocab: widths. linears: (N, K) of
     every linear layer of the widest decoder layer, attention first. heads. trained: elements that learn; padded: the same in
-    the flat buffer; rank_sum: of all adapters' ranks in that layer. largest: elements of the largest packed weight.    """
+    the flat buffer; rank_sum: of all adapters' ranks in that layer. largest: elements of the largest packed weight."""
 
     report: SwapReport
     layers: int
@@ -53,13 +53,15 @@ def skeleton(config: dict[str, Any] | PretrainedConfig, compute: torch.dtype) ->
     """The model of a `config.json` without memory. Raises ModelError where transformers does not know it."""
     if isinstance(config, dict):
         kind = config.get("model_type", "")
-        known = {k: v for k, v in config.items() if k not in ("auto_map", "quantization_config", "torch_dtype", "dtype", "model_type")}
+        known = {
+            k: v for k, v in config.items() if k not in ("auto_map", "quantization_config", "torch_dtype", "dtype", "model_type")
+        }
         try:
             config = AutoConfig.for_model(kind, **known)
         except ValueError as error:
             raise ModelError(f"transformers does not know the model type `{kind}`", code="model.unknown") from error
     with init_empty_weights():
-        net: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=compute, attn_implementation="sdpa")
+        net: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=compute)  # type: ignore[no-untyped-call]
     net.tie_weights(recompute_mapping=False)
     return net.requires_grad_(False)
 

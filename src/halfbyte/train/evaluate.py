@@ -7,14 +7,21 @@ of the same weights give the same numbers. Cost: about a third of the arithmetic
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from halfbyte.checkpoints.base import Base
+from halfbyte.data.loader import Loader as DataLoader
+from halfbyte.data.tokens import TokenSet
+from halfbyte.layers import decoded, head
+from halfbyte.layers.forward import hidden_states
 from halfbyte.objectives import sft
 from halfbyte.train.signals import Stop
-from halfbyte.train.state import Loader, Parts, State
+from halfbyte.train.state import Loader, Microbatch, Parts, State
 from halfbyte.train.step import forward, mixed
 
 
@@ -46,19 +53,46 @@ def evaluate(parts: Parts, stop: Stop | None = None) -> dict[str, Score] | None:
 
 
 def _score(parts: Parts, loader: Loader, stop: Stop | None) -> Score | None:
-    total = torch.zeros(2, dtype=torch.float64, device=parts.device)
-    tokens = 0
+    def sums(part: Microbatch) -> tuple[Tensor, Tensor]:
+        with mixed(parts):
+            return sft.sums(forward(parts, part), part.labels, parts.head)
+
+    return measure(loader, parts.microbatch, sums, stop)
+
+
+def measure(
+    loader: Loader, microbatch: int, sums: Callable[[Microbatch], tuple[Tensor, Tensor]], stop: Stop | None = None
+) -> Score | None:
+    """The score of a whole set. sums: loss and right predictions, summed over the learned tokens of a microbatch."""
+    loss_sum, correct, tokens = 0.0, 0.0, 0
     for batch in loader.sweep():
-        for part in batch.microbatches(parts.microbatch):
+        totals = []
+        for part in batch.microbatches(microbatch):
             if stop:
                 return None
-            with mixed(parts):
-                found = sft.sums(forward(parts, part), part.labels, parts.head)
-            total += torch.stack([value.double() for value in found])
-        tokens += batch.trained_tokens
-    loss_sum, correct = total.tolist()
+            totals.append(torch.stack([value.double() for value in sums(part)]))
+        found = torch.stack(totals).sum(0).tolist()
+        loss_sum, correct, tokens = loss_sum + found[0], correct + found[1], tokens + batch.trained_tokens
     loss = loss_sum / max(1, tokens)
     return Score(loss, math.exp(min(loss, 700.0)), correct / max(1, tokens), tokens)
+
+
+@torch.no_grad()
+def evaluate_base(base: Base, sets: Mapping[str, TokenSet], tokens: int) -> dict[str, Score]:
+    """Scores of a loaded model, with whatever adapter is attached and switched on; `tokens` a row, one row at a time.
+
+    On a CPU with room for it, the weights are decoded once for all rows.
+    """
+    device = next(base.model.parameters()).device
+    output = head.find(base.model)
+
+    def sums(part: Microbatch) -> tuple[Tensor, Tensor]:
+        hidden = hidden_states(base.model, part.input_ids.to(device), part.position_ids.to(device), part.cu_seqlens)
+        return sft.sums(hidden, part.labels, output)
+
+    with decoded.held(base.model, base.compute):
+        scores = {name: measure(DataLoader(part, tokens, 1, 0), 1, sums) for name, part in sets.items()}
+    return {name: score for name, score in scores.items() if score is not None}
 
 
 def record(parts: Parts, state: State, scores: dict[str, Score]) -> None:

@@ -58,7 +58,7 @@ def save(parts: Parts, state: State) -> None:
                 hint="free some space and run the same command again: it resumes from the newest checkpoint",
                 code="train.disk-full",
             ) from error
-        parts.report.tell(f"WARNING: {error.message}; going on, older checkpoints are intact, next try at the next save")
+        parts.report.tell(f"WARNING: {error.message}; going on, next try at the next save")
         return
     state.save_failures = 0
     seconds = time.monotonic() - started

@@ -137,7 +137,7 @@ def _anomaly(parts: Parts, state: State, outcome: Outcome, loss: float, norm: fl
     parts.report.tell(f"WARNING: step {outcome.step}: non-finite {what}; step skipped, weights untouched, see {ANOMALIES}")
     if state.non_finite >= TOLERATED:
         raise TrainingError(
-            f"{TOLERATED} non-finite steps in a row (the last at step {outcome.step}); the weights are those before them, and saved",
+            f"{TOLERATED} non-finite steps in a row (the last is step {outcome.step}); the weights from before them are saved",
             hint=f"the examples of each are in {ANOMALIES}: look at them with `halfbyte data preview`; if they are sound, "
             "lower train.lr or set compute to bf16 or fp32; the same command again goes on behind them",
             code="train.non-finite",

@@ -1,0 +1,143 @@
+"""Errors as the user sees them, exit codes, and the commands that need no model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli.conftest import Cli
+from halfbyte.errors import Interrupted
+from halfbyte.recipe import load_recipe
+
+
+def test_help_names_every_command(cli: Cli) -> None:
+    said = cli("--help")
+    assert said.code == 0
+    for command in ("init", "train", "plan", "inspect", "data", "chat", "eval", "quantize", "merge", "doctor", "schema"):
+        assert f"  {command} " in said.out
+    assert cli().out == said.out
+
+
+def test_version(cli: Cli) -> None:
+    from halfbyte import __version__
+
+    assert cli("--version").out == f"halfbyte {__version__}\n"
+
+
+def test_user_errors_are_message_and_hint(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: m\ndata: {train: a}\nadaptr: {rank: 3}\n")
+    said = cli("train", "r.yaml")
+    assert said == type(said)(1, "", "error [recipe.invalid]: r.yaml:3: unknown key `adaptr`\n  hint: did you mean `adapter`?\n")
+    said = cli("train", "r.yaml", "--debug")
+    assert said.code == 1 and "Traceback" in said.err
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train", "--modle", "x"], "No such option: --modle"),
+        (["merge", "x"], "Missing option '--out'"),
+        (["train"], "which recipe?"),
+        (["train", "train.lr=1"], "which recipe?"),
+        (["train", "nope.yaml"], "there is no recipe nope.yaml"),
+        (["plan", "--model", "nope/", "--gpu", "rtx4090x"], "did you mean `rtx4090`?"),
+        (["merge", "nope", "--out", "x"], "nope holds no adapter"),
+        (["merge", "nope", "--out", "x", "--into", "y"], "must be dequantised or original"),
+        (["inspect", "x", "--format", "nf5"], "`kind` must be one of nf4, fp4, int4, int8, none, but is `nf5`"),
+    ],
+)
+def test_mistakes(cli: Cli, args: list[str], told: str) -> None:
+    said = cli(*args)
+    assert (said.code, said.out) == (1, "")
+    assert told in said.err and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (Interrupted("stopped at step 3", hint="run it again"), 75, "error: stopped at step 3\n  hint: run it again\n"),
+        (RuntimeError("boom"), 1, "error: unexpected RuntimeError: boom\n  hint: this is a defect in halfbyte"),
+        (KeyboardInterrupt(), 1, "error: stopped\n"),
+        (OSError(28, "No space left on device", "/x"), 1, "error: No space left on device: /x"),
+    ],
+)
+def test_exit_codes(cli: Cli, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, told: str) -> None:
+    from halfbyte.config import Recipe
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Recipe, "model_json_schema", fail)
+    said = cli("schema")
+    assert said.code == code and told in said.err and "Traceback" not in said.err
+
+
+def test_schema(cli: Cli) -> None:
+    schema = json.loads(cli("schema").out)
+    assert set(schema["required"]) == {"model", "data"}
+    assert schema["properties"]["compute"]["description"].startswith("Number type of activations")
+    assert schema["additionalProperties"] is False
+
+
+def test_show_prints_the_resolved_recipe(cli: Cli, tmp_path: Path) -> None:
+    said = cli("train", "--model", "org/My-Model", "--data", "chats.jsonl", "--show", "train.lr=2e-5")
+    (tmp_path / "shown.yaml").write_text(said.out)
+    recipe = load_recipe(tmp_path / "shown.yaml")
+    assert (recipe.model.name, recipe.train.lr, recipe.output) == ("org/My-Model", 2e-5, "runs/my-model-chats")
+
+
+def test_init_writes_a_recipe(cli: Cli, tmp_path: Path) -> None:
+    said = cli("init", "my.yaml", "--yes", "--data", "a b.jsonl", "--format", "fp4")
+    assert said.code == 0 and "halfbyte train my.yaml" in said.err
+    recipe = load_recipe(tmp_path / "my.yaml")
+    assert (recipe.model.name, recipe.data.train[0].path, recipe.format.kind) == ("smollm2-135m", "a b.jsonl", "fp4")
+    assert "my.yaml exists" in cli("init", "my.yaml", "--yes").err
+    assert cli("init", "my.yaml", "--yes", "--force").code == 0
+
+
+def test_doctor(cli: Cli) -> None:
+    said = cli("doctor", "--json")
+    found = {f["name"]: f for f in json.loads(said.out)["findings"]}
+    assert set(found) == {"platform", "versions", "gpu", "memory", "kernels", "disk"}
+    assert found["kernels"]["state"] == "ok", found["kernels"]["text"]
+    assert "torch" in found["versions"]["text"]
+
+
+def test_doctor_survives_a_broken_check(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfbyte.cli import doctor
+
+    def broken() -> tuple[str, str]:
+        raise ImportError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(doctor, "CHECKS", {"gpu": broken})
+    said = cli("doctor")
+    assert said.code == 1 and "BAD  gpu: ImportError: libcuda.so.1" in said.out
+
+
+def test_plan(cli: Cli, place: Path) -> None:
+    said = cli("plan", "recipe.yaml", "--gpu", "24GiB")
+    assert said.code == 0 and "yes, it fits" in said.out and said.err == ""
+    assert json.loads(cli("plan", "recipe.yaml", "--gpu", "24GiB", "--json").out)["fits"] is True
+    assert json.loads(cli("plan", "--model", "model", "--gpu", "t4", "--json").out)["model"] == "model"
+    said = cli("plan", "recipe.yaml", "--gpu", "1MiB")
+    assert said.code == 1 and "no, it does not fit" in said.out
+    assert json.loads(cli("plan", "--json-schema").out)["title"] == "Plan"
+
+
+def test_inspect(cli: Cli, place: Path) -> None:
+    said = cli("inspect", "model")
+    assert said.code == 0 and "model.layers.*.self_attn.q_proj.weight" in said.out and "packed, " in said.out
+    rows = json.loads(cli("inspect", "model", "--json", "--skip", "*.down_proj").out)["tensors"]
+    reasons = {r["path"]: r["reason"] for r in rows}
+    assert reasons["model.layers.0.mlp.down_proj.weight"] == "skip: *.down_proj"
+    assert reasons["lm_head.weight"] == "output head"
+
+
+def test_data_preview(cli: Cli, place: Path) -> None:
+    said = cli("data", "preview", "recipe.yaml", "-n", "1")
+    assert said.code == 0 and "plus" in said.out
+    assert json.loads(cli("data", "preview", "--model", "model", "--data", "chats.jsonl", "--json").out)

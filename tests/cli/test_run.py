@@ -1,0 +1,94 @@
+"""The main job on a tiny model, through the command line: train, chat, eval, merge, quantize, and again."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from cli.conftest import Cli
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture
+def trained(cli: Cli, place: Path) -> Path:
+    said = cli("train", "recipe.yaml")
+    assert said.code == 0, said.err
+    assert said.out == "", "words go to stderr"
+    for word in ("yes, it fits", "held-out loss", "before:", "after:", "halfbyte chat run/adapter", "halfbyte merge run/adapter"):
+        assert word in said.err
+    return place
+
+
+def test_train_leaves_an_adapter(trained: Path, cli: Cli) -> None:
+    for name in (
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/recipe.yaml",
+        "metrics.jsonl",
+        "loss.png",
+    ):
+        assert (trained / "run" / name).is_file(), name
+    again = cli("train", "recipe.yaml")
+    assert again.code == 0 and "resuming at step 3 of 3" in again.err
+    assert cli("train", "run/adapter/recipe.yaml", "--show").code == 0
+
+
+def test_events_as_json(place: Path, cli: Cli) -> None:
+    said = cli("train", "recipe.yaml", "--json")
+    events = [json.loads(line) for line in said.out.splitlines()]
+    assert {"train", "eval", "sample"} <= {e["kind"] for e in events}
+    assert events[-1]["kind"] == "done" and events[-1]["adapter"].endswith("run/adapter")
+
+
+def test_chat(trained: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ("chat", "run", "--max-tokens", "5")
+    one = cli(*args, "--prompt", "What is 2 plus 2?")
+    assert one.code == 0 and one.out
+    base = cli(*args, "--prompt", "What is 2 plus 2?", "--base")
+    lines = "What is 2 plus 2?\n/reset\n/base\nWhat is 2 plus 2?\n/nope\n/quit\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    both = cli(*args)
+    assert both.out == one.out + base.out, "/base answers as --base does"
+    for word in ("the adapter is off", "forgotten", "unknown command /nope"):
+        assert word in both.err
+
+
+def test_chat_with_a_base(place: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("/adapter\n\n"))
+    said = cli("chat", "model", "--max-tokens", "3")
+    assert said.code == 0 and "there is no adapter" in said.err
+
+
+def test_eval(trained: Path, cli: Cli) -> None:
+    scores = json.loads(cli("eval", "run", "--json").out)
+    summary = json.loads((trained / "run" / "summary.json").read_text())
+    (held_out,) = scores["base"]
+    assert scores["base"][held_out]["loss"] == pytest.approx(summary["eval_before"][held_out]["loss"], rel=1e-4)
+    assert scores["adapter"][held_out]["loss"] == pytest.approx(summary["eval_after"][held_out]["loss"], rel=1e-4)
+    other = cli("eval", "run", "--data", "chats.jsonl")
+    assert other.code == 0 and "adapter" in other.out and "perplexity" in other.out
+    assert "on what?" in cli("eval", "model").err
+
+
+def test_merge(trained: Path, cli: Cli) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    said = cli("merge", "run", "--out", "merged", "--json")
+    assert said.code == 0, said.err
+    assert json.loads(said.out)["into"] == "dequantised"
+    merged = AutoModelForCausalLM.from_pretrained(trained / "merged")
+    assert torch.isfinite(merged(torch.arange(8)[None]).logits).all()
+    assert "is not empty" in cli("merge", "run", "--out", "merged").err
+
+
+def test_quantize(place: Path, cli: Cli) -> None:
+    said = cli("quantize", "model", "--format", "fp4", "--out", "small")
+    assert said.code == 0 and said.out == "small\n"
+    config = json.loads((place / "small" / "config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_quant_type"] == "fp4"
+    assert cli("quantize", "model", "--format", "int4", "--out", "other").code == 1

@@ -1,0 +1,129 @@
+"""The plan: what it chooses, what it says, and the layout of its JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from halfbyte.config import Recipe
+from halfbyte.errors import MemoryPlanError, RecipeError
+from halfbyte.memory.budget import GIB, budget
+from halfbyte.memory.gpus import CARDS
+from halfbyte.memory.measure import peak_rss, ram, rss
+from halfbyte.memory.plan import json_schema, plan
+from halfbyte.recipe import recipe_from
+from support import QWEN3_8B, SMOLLM2
+
+
+def recipe_of(*overrides: str) -> Recipe:
+    return recipe_from({"model": "m", "data": {"train": "a.jsonl"}}, list(overrides))
+
+
+def test_8b_on_cards() -> None:
+    """An 8B fits a 12 GB card when recomputed, a 24 GB card keeps a row whole, and a 4 GB one is refused."""
+    small, large = (plan(recipe_of(), card, config=QWEN3_8B) for card in ("rtx3060", "rtx4090"))
+    assert small.fits and small.recompute == "all"
+    assert large.fits and large.recompute == "none"
+    none = plan(recipe_of(), "4GiB", config=QWEN3_8B)
+    assert not none.fits and none.advice and none.spare < 0
+    with pytest.raises(MemoryPlanError, match=r"needs .* GiB and 4GiB has 3.88 GiB") as caught:
+        none.require()
+    assert caught.value.code == "memory.no-fit"
+
+
+def test_more_memory_never_chooses_worse() -> None:
+    order = [plan(recipe_of(), f"{g}GiB", config=QWEN3_8B) for g in (10, 16, 24, 40, 80, 141)]
+    kept = [(p.recompute == "none", p.microbatch) for p in order]
+    assert kept == sorted(kept)
+    assert all(p.bytes <= p.budget.bytes for p in order if p.fits)
+
+
+@pytest.mark.parametrize("override", ["memory.microbatch=2", "memory.recompute=on", "memory.recompute=off"])
+def test_what_was_asked_is_kept(override: str) -> None:
+    found = plan(recipe_of(override), "141GiB", config=SMOLLM2)
+    if "microbatch" in override:
+        assert (found.microbatch, found.microbatches) == (2, 4)
+    else:
+        assert found.recompute == ("all" if override.endswith("on") else "none")
+
+
+def test_bytes_are_the_sum_of_parts() -> None:
+    found = plan(recipe_of(), "24GiB", config=SMOLLM2)
+    assert found.bytes == sum(p.bytes for p in found.parts)
+    assert found.microbatch * found.microbatches == 8
+    assert found.parameters.base == 134_515_008
+    assert found.parameters.packed == 106_168_320
+
+
+def test_format_and_length_change_the_bytes() -> None:
+    base = plan(recipe_of("memory.microbatch=1"), "80GiB", config=QWEN3_8B).bytes
+    assert plan(recipe_of("memory.microbatch=1", "format=none"), "80GiB", config=QWEN3_8B).bytes > base + 9 * GIB
+    assert plan(recipe_of("memory.microbatch=1", "data.tokens=4096"), "80GiB", config=QWEN3_8B).bytes > base
+
+
+def test_json_is_what_the_schema_says() -> None:
+    found = plan(recipe_of(), "24GiB", config=SMOLLM2).as_dict()
+    schema = json_schema()
+    assert set(schema["required"]) == set(found) == set(schema["properties"])
+    part = schema["$defs"]["Part"]["properties"]
+    again = json.loads(json.dumps(found))
+    assert all(set(p) == set(part) for p in again["parts"])
+    assert again["version"] == 1 and again["tokens_per_second"] is None
+
+
+def test_table_is_readable_without_colour() -> None:
+    text = plan(recipe_of(), "rtx4090", config=QWEN3_8B).table()
+    assert "\x1b" not in text
+    for word in ("packed weights", "activations", "in all", "yes, it fits", "microbatch: ", "rtx4090"):
+        assert word in text
+    assert "no, it does not fit" in plan(recipe_of(), "2GiB", config=QWEN3_8B).table()
+
+
+@pytest.mark.parametrize(
+    ("asked", "total"),
+    [
+        ("24GiB", 24 * GIB),
+        ("24 gib", 24 * GIB),
+        ("24GB", 24 * 10**9),
+        ("512MiB", GIB // 2),
+        ("rtx4090", 24 * GIB),
+        ("RTX 4090", 24 * GIB),
+        ("GeForce RTX 3060", 12 * GIB),
+        ("a100-80g", 80 * GIB),
+        ("4090", 24 * GIB),
+    ],
+)
+def test_budgets(asked: str, total: int) -> None:
+    found = budget(asked)
+    assert found.total == total and 0.9 * total < found.bytes < total and not found.here
+
+
+@pytest.mark.parametrize(
+    ("asked", "hint"), [("rtx409", "did you mean `rtx4090`?"), ("24", "give a size"), ("24 parsecs", "give a size")]
+)
+def test_budgets_that_are_not(asked: str, hint: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        budget(asked)
+    assert hint in caught.value.hint or "did you mean" in caught.value.hint
+
+
+def test_cards_are_plausible() -> None:
+    assert all(4 <= size <= 200 for size in CARDS.values())
+    assert all(name == name.lower() and " " not in name for name in CARDS)
+
+
+def test_this_machine() -> None:
+    here = ram()
+    assert 0 < here.free <= here.total
+    assert 0 < rss() <= peak_rss() < here.total
+    assert budget("auto").here
+
+
+def test_unknown_model_type() -> None:
+    from halfbyte.errors import ModelError
+
+    config: dict[str, Any] = {"model_type": "zork"}
+    with pytest.raises(ModelError, match="does not know the model type `zork`"):
+        plan(recipe_of(), "24GiB", config=config)

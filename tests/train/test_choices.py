@@ -1,0 +1,51 @@
+"""What `auto` becomes, and that it is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from halfbyte.train import choices
+from halfbyte.train.choices import Choice
+
+CPU = torch.device("cpu")
+
+
+def test_what_is_asked_for_is_taken() -> None:
+    assert choices.compute("fp16", CPU) == Choice("fp16", "asked for")
+
+
+@pytest.mark.parametrize(("fast", "slow"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_the_faster_dtype_is_taken_on_a_cpu_with_both_times(monkeypatch: pytest.MonkeyPatch, fast: str, slow: str) -> None:
+    times = {choices.DTYPES[fast]: 0.001, choices.DTYPES[slow]: 0.02}
+    monkeypatch.setattr(choices, "_gemm_seconds", lambda dtype: times[dtype])
+    found = choices.compute("auto", CPU)
+    assert found.value == fast
+    assert f"{fast} 1.0 ms" in found.reason
+    assert f"{slow} 20.0 ms" in found.reason
+
+
+def test_threads_from_outside_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert choices.threads(CPU) == Choice(torch.get_num_threads(), "OMP_NUM_THREADS")
+
+
+def test_the_faster_number_of_threads_is_taken_and_torch_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(choices, "_gemm_seconds", lambda dtype: {8: 0.02, 4: 0.01}[asked[-1]])
+    assert choices.threads(CPU).value == 4
+    assert asked[-1] == 8
+
+
+def test_a_stored_choice_is_kept_unless_another_is_asked_for() -> None:
+    kept = choices.from_document(choices.document({"compute": Choice("fp32", "auto: measured")}))
+    assert choices.settle("compute", "auto", kept, lambda: Choice("bf16", "new")).value == "fp32"
+    assert choices.settle("compute", "bf16", kept, lambda: Choice("bf16", "new")) == Choice("bf16", "asked for")
+    assert choices.settle("threads", "auto", kept, lambda: Choice(2, "new")) == Choice(2, "new")
+    twice = choices.settle(
+        "compute", "auto", {"compute": choices.settle("compute", "auto", kept, lambda: Choice(0, ""))}, lambda: Choice(0, "")
+    )
+    assert twice.reason.count(choices.KEPT) == 1

@@ -1,0 +1,87 @@
+"""The same loop on a GPU: bf16, fp16 with loss scaling, full fine-tuning, skipped steps, resume."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.errors import Interrupted
+from halfbyte.optim.adamw import AdamW
+from halfbyte.optim.config import OptimConfig
+from halfbyte.optim.flat import flatten
+from halfbyte.recipe import recipe_from
+from halfbyte.train.finish import Result
+from halfbyte.train.run import train
+from support import chats, save_tiny, write_jsonl
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("files")
+    save_tiny(root / "model")
+    write_jsonl(root / "chats.jsonl", chats(80))
+    return root
+
+
+def run(files: Path, output: Path, *overrides: str, on_event: Any = None) -> Result:
+    os.environ["HALFBYTE_CACHE"] = str(files / "cache")
+    data = {
+        "model": str(files / "model"),
+        "data": {"train": [str(files / "chats.jsonl")], "tokens": 96, "eval": 0.1},
+        "train": {"batch": 4, "max_steps": 12, "lr": 1e-2, "eval_every": 4, "save_every": 4, "prompts": ["What is 1 plus 1?"]},
+        "output": str(output),
+    }
+    return train(recipe_from(data, list(overrides)), on_event=on_event)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("compute=auto", "adapter.dropout=0.1"),
+        ("compute=fp16",),
+        ("compute=fp32", "memory.microbatch=1"),
+        ("compute=bf16", "memory.recompute=on", "train.log_every=4"),
+        ("compute=bf16", "format=none"),
+        ("compute=bf16", "format=none", "adapter.kind=none", "train.lr=1e-3"),
+        ("compute=fp16", "format=none", "adapter.kind=none", "train.lr=1e-3"),
+    ],
+    ids=" ".join,
+)
+def test_every_kind_of_run_learns(files: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    result = run(files, tmp_path / "run", *overrides)
+    (before,), (after,) = result.eval_before.values(), result.eval_after.values()
+    assert after["loss"] < before["loss"] - 0.1
+    assert result.skipped <= 2
+
+
+def test_a_stopped_run_resumes(files: Path, tmp_path: Path) -> None:
+    def stop(event: dict[str, Any]) -> None:
+        if event["kind"] == "train" and event["step"] == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = run(files, tmp_path / "whole", "compute=fp32")
+    with pytest.raises(Interrupted):
+        run(files, tmp_path / "broken", "compute=fp32", on_event=stop)
+    resumed = run(files, tmp_path / "broken", "compute=fp32")
+    assert resumed.loss_after == pytest.approx(whole.loss_after, rel=1e-3)
+
+
+def test_found_inf_leaves_everything_untouched_on_the_device() -> None:
+    parameter = torch.nn.Parameter(torch.randn(1000, device="cuda"))
+    flat = flatten([("x", parameter, "dense")])
+    optimizer = AdamW(flat, OptimConfig())
+    flat.grads.fill_(float("nan"))
+    values = flat.values.clone()
+    optimizer.step(1e-2, torch.ones((), device="cuda"))
+    assert torch.equal(flat.values, values)
+    assert all(bool((tensor == 0).all()) for tensor in optimizer.state_dict().values())
+    flat.grads.fill_(0.5)
+    optimizer.step(1e-2, torch.zeros((), device="cuda"))
+    assert not torch.equal(flat.values, values)
