@@ -13,7 +13,6 @@ from torch import Tensor
 
 from halfbyte.kernels.cross_entropy.parts import IGNORE, Head, Results, Wants
 
-
 SLICE_BYTES = 1 << 22
 """fp32 logits that a CPU turns into a gradient at a time: a dozen passes over them stay in the cache."""
 
