@@ -3,8 +3,8 @@
     python bench/step_cpu.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --work DIR [--rows 4] [--tokens 256] [--labelled 1.0]
 
 Both: NF4 with nested scales, LoRA r=16 on all linear layers, fp32 adapters and AdamW states, bf16 compute, no recompute,
-`--labelled` of the positions with a label (chats: about a half), one document a row. The peer runs under bf16 autocast, and without;
-the faster of the two is the peer.
+`--labelled` of the positions with a label (chats: about a half), one document a row. The peer runs under bf16 autocast, and
+without; the faster of the two is the peer.
 CPU seconds are given beside wall seconds: they are what a busy machine leaves comparable.
 Correctness gate: both start from one base, so the losses of the first step must agree within 1 %.
 """
