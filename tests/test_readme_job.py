@@ -35,8 +35,9 @@ def test_quickstart(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     ((before,), (after,)) = (summary[key].values() for key in ("eval_before", "eval_after"))
     assert after["loss"] < 0.75 * before["loss"], "held-out loss is clearly lower"
-    losses = [e["loss"] for line in (tmp_path / "run" / "metrics.jsonl").open() if (e := json.loads(line))["kind"] == "train"]
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10]), "the loss falls"
+    events = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [e["loss"] for e in events if e["kind"] == "train"]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), "the loss falls"
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert seconds < 600, f"{seconds:.0f} s"

@@ -40,20 +40,29 @@ def ram() -> Device:
 
 def rss() -> int:
     """Resident bytes of this process now."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return peak_rss()
-    return 1024 * int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmRSS:")))
+    return _status("VmRSS") or peak_rss()
 
 
 def peak_rss() -> int:
-    """Most resident bytes that this process ever had."""
+    """Most resident bytes that this process ever had; 0 on Windows.
+
+    Linux tells it per program; `getrusage` there also counts what the parent held before this program was started.
+    """
+    if high := _status("VmHWM"):
+        return high
     if sys.platform == "win32":
         return 0
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else 1024 * found
+
+
+def _status(name: str) -> int | None:
+    """Bytes from /proc/self/status, where there is one."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii", errors="ignore").splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)
 
 
 def peak(device: torch.device) -> int:
