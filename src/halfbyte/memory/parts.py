@@ -57,8 +57,7 @@ def count(
     """The same from shapes that are known."""
     tokens = microbatch * recipe.data.tokens
     found = [*weights(s, recipe), *learning(s, recipe), *activations(s, tokens, recompute, dtype)]
-    chunk = min(tokens * s.vocab * 4, CHUNK_BYTES[device])
-    found.append(Part("loss", 3 * chunk, "logits of a chunk of tokens, their exponentials and gradient", grows=True))
+    found.append(working(s, tokens, recompute, dtype, device))
     if s.report.packed:
         scratch = 2 * s.largest * dtype.itemsize
         found.append(Part("decode scratch", scratch, f"the largest weight decoded ({s.largest:,} numbers), and what it is made of"))
@@ -96,22 +95,28 @@ def learning(s: Shapes, recipe: Recipe) -> list[Part]:
 
 
 def activations(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype) -> list[Part]:
-    """What forward keeps for backward, and what backward of one layer holds besides."""
+    """What forward keeps for backward."""
     c = dtype.itemsize
     layer = tokens * layer_bytes(s, c)
-    wide = max((n for n, _ in s.linears), default=s.hidden)
-    working = tokens * 3 * wide * c + tokens * 4 * s.hidden * c
     ends = tokens * s.hidden * (4 + 2 * c)
     if recompute:
         boundaries = s.layers * tokens * s.hidden * c
-        return [
-            Part("activations", boundaries + layer + ends, "each layer's input, and one layer recomputed", grows=True),
-            Part("backward", working, "gradients on their way through one layer", grows=True),
-        ]
-    return [
-        Part("activations", s.layers * layer + ends, f"what {s.layers} layers keep for backward", grows=True),
-        Part("backward", working, "gradients on their way through one layer", grows=True),
-    ]
+        return [Part("activations", boundaries + layer + ends, "each layer's input, and one layer recomputed", grows=True)]
+    return [Part("activations", s.layers * layer + ends, f"what {s.layers} layers keep for backward", grows=True)]
+
+
+def working(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype, device: Literal["cuda", "cpu"]) -> Part:
+    """What comes and goes at the peak: the loss's logits, or later the gradients inside one layer, never both.
+
+    With recompute, no layer is held yet while the loss is computed.
+    """
+    c = dtype.itemsize
+    wide = max((n for n, _ in s.linears), default=s.hidden)
+    backward = tokens * (3 * wide + 4 * s.hidden) * c
+    loss = 3 * min(tokens * s.vocab * 4, CHUNK_BYTES[device]) - (tokens * layer_bytes(s, c) if recompute else 0)
+    if loss > backward:
+        return Part("loss", loss, "logits of a chunk of tokens, their exponentials and gradient", grows=True)
+    return Part("backward", backward, "gradients on their way through one layer", grows=True)
 
 
 def layer_bytes(s: Shapes, c: int) -> int:
