@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import ModelError
-from halfbyte.formats.packed import NESTED_BLOCK, Format, Packed
+from halfbyte.formats.packed import Format, Packed
 from halfbyte.formats.quantize import quantize
 from halfbyte.layers import attention, forward, probe, structure
 from halfbyte.layers.decoder import DecoderLayer
@@ -53,7 +53,7 @@ def plan_packing(model: nn.Module, skip: Iterable[str] = (), fmt: Format | None 
             reason = reason or next((f"skip: {p}" for p in skip if matches(module_path, p)), "")
             if not reason and fmt is None:
                 reason = "format none"
-            size = parameter.nbytes if reason or fmt is None else packed_bytes(_stored_shape(kind, parameter), fmt)
+            size = parameter.nbytes if reason or fmt is None else fmt.nbytes(_stored_shape(kind, parameter))
             rows[id(parameter)] = Row(path, kind, not reason, reason, parameter.numel(), size, tuple(parameter.shape))
     return SwapReport(list(rows.values()))
 
@@ -107,18 +107,6 @@ def _judge(module: nn.Module, name: str, parameter: Tensor, is_head: bool) -> tu
     if parameter.ndim == 1 and "norm" in type(module).__name__.lower():
         return "norm", "norm"
     return "other", f"not a linear layer ({type(module).__name__})"
-
-
-def packed_bytes(shape: tuple[int, ...], fmt: Format) -> int:
-    """Bytes of a packed weight `[N, K]` in `fmt`, from its shape alone."""
-    n, k = shape
-    if fmt.kind == "int8":
-        return n * k + 4 * n
-    if fmt.kind == "int4":
-        groups = n * -(-k // fmt.block)
-        return n * -(-k // 2) + 4 * groups * (1 if fmt.zero == "none" else 2)
-    blocks = -(-n * k // fmt.block)
-    return -(-n * k // 2) + (blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if fmt.nested else 4 * blocks)
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
