@@ -1,6 +1,7 @@
 """Run by test_hub.py in a process of its own: loads each name given and prints, as JSON, what came of it.
 
-A name may carry a revision after `@`; `adapter:NAME` asks whether it is an adapter. Reason for the process: the Hub's client reads its environment when it is imported.
+A name may carry a revision after `@`; `adapter:NAME` asks whether it is an adapter.
+Reason for the process: the Hub's client reads its environment when it is imported.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ def plan_packing(model: nn.Module, skip: Iterable[str] = (), fmt: Format | None 
                 continue
             path = f"{module_path}.{name}" if module_path else name
             kind, reason = _judge(module, name, parameter, module is head)
-            if not reason and (id(parameter) in tied or path in tied):
-                reason = "tied to another parameter"
+            if id(parameter) in tied or path in tied:
+                reason = "embedding, which is the output head too" if kind == "embedding" else reason or "tied to another parameter"
             reason = reason or next((f"skip: {p}" for p in skip if matches(module_path, p)), "")
             if not reason and fmt is None:
                 reason = "format none"
@@ -153,6 +153,19 @@ def pack(model: nn.Module, source: Source | None, fmt: Format | None, skip: Iter
     report = with_fields(report, rows=rows)
     log.info("packing: %s", report.summary())
     return report
+
+
+def readable(model: PreTrainedModel) -> list[LayerRow]:
+    """Which decoder layers the generic one can be read from, and why not; of a model without weights, hence without a proof."""
+    rows = []
+    for path, layer in model.named_modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            try:
+                structure.read(layer)
+                rows.append(LayerRow(path, type(layer).__name__, True, ""))
+            except structure.NotUnderstood as reason:
+                rows.append(LayerRow(path, type(layer).__name__, False, str(reason)))
+    return rows
 
 
 def adopt(model: PreTrainedModel) -> SwapReport:
