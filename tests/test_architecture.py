@@ -25,7 +25,8 @@ ORDER: list[set[str]] = [
     {"adapters"},
     {"checkpoints"},
     {"optim", "data", "memory", "objectives", "generate"},
-    {"train", "export"},
+    {"export"},
+    {"train"},
     {"cli"},
 ]
 # Only these know the whole recipe; the folders below know their own section.

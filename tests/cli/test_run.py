@@ -113,6 +113,18 @@ def test_an_adapter_whose_base_lies_elsewhere(trained: Path, cli: Cli) -> None:
     assert said.code == 0, said.err
 
 
+def test_a_fully_trained_model_and_what_the_summary_says_next(place: Path, cli: Cli) -> None:
+    said = cli("train", "recipe.yaml", "format=none", "adapter.kind=none", "train.lr=1e-3")
+    assert said.code == 0, said.err
+    commands = [line.split()[1:] for line in said.err.splitlines() if line.startswith("  halfbyte ")]
+    assert [command[0] for command in commands] == ["chat", "eval", "quantize"]
+    for command in commands:
+        extra = ("--prompt", "Hi", "--max-tokens", "2") if command[0] == "chat" else ()
+        done = cli(*command, *extra)
+        assert done.code == 0, done.err
+    assert cli("chat", "run", "--prompt", "Hi", "--max-tokens", "2").code == 0
+
+
 def test_quantize(place: Path, cli: Cli) -> None:
     said = cli("quantize", "model", "--format", "fp4", "--out", "small")
     assert said.code == 0 and said.out == "small\n"

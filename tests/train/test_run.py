@@ -113,15 +113,19 @@ def test_every_kind_of_run_learns(files: Path, tmp_path: Path, overrides: tuple[
 
 
 def test_a_fully_trained_model_loads_in_transformers(files: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    result = run(files, tmp_path / "run", "format=none", "adapter.kind=none", "train.lr=1e-3", "train.best=false")
+    result = run(
+        files, tmp_path / "run", "format=none", "adapter.kind=none", "train.lr=1e-3", "train.best=false", "data.template=alpaca"
+    )
     assert result.adapter == tmp_path / "run" / "model"
     model = AutoModelForCausalLM.from_pretrained(result.adapter, dtype=torch.float32)
     stored = newest(tmp_path / "run").tensors["adapter_model"]
     name, tensor = next((n, t) for n, t in stored.items() if n.endswith("down_proj.weight"))
     mine = model.get_parameter(name.removeprefix("base_model.model."))
     torch.testing.assert_close(mine, tensor.bfloat16().float())
+    assert "### Instruction:" in AutoTokenizer.from_pretrained(result.adapter).chat_template
+    assert (result.adapter / "recipe.yaml").is_file()
 
 
 @pytest.mark.parametrize("kind", ["lora", "none"])

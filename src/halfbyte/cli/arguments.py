@@ -90,6 +90,14 @@ class Loaded:
         """Jinja text."""
         return self.files.template if self.files else None
 
+    @property
+    def recipe(self) -> str | None:
+        """The resolved recipe of the run that left it, beside the adapter or the whole model."""
+        if self.files is not None:
+            return self.files.recipe
+        beside = self.base.source / "recipe.yaml"
+        return beside.read_text(encoding="utf-8") if beside.is_file() else None
+
 
 def adapter_directory(target: str) -> Path | None:
     """The adapter that `target` is (directory or Hub id) or holds (a run's output directory); None for a base model."""

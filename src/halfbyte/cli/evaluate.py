@@ -65,10 +65,10 @@ def _data(loaded: Loaded, files: list[str], tokens: int | None, loss_on: str | N
 
     values: dict[str, Any] = {"train": files, "tokens": 1024}
     seed = 0
-    if loaded.files is not None and loaded.files.recipe is not None:
+    if loaded.recipe is not None:
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / "recipe.yaml"
-            saved.write_text(loaded.files.recipe, encoding="utf-8")
+            saved.write_text(loaded.recipe, encoding="utf-8")
             recipe = load_recipe(saved)
         values, seed = recipe.data.model_dump(), recipe.train.seed
     elif not files:
