@@ -1,7 +1,8 @@
 """Decoded weights kept in memory for a while: what a CPU with RAM to spare does instead of decoding at every call.
 
 Why: on a CPU, decoding a weight costs as much as multiplying some tens of tokens by it, so generation, token by token, would
-spend nearly all its time decoding. On a GPU it costs little and memory is what is short: nothing is held there.
+spend nearly all its time decoding, and a training step of 64 tokens half of it. On a GPU it costs little and memory is what is
+short: nothing is held there.
 The numbers are the same bits: a held weight is what `dequantize` would return. Cost: the model in the compute dtype, on top of
 the packed one.
 """
@@ -30,8 +31,8 @@ def held(model: nn.Module, dtype: torch.dtype, *, limit: int | None = None) -> I
 
     All or none: when they would take more than `limit` bytes (default: half of the memory that is free) nothing is held.
     """
-    layers = [m for m in model.modules() if isinstance(m, Linear4bit) and m.codes.device.type == "cpu" and m.decoded is None]
-    wanted = sum(layer.packed.numel for layer in layers) * dtype.itemsize
+    layers = _layers(model)
+    wanted = size(model, dtype)
     room = limit if limit is not None else int(SHARE * (available_bytes() or 0))
     if not layers or wanted > room:
         log.debug("decoded weights are not held: %d bytes wanted, room for %d", wanted, room)
@@ -44,6 +45,15 @@ def held(model: nn.Module, dtype: torch.dtype, *, limit: int | None = None) -> I
     finally:
         for layer in layers:
             layer.decoded = None
+
+
+def size(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes that `held` would take for what it does not hold yet."""
+    return sum(layer.packed.numel for layer in _layers(model)) * dtype.itemsize
+
+
+def _layers(model: nn.Module) -> list[Linear4bit]:
+    return [m for m in model.modules() if isinstance(m, Linear4bit) and m.codes.device.type == "cpu" and m.decoded is None]
 
 
 def available_bytes() -> int | None:
