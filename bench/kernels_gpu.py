@@ -1,6 +1,7 @@
 """Kernels on a CUDA GPU: first the proof, then the figures. Needs torch and triton, no install.
 
     python bench/kernels_gpu.py --out DIR         # a few minutes; writes DIR/kernels_gpu.jsonl and DIR/gate.json
+    python bench/kernels_gpu.py --table FILE      # such a file as Markdown
 
 The gate is `tests/kernels/checks.py` on this GPU: if any twin is off, nothing is reported and the exit code is 1.
 Shapes are those of an 8B Llama 3; every ratio compares two things measured in the same run, in turn.
@@ -143,10 +144,36 @@ def bench_rest(report: Callable[..., None]) -> None:
         report(what="cross_entropy", positions=8192, labelled=count, ms=round(ms, 2), tflops=round(rate), extra_mib=round(extra))
 
 
+def markdown(results: Path) -> str:
+    """Two tables: decoding beside a copy of the same bytes, and a decoder layer's linear layers beside bf16 weights."""
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    text = ["| decoded | weight | shape | us | GB/s | of a copy |", "| --- | --- | --- | ---: | ---: | ---: |"]
+    for row in rows:
+        if row["what"] == "dequantize":
+            kind, zero, nested = row["format"].split()
+            name = kind + (f", zero {zero}" if zero != "none" else "") + (", nested" if nested == "nested=True" else "")
+            shape = " x ".join(map(str, row["shape"]))
+            text.append(f"| {name} | {row['weight']} | {shape} | {row['us']:.1f} | {row['gb_per_s']:,} | {row['of_copy']:.0%} |")
+    text += ["", "| tokens | linear layers | nf4 + LoRA, ms | bf16 + LoRA, ms | bf16 alone, ms | nf4 of bf16 + LoRA |"]
+    text += ["| ---: | --- | ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        if row["what"] == "lora_linear":
+            ms = [row[f"{name}_fwd+bwd_ms"] for name in ("qlora", "lora16", "plain16")]
+            figures = " | ".join(f"{value:.2f}" for value in ms)
+            text.append(f"| {row['tokens']:,} | {row['group']} | {figures} | {ms[1] / ms[0]:.1%} |")
+    return "\n".join(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    out = parser.parse_args().out
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path)
+    where.add_argument("--table", type=Path)
+    options = parser.parse_args()
+    if options.table:
+        print(markdown(options.table))
+        return 0
+    out = options.out
     out.mkdir(parents=True, exist_ok=True)
     found = checks.run("cuda")
     (out / "gate.json").write_text(json.dumps(found, indent=1))

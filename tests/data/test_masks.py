@@ -222,3 +222,17 @@ def test_a_thought_that_the_template_removes_is_an_error(learn: Any, chat: Any) 
     with pytest.raises(DataError, match="removed thought") as caught:
         learn([chat("One", "hmm</t>two")], removing)
     assert caught.value.code == "data.mask"
+
+
+def test_thoughts_that_the_template_strips_from_earlier_turns(learn: Any, special: Any, chat: Any) -> None:
+    """Qwen3's way: the last answer keeps its thought, earlier ones lose it. The hint's way out must work."""
+    stripping = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' and not loop.last %}"
+        "{{ m['content'].split('</t>')[-1] }}{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    records = [chat("One", "hmm</t>two", "three", "well</t>four")]
+    with pytest.raises(DataError, match="removed thought") as caught:
+        learn(records, stripping)
+    assert "data.loss_on: last" in caught.value.hint
+    assert learned(learn(records, stripping, loss_on="last"), special) == [["well</t>four<|im_end|>"]]

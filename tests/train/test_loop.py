@@ -211,6 +211,18 @@ def test_the_time_limit_ends_the_run_with_an_evaluation(tmp_path: Path) -> None:
     state = rig.run(rig.build(tmp_path, steps=10_000, max_minutes=1e-6, eval_every=0, save_every=0))
     assert state.step == 1
     assert state.evaluated == 1
+    assert state.saved == 1 and (tmp_path / "checkpoints" / "step-00000001").is_dir()
+    (line,) = [json.loads(text) for text in (tmp_path / metrics.METRICS).read_text().splitlines() if '"train"' in text]
+    assert line["left_s"] == 0
+
+
+def test_a_raised_time_limit_goes_on_like_a_run_that_had_none(tmp_path: Path) -> None:
+    whole = rig.build(tmp_path / "whole", steps=4, eval_every=0)
+    rig.run(whole)
+    rig.run(rig.build(tmp_path / "cut", steps=4, eval_every=0, max_minutes=1e-6))
+    resumed = rig.build(tmp_path / "cut", steps=4, eval_every=0, max_minutes=60)
+    assert rig.run(resumed).step == 4
+    assert_same(whole, resumed)
 
 
 def test_a_finished_run_does_nothing_again(tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import resource
 import signal
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -13,6 +16,7 @@ from rich.console import Console
 from halfbyte.train import metrics
 from halfbyte.train.metrics import JsonLines
 from halfbyte.train.progress import Display, clock
+from halfbyte.train.report import Report
 from halfbyte.train.state import State
 
 
@@ -69,11 +73,49 @@ def test_trackers_get_numbers_only() -> None:
     assert found == {"eval/chats/loss": 2.0}
 
 
+class FakeWandb(types.ModuleType):
+    """What of wandb is used: `init`, and a run's `log` and `finish`."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.opened: list[dict[str, Any]] = []
+        self.logged: list[tuple[dict[str, float], int]] = []
+        self.finished = 0
+
+    def init(self, **options: Any) -> FakeWandb:
+        self.opened.append(options)
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.append((values, step))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_wandb_gets_one_run_that_resumes_under_its_id_and_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for start in (0, 4):
+        report = Report(tmp_path / "run", display=Display(Console(file=io.StringIO())))
+        (tmp_path / "run").mkdir(exist_ok=True)
+        report.open(State(step=start), 10, ["wandb"], "the-id", {"train": {"lr": 0.1}})
+        full = {**event(start + 1), "lr": 1e-4, "tokens_per_s": 10.0, "memory_mib": 2048.0, "left_s": 1.0}
+        report.event(full)
+        report.event({"kind": "sample", "step": start + 1, "prompt": "secret", "answer": "text"})
+        report.close()
+    assert [(o["id"], o["resume"], o["config"]) for o in wandb.opened] == [("the-id", "allow", {"train": {"lr": 0.1}})] * 2
+    assert [step for _, step in wandb.logged] == [1, 5]
+    assert wandb.logged[0][0]["train/loss"] == 1.0 and wandb.logged[0][0]["train/lr"] == 1e-4
+    assert "secret" not in str(wandb.logged)
+    assert wandb.finished == 2
+
+
 def test_progress_is_plain_lines_where_there_is_no_terminal() -> None:
     out = io.StringIO()
     display = Display(Console(file=out, width=200))
     display.begin(10, 0)
-    full = {**event(1), "lr": 1e-4, "tokens_per_s": 1234.5, "memory_mib": 2048.0}
+    full = {**event(1), "lr": 1e-4, "tokens_per_s": 1234.5, "memory_mib": 2048.0, "left_s": 61.4}
     display.event(full)
     display.event({**full, "step": 2})
     display.event({**full, "step": 10, "loss": None})
@@ -81,7 +123,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal() -> None:
     display.tell("[red]not markup")
     display.end()
     first, last, scores, words = out.getvalue().splitlines()
-    assert first.startswith("step 1/10  loss 1.0000  lr 1.00e-04  1,234 tok/s  2.0 GiB  left ")
+    assert first.startswith("step 1/10  loss 1.0000  lr 1.00e-04  1,234 tok/s  2.0 GiB  left 1:01")
     assert last.startswith("step 10/10  loss skipped")
     assert scores == "step 10: held-out loss 2.0000, perplexity 7.39, token accuracy 50.0% (chats, 99 tokens)"
     assert words == "[red]not markup"

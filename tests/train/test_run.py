@@ -218,6 +218,16 @@ def test_automatic_choices_are_kept_on_resume(files: Path, tmp_path: Path, monke
     assert {name: entry["value"] for name, entry in after.items()} == {name: entry["value"] for name, entry in chosen.items()}
 
 
+def test_a_time_limit_ends_with_an_adapter_and_says_so(files: Path, tmp_path: Path) -> None:
+    result = run(files, tmp_path / "run", "train.max_minutes=0.00001")
+    assert result.steps == 1
+    assert "ended early by train.max_minutes: 1e-05" in result.summary
+    assert (result.adapter / "adapter_model.safetensors").exists()
+    more = run(files, tmp_path / "run", "train.max_minutes=60")
+    assert more.steps == 8
+    assert "ended early" not in more.summary
+
+
 def test_the_weights_of_the_lowest_held_out_loss_are_exported(files: Path, tmp_path: Path) -> None:
     strange = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ZYX" * n}]} for n in range(1, 9)]
     write_jsonl(tmp_path / "strange.jsonl", strange)

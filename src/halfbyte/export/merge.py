@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from halfbyte import machine
 from halfbyte.adapters.lora import LoraLinear
 from halfbyte.checkpoints import atomic, description, huggingface, names, peft
 from halfbyte.checkpoints.base import Source
@@ -31,7 +32,6 @@ from halfbyte.export.moved import PROBE, Moved, moved
 from halfbyte.formats.config import FormatConfig
 from halfbyte.formats.packed import Packed
 from halfbyte.formats.quantize import dequantize
-from halfbyte.layers.decoded import available_bytes
 from halfbyte.layers.linear import Linear4bit
 
 if TYPE_CHECKING:
@@ -211,8 +211,8 @@ def _compare(
     if reference is None or probe is None:
         return None, "not compared: no probe text was given"
     wanted = nbytes * base.compute.itemsize // dtype.itemsize
-    free = available_bytes()
-    if free is not None and wanted > 0.8 * free:
+    free = machine.ram().free
+    if wanted > 0.8 * free:
         return None, f"not compared: the merged model needs {wanted / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=base.compute, local_files_only=True)
     return moved(reference, logits(model, base.tokenizer, probe)), ""

@@ -12,11 +12,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from halfbyte import machine
 from halfbyte.kernels.dequantize import dequantize
 from halfbyte.layers.linear import Linear4bit
 
@@ -33,7 +33,7 @@ def held(model: nn.Module, dtype: torch.dtype, *, limit: int | None = None) -> I
     """
     layers = _layers(model)
     wanted = size(model, dtype)
-    room = limit if limit is not None else int(SHARE * (available_bytes() or 0))
+    room = limit if limit is not None else int(SHARE * machine.ram().free)
     if not layers or wanted > room:
         log.debug("decoded weights are not held: %d bytes wanted, room for %d", wanted, room)
         yield False
@@ -54,14 +54,3 @@ def size(model: nn.Module, dtype: torch.dtype) -> int:
 
 def _layers(model: nn.Module) -> list[Linear4bit]:
     return [m for m in model.modules() if isinstance(m, Linear4bit) and m.codes.device.type == "cpu" and m.decoded is None]
-
-
-def available_bytes() -> int | None:
-    """Memory that this process can still have, where the system tells (Linux)."""
-    info = Path("/proc/meminfo")
-    if not info.is_file():
-        return None
-    for line in info.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None

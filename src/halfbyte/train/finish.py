@@ -15,9 +15,10 @@ from halfbyte.config import Recipe
 from halfbyte.data.prepare import Prepared
 from halfbyte.errors import CheckpointError
 from halfbyte.export import model
+from halfbyte.memory import measure
 from halfbyte.memory.plan import Plan
 from halfbyte.recipe import dump
-from halfbyte.train import metrics
+from halfbyte.train import loop, metrics
 from halfbyte.train.progress import clock
 from halfbyte.train.report import Report
 from halfbyte.train.state import Parts, State
@@ -72,7 +73,7 @@ def hand_over(
     else:
         where = peft.save(adapter, output / "adapter", base, {peft.RECIPE: settings, peft.TEMPLATE: template})
     result = _result(parts, state, output, where, step, report)
-    text = summary(recipe, result, plan)
+    text = summary(recipe, result, plan, loop.finished(parts, state) if state.step < parts.total_steps else "")
     (output / SUMMARY).write_text(json.dumps({**asdict(result), "summary": text}, indent=1, default=str) + "\n")
     report.tell(text)
     return Result(**{**_fields(result), "summary": text})
@@ -111,7 +112,7 @@ def _result(parts: Parts, state: State, output: Path, where: Path, step: int, re
         skipped=state.skipped,
         seconds=round(state.seconds, 1),
         tokens_per_s=round(state.step * parts.config.batch * parts.row_tokens / max(state.seconds, 1e-9), 1),
-        memory_bytes=metrics.peak_memory(parts.device),
+        memory_bytes=measure.peak(parts.device),
         samples=state.samples,
     )
 
@@ -120,8 +121,8 @@ def _fields(result: Result) -> dict[str, Any]:
     return {name: getattr(result, name) for name in Result.__dataclass_fields__}
 
 
-def summary(recipe: Recipe, result: Result, plan: Plan) -> str:
-    """What was trained, how well, where it is, what to do next."""
+def summary(recipe: Recipe, result: Result, plan: Plan, cut: str = "") -> str:
+    """What was trained, how well, where it is, what to do next. cut: why the run ended before its last step, if it did."""
     what = "all weights" if recipe.adapter.kind == "none" else f"a LoRA adapter of rank {recipe.adapter.rank}"
     lines = [
         "",
@@ -129,6 +130,8 @@ def summary(recipe: Recipe, result: Result, plan: Plan) -> str:
         f"  {result.steps} steps, {result.trained_tokens:,} learned tokens, {clock(result.seconds)} of training, "
         f"{result.tokens_per_s:,.0f} tokens/s, peak {result.memory_bytes / 2**30:.2f} GiB (planned {plan.bytes / 2**30:.2f})",
     ]
+    if cut:
+        lines.append(f"  ended early by {cut}; raise it and run the same command again to go on")
     if result.skipped:
         lines.append(f"  {result.skipped} steps skipped, see anomalies.jsonl")
     for name, after in result.eval_after.items():

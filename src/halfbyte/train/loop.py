@@ -91,7 +91,7 @@ def fetch(parts: Parts, state: State) -> Batch:
 
 def survey(parts: Parts, state: State, stop: Stop) -> None:
     """Evaluate and sample when due (before the first step, every `eval_every`, after the last), once a step whatever resumes."""
-    due_now = state.step == 0 or finished(parts, state) or due(state.step, parts.config.eval_every)
+    due_now = state.step == 0 or bool(finished(parts, state)) or due(state.step, parts.config.eval_every)
     if not due_now or state.evaluated == state.step:
         return
     scores = evaluate(parts, stop)
@@ -105,18 +105,22 @@ def survey(parts: Parts, state: State, stop: Stop) -> None:
     state.evaluated = state.step
 
 
-def finished(parts: Parts, state: State) -> bool:
-    """Whether the run is over: all steps done, the time limit reached, or no better evaluation for `patience` of them."""
+def finished(parts: Parts, state: State) -> str:
+    """Why the run is over: all steps done, the time limit reached, or no better evaluation for `patience` of them; "" if not."""
     config = parts.config
-    late = config.max_minutes is not None and state.seconds >= 60 * config.max_minutes
-    stale = config.patience is not None and state.stale >= config.patience
-    return state.step >= parts.total_steps or late or stale
+    if state.step >= parts.total_steps:
+        return "all steps"
+    if config.patience is not None and state.stale >= config.patience:
+        return f"train.patience: {config.patience} evaluations without a lower held-out loss"
+    if config.max_minutes is not None and state.seconds >= 60 * config.max_minutes:
+        return f"train.max_minutes: {config.max_minutes:g}"
+    return ""
 
 
 def at_boundary(parts: Parts, state: State) -> bool:
     """Whether the device must be read now: something after this step depends on its numbers."""
     config = parts.config
-    return finished(parts, state) or any(due(state.step, n) for n in (config.log_every, config.eval_every, config.save_every))
+    return bool(finished(parts, state)) or any(due(state.step, n) for n in (config.log_every, config.eval_every, config.save_every))
 
 
 def due(step: int, every: int) -> bool:

@@ -10,18 +10,16 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from halfbyte.errors import TrainingError
+from halfbyte.memory import measure
 from halfbyte.train.state import Parts, State
 
 METRICS = "metrics.jsonl"
-TIMES = ("seconds", "tokens_per_s", "memory_mib")
+TIMES = ("seconds", "tokens_per_s", "memory_mib", "left_s")
 """Keys of a `train` line that differ between two identical runs."""
 
 
@@ -44,21 +42,20 @@ def log(parts: Parts, state: State) -> None:
         "trained_tokens": state.trained_tokens,
         "skipped": state.skipped,
         "tokens_per_s": round(rows * parts.row_tokens / seconds, 1),
-        "memory_mib": round(peak_memory(parts.device) / 2**20, 1),
+        "memory_mib": round(measure.peak(parts.device) / 2**20, 1),
         "seconds": round(state.seconds, 3),
+        "left_s": round(left(parts, state), 1),
     }
     state.window.clear()
     state.logged_seconds, state.logged_step = state.seconds, state.step
     parts.report.event(event)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak on a GPU, the process's resident peak on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def left(parts: Parts, state: State) -> float:
+    """Seconds of training that are left, at the speed so far: of all steps, or of the time limit, whichever comes first."""
+    by_steps = state.seconds / max(1, state.step) * (parts.total_steps - state.step)
+    limit = parts.config.max_minutes
+    return max(0.0, by_steps if limit is None else min(by_steps, 60 * limit - state.seconds))
 
 
 class JsonLines:

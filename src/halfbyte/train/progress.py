@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 PLAIN_EVERY = 10.0
 
@@ -25,20 +25,14 @@ class Display:
         self.loading: Progress | None = None
         self.total = 0
         self.start = 0
-        self.began = self.printed = time.monotonic()
+        self.printed = time.monotonic()
 
     def begin(self, total: int, start: int) -> None:
         """Show the bar (terminal) from here on."""
         self.total, self.start = total, start
-        self.began = self.printed = time.monotonic()
+        self.printed = time.monotonic()
         if self.console.is_terminal:
-            columns = (
-                BarColumn(24),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-            )
+            columns = (BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"))
             self.progress = Progress(*columns, console=self.console, transient=True)
             self.progress.add_task("starting", total=total, completed=start)
             self.progress.start()
@@ -90,15 +84,14 @@ class Display:
     def _train(self, event: dict[str, Any]) -> None:
         loss = "skipped" if event["loss"] is None else f"{event['loss']:.4f}"
         memory = f"{event['memory_mib'] / 1024:.1f} GiB" if event["memory_mib"] >= 1024 else f"{event['memory_mib']:.0f} MiB"
-        text = f"loss {loss}  lr {event['lr']:.2e}  {event['tokens_per_s']:,.0f} tok/s  {memory}"
+        text = f"loss {loss}  lr {event['lr']:.2e}  {event['tokens_per_s']:,.0f} tok/s  {memory}  left {clock(event['left_s'])}"
         if self.progress is not None:
             self.progress.update(self.progress.task_ids[0], completed=event["step"], description=text)
             return
         now = time.monotonic()
         if now - self.printed >= PLAIN_EVERY or event["step"] in (self.start + 1, self.total):
             self.printed = now
-            left = (now - self.began) / (event["step"] - self.start) * (self.total - event["step"])
-            self.tell(f"step {event['step']}/{self.total}  {text}  left {clock(left)}")
+            self.tell(f"step {event['step']}/{self.total}  {text}")
 
 
 def clock(seconds: float) -> str:
