@@ -1,9 +1,10 @@
 """A QLoRA training step on a CPU: ours against transformers + PEFT + bitsandbytes, in turn, in one process.
 
-    python bench/step_cpu.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --work DIR [--rows 4] [--tokens 256] [--threads 2]
+    python bench/step_cpu.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --work DIR [--rows 4] [--tokens 256] [--labelled 1.0]
 
-Both: NF4 with nested scales, LoRA r=16 on all linear layers, fp32 adapters and AdamW states, bf16 compute, no recompute, every
-position labelled, one document a row. The peer runs under bf16 autocast, and without; the faster of the two is the peer.
+Both: NF4 with nested scales, LoRA r=16 on all linear layers, fp32 adapters and AdamW states, bf16 compute, no recompute,
+`--labelled` of the positions with a label (chats: about a half), one document a row. The peer runs under bf16 autocast, and
+without; the faster of the two is the peer.
 CPU seconds are given beside wall seconds: they are what a busy machine leaves comparable.
 Correctness gate: both start from one base, so the losses of the first step must agree within 1 %.
 """
@@ -26,7 +27,11 @@ from torch import Tensor
 RANK = 16
 
 
-def ours(gguf: str, rows: int, tokens: int) -> Callable[[Tensor], float]:
+Step = Callable[[Tensor, Tensor], float]
+"""Takes ids and labels `[rows, tokens]` (labels not shifted); returns the loss."""
+
+
+def ours(gguf: str, rows: int, tokens: int) -> Step:
     """One step of our loop's parts."""
     from halfbyte.adapters import lora
     from halfbyte.adapters.config import AdapterConfig
@@ -46,12 +51,12 @@ def ours(gguf: str, rows: int, tokens: int) -> Callable[[Tensor], float]:
     bounds = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32)
     positions = torch.arange(tokens).repeat(rows)[None]
 
-    def step(ids: Tensor) -> float:
+    def step(ids: Tensor, labels: Tensor) -> float:
         group.grads.zero_()
-        labels = ids.roll(-1, 1)
+        labels = labels.roll(-1, 1)
         labels[:, -1] = -100
         hidden = forward.hidden_states(base.model, ids.view(1, -1), positions, bounds)
-        loss = sft.loss(hidden, labels.view(1, -1), output, rows * (tokens - 1))
+        loss = sft.loss(hidden, labels.view(1, -1), output, int((labels != -100).sum()))
         loss.backward()
         optimizer.step(1e-4, torch.zeros(()))
         return float(loss.detach())
@@ -59,7 +64,7 @@ def ours(gguf: str, rows: int, tokens: int) -> Callable[[Tensor], float]:
     return step
 
 
-def peer(gguf: str, work: Path, autocast: bool) -> Callable[[Tensor], float]:
+def peer(gguf: str, work: Path, autocast: bool) -> Step:
     """transformers + PEFT + bitsandbytes on the dense bf16 checkpoint of the same file."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -81,9 +86,9 @@ def peer(gguf: str, work: Path, autocast: bool) -> Callable[[Tensor], float]:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
 
-    def step(ids: Tensor) -> float:
+    def step(ids: Tensor, labels: Tensor) -> float:
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -98,6 +103,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--labelled", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
@@ -105,12 +111,13 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     ids = torch.randint(0, 40_000, (args.rows, args.tokens))
+    labels = torch.where(torch.arange(args.tokens) >= args.tokens * (1 - args.labelled), ids, -100)
     steps = {
         "halfbyte": ours(args.gguf, args.rows, args.tokens),
         "peft-bnb autocast": peer(args.gguf, args.work, True),
         "peft-bnb": peer(args.gguf, args.work, False),
     }
-    first = {name: step(ids) for name, step in steps.items()}
+    first = {name: step(ids, labels) for name, step in steps.items()}
     if max(first.values()) > 1.01 * min(first.values()):
         print(f"losses of the first step differ: {first}", file=sys.stderr)
         return 1
@@ -119,7 +126,7 @@ def main() -> int:
     for _ in range(args.steps):
         for name, step in steps.items():
             at, cpu = time.perf_counter(), time.process_time()
-            step(ids)
+            step(ids, labels)
             wall[name].append(time.perf_counter() - at)
             busy[name].append(time.process_time() - cpu)
     positions = args.rows * args.tokens
@@ -131,6 +138,7 @@ def main() -> int:
                     "impl": name,
                     "rows": args.rows,
                     "tokens": args.tokens,
+                    "labelled": args.labelled,
                     "threads": args.threads,
                     "wall_s": round(seconds, 3),
                     "cpu_s": round(cpu, 3),

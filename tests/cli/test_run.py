@@ -53,14 +53,14 @@ def test_chat(trained: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     both = cli(*args)
     assert both.out == one.out + base.out, "/base answers as --base does"
-    for word in ("the adapter is off", "forgotten", "unknown command /nope"):
+    for word in ("answers come from the base", "forgotten", "unknown command /nope"):
         assert word in both.err
 
 
 def test_chat_with_a_base(place: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("/adapter\n\n"))
     said = cli("chat", "model", "--max-tokens", "3")
-    assert said.code == 0 and "there is no adapter" in said.err
+    assert said.code == 0 and "there is no adapter here" in said.err
 
 
 def test_eval(trained: Path, cli: Cli) -> None:

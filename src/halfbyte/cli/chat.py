@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import typer
 
+from halfbyte.errors import HalfbyteError
+
 if TYPE_CHECKING:
-    from halfbyte.cli.arguments import Loaded
+    from halfbyte.generate.chat import Chat
 
 HELP = "/base answers without the adapter, /adapter with it, /reset forgets the conversation, /quit ends"
 
@@ -34,74 +34,57 @@ def chat(
     halfbyte chat runs/quickstart --prompt "What does json.dumps do in Python?"
     """
     from halfbyte.cli.arguments import load
-    from halfbyte.cli.console import say
+    from halfbyte.cli.console import fail, say
+    from halfbyte.generate.chat import Chat
 
     loaded = load(target, kind, model, compute)
-    talk = _Talk(loaded, not base, system, max_tokens, temperature, top_p, seed)
+    talk = Chat(
+        loaded.base,
+        loaded.adapter,
+        template=loaded.template,
+        system=system,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    if base:
+        talk.use("base")
     if prompt is not None:
-        talk.ask(prompt)
+        _ask(talk, prompt)
         return
     say(f"{loaded.base.name}, {'with' if loaded.adapter else 'without'} adapter; {HELP}")
-    while (line := _line()) is not None:
-        if not line:
-            continue
-        if line.startswith("/"):
-            if line in ("/quit", "/exit"):
-                return
-            say(talk.command(line))
-        else:
-            talk.ask(line)
+    while (line := _line()) not in ("/quit", "/exit"):
+        try:
+            if line.startswith("/"):
+                say(_command(talk, line))
+            elif line:
+                _ask(talk, line)
+        except HalfbyteError as error:
+            fail(error.message, error.hint, error.code)
+        except KeyboardInterrupt:
+            say("\nstopped; /quit ends the chat")
 
 
-def _line() -> str | None:
-    """The next line of the user; None at the end of input."""
+def _line() -> str:
+    """The next line of the user; `/quit` at the end of input."""
     print("> ", end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
-    return line.strip() if line else None
+    return line.strip() if line else "/quit"
 
 
-@dataclass
-class _Talk:
-    """A conversation: what was said so far, and whether the adapter is on."""
+def _ask(talk: Chat, question: str) -> None:
+    """Streams the answer to stdout."""
+    talk.say(question, lambda piece: print(piece, end="", flush=True))
+    print(flush=True)
 
-    loaded: Loaded
-    adapted: bool
-    system: str | None
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    said: list[dict[str, str]] = field(default_factory=list)
 
-    def command(self, line: str) -> str:
-        """Carries out a /command; returns what to tell the user."""
-        if line == "/reset":
-            self.said.clear()
-            return "forgotten"
-        if line in ("/base", "/adapter"):
-            if self.loaded.adapter is None:
-                return "there is no adapter: this is a base model"
-            self.adapted = line == "/adapter"
-            return f"the adapter is {'on' if self.adapted else 'off'}"
-        return f"unknown command {line}: {HELP}"
-
-    def ask(self, question: str) -> None:
-        """Streams the answer to stdout."""
-        from halfbyte.generate.chat import generate
-
-        self.said.append({"role": "user", "content": question})
-        head = [{"role": "system", "content": self.system}] if self.system else []
-        adapter = self.loaded.adapter
-        with adapter.enabled(self.adapted) if adapter else nullcontext():
-            answer = generate(
-                self.loaded.base,
-                head + self.said,
-                self.max_tokens,
-                self.temperature,
-                self.top_p,
-                self.seed,
-                lambda piece: print(piece, end="", flush=True),
-                template=self.loaded.template,
-            )
-        print(flush=True)
-        self.said.append({"role": "assistant", "content": answer.text})
+def _command(talk: Chat, line: str) -> str:
+    """Carries out a /command; returns what to tell the user."""
+    if line == "/reset":
+        talk.reset()
+        return "forgotten"
+    if line in ("/base", "/adapter"):
+        talk.use("base" if line == "/base" else "adapter")
+        return f"answers come from the {talk.which}"
+    return f"unknown command {line}: {HELP}"

@@ -23,6 +23,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CONTEXT = {"cuda": 560 << 20, "cpu": 620 << 20}
 """What is there before the model: CUDA context and library workspaces; on a CPU, Python with its libraries (measured)."""
 
+HEAP_SHARE = 0.9
+"""Of the activations, on a CPU: the heap grows so far over a run before it stays (measured on SmolLM2-135M)."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -62,6 +65,9 @@ def count(
         if device == "cpu" and recipe.train.prompts:
             held = sum(r.params for r in s.report.packed) * dtype.itemsize
             found.append(Part("answers", held, "decoded weights, held while the fixed prompts are answered"))
+    if device == "cpu":
+        kept = sum(p.bytes for p in found if p.name == "activations")
+        found.append(Part("heap", int(HEAP_SHARE * kept), "what the C allocator keeps of freed tensors", grows=True))
     found.append(
         Part("context", CONTEXT[device], "CUDA context and workspaces" if device == "cuda" else "Python and its libraries")
     )

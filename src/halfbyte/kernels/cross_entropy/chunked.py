@@ -2,8 +2,8 @@
 
 Why: at 8,192 tokens and a vocabulary of 128,256 the logits alone are 4.2 GB in fp32, and most rows of a chat carry no loss. A chunk
 of logits turns into its own gradient in place and is gone.
-Cost: the chunk in fp32 and in the compute dtype (CPU: the latter twice), the gradient of hidden `[T, H]`; one product more than the forward
-alone, which backward then saves.
+Cost: the chunk in fp32 and in the compute dtype (CPU: the latter twice), the gradient of hidden `[T, H]`; one product more than the
+forward alone, which backward then saves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.cross_entropy.parts import IGNORE, Head, Results, Wants
-
 
 SLICE_BYTES = 1 << 22
 """fp32 logits that a CPU turns into a gradient at a time: a dozen passes over them stay in the cache."""
