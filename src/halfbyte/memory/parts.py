@@ -67,7 +67,6 @@ def count(
         found.append(Part("decode scratch", scratch, f"the largest weight decoded ({s.largest:,} numbers), and what it is made of"))
         if device == "cpu" and recipe.train.prompts:
             held = sum(r.params for r in s.report.packed) * dtype.itemsize
-            held = max(0, held - kept)  # nothing is kept for backward meanwhile
             found.append(Part("answers", held, "decoded weights, held while the fixed prompts are answered"))
     if device == "cpu":
         found.append(Part("heap", int(HEAP_SHARE * kept), "what the C allocator keeps of freed tensors", grows=True))
