@@ -232,12 +232,16 @@ def test_the_weights_of_the_lowest_held_out_loss_are_exported(files: Path, tmp_p
     strange = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ZYX" * n}]} for n in range(1, 9)]
     write_jsonl(tmp_path / "strange.jsonl", strange)
     overrides = ("train.lr=0.1", "train.schedule=constant", "train.warmup=0", "train.eval_every=1", "train.max_steps=12")
-    result = run(files, tmp_path / "run", *overrides, f"data.eval=[{tmp_path / 'strange.jsonl'}]")
+    result = run(
+        files, tmp_path / "run", *overrides, f"data.eval=[{tmp_path / 'strange.jsonl'}]", "train.prompts=['What is 1 plus 1?']"
+    )
     held_out = {line["step"]: line["loss"] for line in lines(tmp_path / "run") if line["kind"] == "eval" and line["step"] > 0}
     assert result.exported_step == min(held_out, key=lambda step: held_out[step])
     assert result.exported_step < 12, "the run must get worse for this test to mean anything"
     (after,) = result.eval_after.values()
     assert after["loss"] == min(held_out.values())
+    (answer,) = [s["answer"] for s in result.samples if s["step"] == result.exported_step]
+    assert f"after:  {' '.join(answer.split())}" in result.summary
 
 
 def test_a_missing_tracker_is_an_error_before_anything_is_loaded(

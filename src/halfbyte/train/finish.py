@@ -158,12 +158,12 @@ def summary(recipe: Recipe, result: Result, plan: Plan, cut: str = "") -> str:
 
 
 def _answers(result: Result) -> list[str]:
-    """Every fixed prompt, answered before and after."""
+    """Every fixed prompt, answered before and by the exported weights."""
     lines: list[str] = []
     steps = {sample["step"] for sample in result.samples}
     for prompt in dict.fromkeys(sample["prompt"] for sample in result.samples):
         told = {s["step"]: " ".join(s["answer"].split()) for s in result.samples if s["prompt"] == prompt}
         lines += ["", f"  {prompt}", f"    before: {told.get(0, '')}"]
         if len(steps) > 1:
-            lines.append(f"    after:  {told[max(told)]}")
+            lines.append(f"    after:  {told.get(result.exported_step, told[max(told)])}")
     return lines
