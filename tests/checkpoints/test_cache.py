@@ -65,7 +65,10 @@ def test_the_key_knows_format_dtype_and_file(tmp_path: Path, quantised: list[str
     assert len(quantised) == 4 * 14
 
 
-@pytest.mark.parametrize("where", ["first", "middle", "last", "short", "manifest", "weights gone"])
+DAMAGE = ["first", "middle", "last", "short", "manifest", "not text", "specs", "weights gone"]
+
+
+@pytest.mark.parametrize("where", DAMAGE)
 def test_a_damaged_entry_is_rebuilt(
     where: str, tmp_path: Path, cache: Path, quantised: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -81,6 +84,11 @@ def test_a_damaged_entry_is_rebuilt(
         file.write_bytes(data[:-100])
     elif where == "manifest":
         (entry / "manifest.json").write_text("{")
+    elif where == "not text":
+        (entry / "manifest.json").write_bytes(b"\xff")
+    elif where == "specs":
+        text = (entry / "manifest.json").read_text()
+        (entry / "manifest.json").write_text(text.replace("nf4|64|", "fp4|64|"))
     else:
         file.unlink()
     again = load(directory)

@@ -75,7 +75,9 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     good = {p.name: p.read_bytes() for p in save_tiny(tmp_path / "good").iterdir()}
     extra = {"pytorch_model.bin": b"pickle", "original/model.safetensors": b"no", "README.md": b"# hi", "modeling.py": b"boom"}
     pickles = {name: data for name, data in good.items() if name != "model.safetensors"} | {"pytorch_model.bin": b"pickle"}
+    lora = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"a", "optimizer.pt": b"pickle", "README.md": b"# hi"}
     server = Hub({"owner/good": good | extra, "owner/gated": good, "owner/pickle": pickles, "owner/gguf": {"m.Q4_K.gguf": b"GGUF"}})
+    server.repositories["owner/lora"] = lora
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -144,6 +146,17 @@ def test_names_on_the_hub(hub: Hub, tmp_path: Path, child_env: dict[str, str]) -
     assert "m.Q4_K.gguf" in ggufs["message"]
     assert denied["code"] == "hub.refused" and "HF_TOKEN" in denied["hint"]
     assert broken["code"] == "hub.http" and "500" in broken["message"]
+
+
+def test_adapters_on_the_hub(hub: Hub, tmp_path: Path, child_env: dict[str, str]) -> None:
+    names = ["adapter:owner/lora", "adapter:owner/good", "adapter:smollm2-135m", "adapter:owner/missing", "owner/lora"]
+    lora, model, bundled, missing, as_base = ask(names, hub, tmp_path, child_env)
+    assert lora["files"] == ["adapter_config.json", "adapter_model.safetensors"]
+    assert model["files"] is None and bundled["files"] is None
+    assert missing["code"] == "hub.not-found"
+    assert as_base["code"] == "hub.adapter" and "chat" in as_base["hint"]
+    offline = ask(["adapter:owner/lora", "adapter:owner/good"], hub, tmp_path, child_env, HF_HUB_OFFLINE="1")
+    assert [answer["files"] for answer in offline] == [lora["files"], None]
 
 
 def test_a_token_opens_a_gated_model(hub: Hub, tmp_path: Path, child_env: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -207,3 +208,16 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["step"] == 1
     assert set(manifest["files"]) == {f.name for f in path.iterdir()} - {"manifest.json"}
+
+
+def test_saving_and_verifying_hold_no_second_copy(tmp_path: Path) -> None:
+    """Full fine-tuning would need the weights' and moments' bytes twice more at every save."""
+    tensors = {f"t{i}": torch.full((1 << 19,), float(i)) for i in range(16)}  # 32 MiB
+    tracemalloc.start()
+    try:
+        path = resume.save(tmp_path, Contents(1, {"optimizer": tensors}, {}, {}))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 << 20
+    assert all(torch.equal(resume.load(path).tensors["optimizer"][name], tensor) for name, tensor in tensors.items())

@@ -135,6 +135,7 @@ def test_inspect(cli: Cli, place: Path) -> None:
     reasons = {r["path"]: r["reason"] for r in rows}
     assert reasons["model.layers.0.mlp.down_proj.weight"] == "skip: *.down_proj"
     assert reasons["lm_head.weight"] == "output head"
+    assert "2 x LlamaDecoderLayer: adopted if the probe agrees" in said.out
 
 
 def test_data_preview(cli: Cli, place: Path) -> None:

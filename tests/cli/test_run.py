@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cli.conftest import Cli
+from support import save_tiny
 
 pytestmark = pytest.mark.cpu
 
@@ -84,6 +85,44 @@ def test_merge(trained: Path, cli: Cli) -> None:
     merged = AutoModelForCausalLM.from_pretrained(trained / "merged")
     assert torch.isfinite(merged(torch.arange(8)[None]).logits).all()
     assert "is not empty" in cli("merge", "run", "--out", "merged").err
+
+
+def test_an_adapter_without_a_record(trained: Path, cli: Cli) -> None:
+    """As PEFT writes it: nothing says on which base and format it was trained but the options."""
+    record = trained / "run" / "adapter" / "halfbyte.json"
+    text = record.read_text()
+    record.unlink()
+    said = cli("merge", "run", "--out", "merged", "--model", "model", "--format", "fp4")
+    assert said.code == 0 and "merged 14 layers" in said.err, said.err
+    assert cli("chat", "run", "--model", "model", "--prompt", "Hi", "--max-tokens", "2").code == 0
+    record.write_text(text)
+
+
+def test_another_base_is_refused_unless_allowed(trained: Path, cli: Cli) -> None:
+    save_tiny(trained / "other", seed=1)
+    for command in (("chat", "run", "--prompt", "Hi", "--max-tokens", "2"), ("merge", "run", "--out", "merged")):
+        said = cli(*command, "--model", "other")
+        assert said.code == 1 and "--other-base" in said.err
+        assert cli(*command, "--model", "other", "--other-base").code == 0
+
+
+def test_an_adapter_whose_base_lies_elsewhere(trained: Path, cli: Cli) -> None:
+    (trained / "model").rename(trained / "moved")
+    assert cli("chat", "run", "--prompt", "Hi").code == 1
+    said = cli("chat", "run", "--prompt", "Hi", "--max-tokens", "2", "--model", "moved")
+    assert said.code == 0, said.err
+
+
+def test_a_fully_trained_model_and_what_the_summary_says_next(place: Path, cli: Cli) -> None:
+    said = cli("train", "recipe.yaml", "format=none", "adapter.kind=none", "train.lr=1e-3")
+    assert said.code == 0, said.err
+    commands = [line.split()[1:] for line in said.err.splitlines() if line.startswith("  halfbyte ")]
+    assert [command[0] for command in commands] == ["chat", "eval", "quantize"]
+    for command in commands:
+        extra = ("--prompt", "Hi", "--max-tokens", "2") if command[0] == "chat" else ()
+        done = cli(*command, *extra)
+        assert done.code == 0, done.err
+    assert cli("chat", "run", "--prompt", "Hi", "--max-tokens", "2").code == 0
 
 
 def test_quantize(place: Path, cli: Cli) -> None:

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from halfbyte import machine
 from halfbyte.adapters import lora
 from halfbyte.adapters.config import AdapterConfig
 from halfbyte.checkpoints import huggingface, peft
 from halfbyte.errors import CheckpointError, RecipeError
-from halfbyte.export import merge as merging
 from halfbyte.export.merge import merge
 from halfbyte.export.moved import moved
 from halfbyte.formats.config import FormatConfig
@@ -138,7 +138,7 @@ def test_the_report_says_what_was_done(tmp_path):
 
 def test_a_comparison_that_does_not_fit_memory_is_skipped_and_says_so(tmp_path, monkeypatch):
     trained(tmp_path)
-    monkeypatch.setattr(merging, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(machine, "ram", lambda: machine.Device("CPU", 1000, 2000))
     report = merge(tmp_path / "adapter", tmp_path / "out")
     assert report.moved is None and "GiB of memory" in report.note
 

@@ -22,14 +22,14 @@ def _build(family: str, **changes: object) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("family", "changes", "scale", "cap"),
     [
-        ("llama", {}, 1.0, None),
-        ("granite", {"logits_scaling": 8.0}, 0.125, None),
-        ("cohere", {"logit_scale": 0.0625}, 0.0625, None),
+        ("llama", {}, 1.0, 0.0),
+        ("granite", {"logits_scaling": 8.0}, 0.125, 0.0),
+        ("cohere", {"logit_scale": 0.0625}, 0.0625, 0.0),
         ("gemma2", {"final_logit_softcapping": 0.05, "head_dim": 16}, 1.0, 0.05),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scale_and_cap(family: str, changes: dict[str, object], scale: float, cap: float | None, dtype: torch.dtype) -> None:
+def test_scale_and_cap(family: str, changes: dict[str, object], scale: float, cap: float, dtype: torch.dtype) -> None:
     model = _build(family, **changes).to(dtype)
     found = head.find(model)
     assert found.weight is model.get_output_embeddings().weight

@@ -46,7 +46,8 @@ def test_the_plan_on_meta_is_what_packing_does(family: str, fmt: Format) -> None
 
 def test_reasons() -> None:
     rows = {r.path: r for r in swap.plan_packing(tiny_model("gpt2"), ["h.0.mlp", "c_proj"], NF4).rows}
-    assert rows["transformer.wte.weight"].reason == "embedding"
+    assert rows["transformer.wte.weight"].reason == "embedding, which is the output head too"
+    assert rows["transformer.wpe.weight"].reason == "embedding"
     assert rows["transformer.h.0.ln_1.weight"].reason == "norm"
     assert rows["transformer.h.0.attn.c_attn.bias"].reason == "bias"
     assert rows["transformer.h.0.mlp.c_fc.weight"].reason == "skip: h.0.mlp"

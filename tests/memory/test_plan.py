@@ -117,7 +117,8 @@ def test_cards_are_plausible() -> None:
 def test_this_machine() -> None:
     here = ram()
     assert 0 < here.free <= here.total
-    assert 0 < rss() <= peak_rss() < here.total
+    # The kernel counts pages in batches a thread, so the two readings may be a little apart.
+    assert 0 < rss() <= peak_rss() + (4 << 20) < here.total
     assert budget("auto").here
 
 

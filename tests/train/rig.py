@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from halfbyte.checkpoints import resume
-from halfbyte.layers.head import Head
+from halfbyte.kernels.cross_entropy import Head
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.config import OptimConfig
 from halfbyte.optim.flat import flatten

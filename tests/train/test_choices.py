@@ -25,6 +25,15 @@ def test_the_faster_dtype_is_taken_on_a_cpu_with_both_times(monkeypatch: pytest.
     assert f"{slow} 20.0 ms" in found.reason
 
 
+def test_decoded_weights_are_held_where_the_plan_leaves_room() -> None:
+    assert choices.decoded(CPU, 100 << 20, 400 << 20).value == "on"
+    short = choices.decoded(CPU, 100 << 20, (400 << 20) - 1)
+    assert short.value == "off" and "100 MiB" in short.reason
+    assert choices.decoded(CPU, 100 << 20, -1).value == "off"
+    assert choices.decoded(CPU, 0, 1 << 40).value == "off"
+    assert choices.decoded(torch.device("cuda"), 1, 1 << 40).value == "off"
+
+
 def test_threads_from_outside_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert choices.threads(CPU) == Choice(torch.get_num_threads(), "OMP_NUM_THREADS")

@@ -19,6 +19,7 @@ from halfbyte.checkpoints.resume import Contents
 from halfbyte.errors import CheckpointError, Interrupted, ModelError, TrainingError
 from halfbyte.formats.config import FormatConfig
 from halfbyte.layers import head
+from halfbyte.layers.linear import Linear4bit
 from halfbyte.recipe import load_recipe, recipe_from
 from halfbyte.train import choices, metrics
 from halfbyte.train.finish import Result
@@ -113,15 +114,19 @@ def test_every_kind_of_run_learns(files: Path, tmp_path: Path, overrides: tuple[
 
 
 def test_a_fully_trained_model_loads_in_transformers(files: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    result = run(files, tmp_path / "run", "format=none", "adapter.kind=none", "train.lr=1e-3", "train.best=false")
+    result = run(
+        files, tmp_path / "run", "format=none", "adapter.kind=none", "train.lr=1e-3", "train.best=false", "data.template=alpaca"
+    )
     assert result.adapter == tmp_path / "run" / "model"
     model = AutoModelForCausalLM.from_pretrained(result.adapter, dtype=torch.float32)
     stored = newest(tmp_path / "run").tensors["adapter_model"]
     name, tensor = next((n, t) for n, t in stored.items() if n.endswith("down_proj.weight"))
     mine = model.get_parameter(name.removeprefix("base_model.model."))
     torch.testing.assert_close(mine, tensor.bfloat16().float())
+    assert "### Instruction:" in AutoTokenizer.from_pretrained(result.adapter).chat_template
+    assert (result.adapter / "recipe.yaml").is_file()
 
 
 @pytest.mark.parametrize("kind", ["lora", "none"])
@@ -161,6 +166,25 @@ def test_recompute_changes_nothing(files: Path, tmp_path: Path) -> None:
     for mode in ("on", "off"):
         run(files, tmp_path / mode, "adapter.dropout=0.3", f"memory.recompute={mode}", "train.max_steps=4", "train.eval_every=0")
         losses.append([line["loss"] for line in lines(tmp_path / mode) if line["kind"] == "train"])
+    assert losses[0] == losses[1]
+
+
+def test_holding_decoded_weights_changes_no_bit(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[bool] = []
+    operand = Linear4bit.operand
+
+    def spy(layer: Linear4bit) -> Any:
+        held.append(layer.decoded is not None)
+        return operand(layer)
+
+    monkeypatch.setattr(Linear4bit, "operand", spy)
+    losses = []
+    for room in (0, 1 << 60):
+        monkeypatch.setattr(choices, "ROOM", room)
+        held.clear()
+        result = run(files, tmp_path / str(room), "adapter.dropout=0.3", "memory.recompute=on", "train.max_steps=4")
+        losses.append([line["loss"] for line in lines(result.output) if line["kind"] in ("train", "eval")])
+        assert any(held) == (room == 0)
     assert losses[0] == losses[1]
 
 
@@ -208,12 +232,16 @@ def test_the_weights_of_the_lowest_held_out_loss_are_exported(files: Path, tmp_p
     strange = [{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ZYX" * n}]} for n in range(1, 9)]
     write_jsonl(tmp_path / "strange.jsonl", strange)
     overrides = ("train.lr=0.1", "train.schedule=constant", "train.warmup=0", "train.eval_every=1", "train.max_steps=12")
-    result = run(files, tmp_path / "run", *overrides, f"data.eval=[{tmp_path / 'strange.jsonl'}]")
+    result = run(
+        files, tmp_path / "run", *overrides, f"data.eval=[{tmp_path / 'strange.jsonl'}]", "train.prompts=['What is 1 plus 1?']"
+    )
     held_out = {line["step"]: line["loss"] for line in lines(tmp_path / "run") if line["kind"] == "eval" and line["step"] > 0}
     assert result.exported_step == min(held_out, key=lambda step: held_out[step])
     assert result.exported_step < 12, "the run must get worse for this test to mean anything"
     (after,) = result.eval_after.values()
     assert after["loss"] == min(held_out.values())
+    (answer,) = [s["answer"] for s in result.samples if s["step"] == result.exported_step]
+    assert f"after:  {' '.join(answer.split())}" in result.summary
 
 
 def test_a_missing_tracker_is_an_error_before_anything_is_loaded(

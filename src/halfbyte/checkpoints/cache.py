@@ -2,8 +2,9 @@
 
 Layout: `HALFBYTE_CACHE/bases/<key>/` with `model.safetensors` (the module's own names: `...q_proj.codes`), `manifest.json`
 (sha256 of every tensor). The key hashes what was read (commit, or names, sizes and times of the files), the format, the compute
-dtype and `LAYOUT`. An entry is written beside its place and renamed into it, so two runs cannot harm each other; it is verified
-whenever it is read, and rebuilt if a byte is wrong. Cost: the packed bytes on disk; on a second start, hashing and copying them.
+dtype, transformers' version (it names the tensors) and `LAYOUT`. An entry is written beside its place
+and renamed into it, so two runs cannot harm each other; it is verified whenever it is read, and rebuilt if a byte is wrong.
+Cost: the packed bytes on disk; on a second start, hashing and copying them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import __version__ as transformers_version
 
 from halfbyte.checkpoints import shards
 from halfbyte.checkpoints.base import Source
@@ -48,7 +50,7 @@ def key(source: Source, fmt: FormatConfig, compute: torch.dtype) -> str:
             [source.path] if source.path.is_file() else sorted([*source.path.glob("*.safetensors"), *source.path.glob("*.json")])
         )
         files = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in paths]
-    what = [LAYOUT, files, fmt.model_dump(), str(compute)]
+    what = [LAYOUT, transformers_version, files, fmt.model_dump(), str(compute)]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -86,10 +88,11 @@ def find(name: str) -> Entry | None:
         files = Shards([directory / shards.SINGLE])
         sums = manifest["sums"]
         wrong = [n for n, expected in sums.items() if hashlib.sha256(shards.bytes_of(files.read(n))).hexdigest() != expected]
-        if not wrong and set(sums) == set(files.headers()):
+        whole = set(sums) == set(files.headers()) and digest_of(sums, manifest["specs"]) == manifest["digest"]
+        if not wrong and whole:
             return Entry(directory, files, manifest["specs"], manifest["digest"])
-        why = f"{len(wrong)} of {len(sums)} tensors have changed"
-    except (CheckpointError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        why = f"{len(wrong)} of {len(sums)} tensors have changed" if wrong else "its manifest has changed"
+    except (CheckpointError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         why = str(error)
     log.warning("the cached base in %s is damaged (%s): quantising again", directory, why)
     _remove(directory)

@@ -34,6 +34,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TEXTS = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 WEIGHTS = ["*.safetensors"]
 NOT_OURS = ["*/*", "adapter_*", "consolidated*", "optimizer*"]
+ADAPTER = "adapter_config.json"
+ADAPTER_FILES = [ADAPTER, "adapter_model.safetensors", "halfbyte.json", "recipe.yaml", "chat_template.jinja"]
 
 
 def locate(model: ModelConfig, *, weights: bool = True) -> Source:
@@ -55,38 +57,67 @@ def locate(model: ModelConfig, *, weights: bool = True) -> Source:
     return _snapshot(model, weights)
 
 
+def adapter(name: str, revision: str | None = None) -> Path | None:
+    """The files of an adapter on the Hub; None if `name` is no Hub id, or of a model. Raises CheckpointError as `locate` does."""
+    if name in bundled.BUNDLES or name.endswith(".gguf") or Path(name).expanduser().exists() or not HUB_ID.fullmatch(name):
+        return None
+    model = ModelConfig(name=name, revision=revision)
+    listed, why = _listed(model)
+    if listed is not None and ADAPTER not in listed:
+        return None
+    if listed is not None:
+        return _fetched(model, ADAPTER_FILES, [])
+    try:
+        folder = _cached(model, ADAPTER_FILES, why, []).path
+    except CheckpointError:
+        return None  # not here as an adapter; what it is then, and why it cannot be had, `locate` says
+    return folder if (folder / ADAPTER).is_file() else None
+
+
 def _names() -> str:
     return f"a model is a Hub id, a directory, a .gguf file or a bundled name ({', '.join(bundled.BUNDLES)})"
 
 
 def _snapshot(model: ModelConfig, weights: bool) -> Source:
     wanted = [*TEXTS, *WEIGHTS] if weights else TEXTS
+    listed, why = _listed(model)
+    if listed is None:
+        return _cached(model, wanted, why, NOT_OURS)
+    if not list(filter_repo_objects(listed, allow_patterns=WEIGHTS, ignore_patterns=NOT_OURS)):
+        _refuse(model.name, listed)
+    path = _fetched(model, wanted, NOT_OURS)
+    return Source(path, model.name, path.name)
+
+
+def _listed(model: ModelConfig) -> tuple[list[str] | None, str]:
+    """Names of the repository's files; or None, and why the Hub cannot be asked. Raises its refusals in plain words."""
     try:
         info = HfApi().model_info(model.name, revision=model.revision)
     except OfflineModeIsEnabled:
-        return _cached(model, wanted, "HF_HUB_OFFLINE is set")
+        return None, "HF_HUB_OFFLINE is set"
     except HfHubHTTPError as error:
         raise explain(error, model) from error
     except (TransportError, OSError) as error:
-        return _cached(model, wanted, f"the Hub cannot be reached ({error.__class__.__name__})")
+        return None, f"the Hub cannot be reached ({error.__class__.__name__})"
     except HFValidationError as error:
         raise CheckpointError(f"{model.name} is not a Hub id", hint=_names()) from error
-    listed = [s.rfilename for s in info.siblings or []]
-    if not list(filter_repo_objects(listed, allow_patterns=WEIGHTS, ignore_patterns=NOT_OURS)):
-        _refuse(model.name, listed)
+    return [s.rfilename for s in info.siblings or []], ""
+
+
+def _fetched(model: ModelConfig, wanted: list[str], left_out: list[str]) -> Path:
+    """The folder of the snapshot, downloaded as far as it is not here."""
     try:
-        path = _download(model, wanted)
+        return _download(model, wanted, left_out)
     except (GatedRepoError, RepositoryNotFoundError) as error:
         raise explain(error, model) from error
     except (TransportError, LocalEntryNotFoundError) as error:
         raise CheckpointError(f"the download of {model.name} broke off: {error}", hint="run it again; it continues") from error
-    return Source(path, model.name, path.name)
 
 
-def _download(model: ModelConfig, wanted: list[str], *, offline: bool = False) -> Path:
+def _download(model: ModelConfig, wanted: list[str], left_out: list[str], *, offline: bool = False) -> Path:
     """The folder of the snapshot, whose name is its commit hash."""
     found = snapshot_download(
-        model.name, revision=model.revision, allow_patterns=wanted, ignore_patterns=NOT_OURS, local_files_only=offline
+        model.name, revision=model.revision, allow_patterns=wanted, ignore_patterns=left_out, local_files_only=offline
     )
     return Path(found)
 
@@ -95,14 +126,17 @@ def _refuse(name: str, listed: list[str]) -> None:
     ggufs = [f for f in listed if f.endswith(".gguf")]
     if ggufs:
         raise CheckpointError(f"{name} holds GGUF files: {', '.join(ggufs[:5])}", hint="download one and give its path as `model`")
+    if ADAPTER in listed:
+        hint = "`chat`, `eval` and `merge` take it; as `model` give the base that it was trained on"
+        raise CheckpointError(f"{name} is an adapter, not a base", hint=hint, code="hub.adapter")
     shards.refuse_pickles(listed, name)
-    raise CheckpointError(f"{name} holds no safetensors weights", hint="is it a model? adapters and data sets are not bases")
+    raise CheckpointError(f"{name} holds no safetensors weights", hint="is it a model? data sets are not bases")
 
 
-def _cached(model: ModelConfig, wanted: list[str], why: str) -> Source:
+def _cached(model: ModelConfig, wanted: list[str], why: str, left_out: list[str]) -> Source:
     """The snapshot that an earlier run left in the Hub's cache."""
     try:
-        path = _download(model, wanted, offline=True)
+        path = _download(model, wanted, left_out, offline=True)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         hint = f"download it once with a network (`hf download {model.name}`), or give a directory"
         raise CheckpointError(f"{model.name} is not on this machine, and {why}", hint=hint, code="hub.offline") from error

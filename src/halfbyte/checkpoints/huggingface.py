@@ -72,7 +72,10 @@ def load(
 
 
 def inspect(model: ModelConfig | str, fmt: FormatConfig, compute: torch.dtype = torch.bfloat16) -> SwapReport:
-    """What `load` would pack and keep, with bytes, from config and headers alone; no weight is downloaded or read."""
+    """What `load` would pack and keep, with bytes, and which layers it would try to adopt, from the config alone.
+
+    No weight is downloaded or read; `layers` say what can be adopted if the probe on the weights agrees.
+    """
     wanted = ModelConfig(name=model) if isinstance(model, str) else model
     source = hub.locate(wanted, weights=False)
     described = description.read(source.path)
@@ -80,7 +83,7 @@ def inspect(model: ModelConfig | str, fmt: FormatConfig, compute: torch.dtype = 
     if described.quantization:
         bnb.check_config(described.quantization, source.name)
         fmt = bnb.format_of(described.quantization, fmt, [path for path, _ in net.named_modules()])
-    return _plan(net, {}, fmt)
+    return with_fields(_plan(net, {}, fmt), layers=swap.readable(net))
 
 
 def skeleton(described: Description, compute: torch.dtype, name: str) -> PreTrainedModel:

@@ -29,14 +29,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from halfbyte.checkpoints import shards
 from halfbyte.errors import CheckpointError, TrainingError
 
 VERSION = 1
 MANIFEST = "manifest.json"
 RESERVE = 16 * 2**20
+PIECE = 1 << 20
 STEP = re.compile(r"^step-(\d{8,})$")
 TEMPORARY = re.compile(r"^\.step-\d+\.tmp-(?P<host>.+)-(?P<pid>\d+)$")
 Tell = Callable[[str], None]
@@ -106,8 +107,9 @@ def _write(directory: Path, contents: Contents) -> None:
     directory.mkdir()
     files = {}
     for stem, tensors in contents.tensors.items():
-        data = save_tensors({name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()})
-        files[f"{stem}.safetensors"] = _put(directory / f"{stem}.safetensors", data)
+        path = directory / f"{stem}.safetensors"
+        shards.write(path, tensors.items(), {})  # a tensor at a time: never a second copy of weights and moments
+        files[path.name] = _entry(path)
     for stem, document in contents.documents.items():
         files[f"{stem}.json"] = _put(directory / f"{stem}.json", _json(document))
     manifest = {
@@ -120,6 +122,16 @@ def _write(directory: Path, contents: Contents) -> None:
     }
     _put(directory / MANIFEST, _json({**manifest, "sha256": hashlib.sha256(_json(manifest)).hexdigest()}))
     _sync(directory)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file, read in pieces: what the manifest holds of it."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            size += len(piece)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _put(path: Path, data: bytes) -> dict[str, Any]:
@@ -188,7 +200,8 @@ def load(path: Path) -> Contents:
     tensors: dict[str, dict[str, Tensor]] = {}
     documents: dict[str, Any] = {}
     for name, entry in manifest["files"].items():
-        data = _checked(path / name, entry)
+        _check(path / name, entry)
+        data = (path / name).read_bytes()
         if name.endswith(".safetensors"):
             tensors[name.removesuffix(".safetensors")] = load_tensors(data)
         else:
@@ -199,7 +212,7 @@ def load(path: Path) -> Contents:
 def verify(path: Path) -> None:
     """Check every byte of a checkpoint against its manifest. Raises Damaged."""
     for name, entry in _manifest(path)["files"].items():
-        _checked(path / name, entry)
+        _check(path / name, entry)
 
 
 def refuse_other_run(contents: Contents, identity: Mapping[str, Any], root: Path) -> None:
@@ -249,16 +262,15 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _checked(path: Path, entry: Mapping[str, Any]) -> bytes:
+def _check(path: Path, entry: Mapping[str, Any]) -> None:
     try:
-        data = path.read_bytes()
+        found = _entry(path)
     except OSError as error:
         raise Damaged(f"{path} cannot be read ({error.strerror})", code="train.damaged") from error
-    if len(data) != entry["bytes"]:
-        raise Damaged(f"{path} has {len(data):,} bytes, its manifest says {entry['bytes']:,}", code="train.damaged")
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+    if found["bytes"] != entry["bytes"]:
+        raise Damaged(f"{path} has {found['bytes']:,} bytes, its manifest says {entry['bytes']:,}", code="train.damaged")
+    if found["sha256"] != entry["sha256"]:
         raise Damaged(f"{path} is damaged: its sha256 is not the manifest's", code="train.damaged")
-    return data
 
 
 def _discard(path: Path) -> None:

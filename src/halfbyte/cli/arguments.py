@@ -90,39 +90,60 @@ class Loaded:
         """Jinja text."""
         return self.files.template if self.files else None
 
+    @property
+    def recipe(self) -> str | None:
+        """The resolved recipe of the run that left it, beside the adapter or the whole model."""
+        if self.files is not None:
+            return self.files.recipe
+        beside = self.base.source / "recipe.yaml"
+        return beside.read_text(encoding="utf-8") if beside.is_file() else None
+
 
 def adapter_directory(target: str) -> Path | None:
-    """The adapter directory that `target` is, or holds (a run's output directory); None for a base model."""
-    from halfbyte.checkpoints import peft
+    """The adapter that `target` is (directory or Hub id) or holds (a run's output directory); None for a base model."""
+    from halfbyte.checkpoints import hub, peft
 
-    for folder in (Path(target), Path(target) / "adapter"):
+    path = Path(target).expanduser()
+    for folder in (path, path / "adapter"):
         if (folder / peft.CONFIG).is_file():
             return folder
-    return None
+    return hub.adapter(target)
 
 
-def load(target: str, kind: str, model: str | None, asked_compute: str) -> Loaded:
-    """Loads a base model, or an adapter directory with the base it was trained on.
+def load(target: str, kind: str, model: str | None, asked_compute: str, *, other_base: bool = False) -> Loaded:
+    """Loads a base model (or a run's whole trained one), or an adapter with the base it was trained on.
 
-    kind: format of a base without a record. model: another base than the record's.
+    kind: format of a base without a record. model: another place of the base than the record's. other_base: allow other weights.
     """
     from halfbyte.checkpoints import huggingface, peft
-    from halfbyte.export.merge import load_base
     from halfbyte.formats.config import FormatConfig
 
     on = device()
     folder = adapter_directory(target)
-    with Loading() as loading:
-        if folder is None:
+    if folder is None:
+        trained = Path(target).expanduser() / "model"
+        name = str(trained) if (trained / "config.json").is_file() else target
+        with Loading() as loading:
             fmt = section(FormatConfig, {"kind": kind})
-            return Loaded(huggingface.load(model_config(target), fmt, compute(asked_compute, on), on, loading.progress), None, None)
-        files = peft.read(folder)
-        if files.record is None or model:
-            name = model or files.base_name
-            if name is None:
-                raise RecipeError(f"{folder} does not say which base it was trained on", hint="name it: --model")
-            fmt = section(FormatConfig, files.record.format if files.record else {"kind": kind})
-            base = huggingface.load(model_config(name), fmt, compute(asked_compute, on), on, loading.progress)
-        else:
-            base = load_base(files, on)
-        return Loaded(base, peft.load(folder, base), files)
+            return Loaded(huggingface.load(model_config(name), fmt, compute(asked_compute, on), on, loading.progress), None, None)
+    files = peft.read(folder)
+    base = base_of(files, kind, model, asked_compute, on)
+    return Loaded(base, peft.load(folder, base, other_base=other_base), files)
+
+
+def base_of(files: AdapterFiles, kind: str, model: str | None, asked_compute: str, on: torch.device) -> Base:
+    """The base of an adapter, as its record says; what the record does not say, or the user says otherwise, from the options."""
+    import torch
+
+    from halfbyte.checkpoints import huggingface
+    from halfbyte.formats.config import FormatConfig
+
+    record = files.record
+    name = model or files.base_name
+    if name is None:
+        raise RecipeError(f"{files.directory} does not say which base it was trained on", hint="name it: --model")
+    revision = None if model else record.revision if record else files.config.get("revision")
+    fmt = section(FormatConfig, record.format if record else {"kind": kind})
+    dtype = getattr(torch, record.compute) if record and asked_compute == "auto" else compute(asked_compute, on)
+    with Loading() as loading:
+        return huggingface.load(model_config(name, revision), fmt, dtype, on, loading.progress)

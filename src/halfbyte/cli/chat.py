@@ -16,11 +16,12 @@ HELP = "/base answers without the adapter, /adapter with it, /reset forgets the 
 
 
 def chat(
-    target: str = typer.Argument(..., help="Adapter or run directory, or a base: Hub id, directory, .gguf file, smollm2-135m."),
+    target: str = typer.Argument(..., help="Run, adapter or base: a directory, Hub id, .gguf file or smollm2-135m."),
     prompt: str | None = typer.Option(None, "--prompt", "-p", help="Answer this one question and exit."),
     base: bool = typer.Option(False, "--base", help="Start with the adapter switched off."),
     system: str | None = typer.Option(None, "--system", help="System message."),
-    model: str | None = typer.Option(None, "--model", "-m", help="Base of an adapter that does not say which it was."),
+    model: str | None = typer.Option(None, "--model", "-m", help="Base of the adapter, where it does not say or lies elsewhere."),
+    other_base: bool = typer.Option(False, "--other-base", help="Allow a base whose weights differ from those it was trained on."),
     kind: str = typer.Option("nf4", "--format", "-f", help="Format of a base without an adapter."),
     compute: str = typer.Option("auto", "--compute", help="auto, bf16, fp16 or fp32."),
     max_tokens: int = typer.Option(256, "--max-tokens", min=1, help="Longest answer, in tokens."),
@@ -37,7 +38,7 @@ def chat(
     from halfbyte.cli.console import fail, say
     from halfbyte.generate.chat import Chat
 
-    loaded = load(target, kind, model, compute)
+    loaded = load(target, kind, model, compute, other_base=other_base)
     talk = Chat(
         loaded.base,
         loaded.adapter,

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    target: str = typer.Argument(..., help="Adapter or run directory, or a base model."),
+    target: str = typer.Argument(..., help="Run, adapter or base: a directory, Hub id, .gguf file or smollm2-135m."),
     data: list[str] = typer.Option(None, "--data", "-d", help="Files to evaluate on; default: the run's own held-out data."),
     tokens: int | None = typer.Option(None, "--tokens", min=16, help="Row length; default: the run's, or 1024."),
     loss_on: str | None = typer.Option(None, "--loss-on", help="assistant, last or all."),
     kind: str = typer.Option("nf4", "--format", "-f", help="Format of a base without an adapter."),
-    model: str | None = typer.Option(None, "--model", "-m", help="Base of an adapter that does not say which it was."),
+    model: str | None = typer.Option(None, "--model", "-m", help="Base of the adapter, where it does not say or lies elsewhere."),
+    other_base: bool = typer.Option(False, "--other-base", help="Allow a base whose weights differ from those it was trained on."),
     compute: str = typer.Option("auto", "--compute", help="auto, bf16, fp16 or fp32."),
     as_json: bool = typer.Option(False, "--json", help="Print the scores as JSON."),
 ) -> None:
@@ -37,7 +38,7 @@ def evaluate(
     from halfbyte.data.prepare import prepare
     from halfbyte.train.evaluate import evaluate_base
 
-    loaded = load(target, kind, model, compute)
+    loaded = load(target, kind, model, compute, other_base=other_base)
     config, seed = _data(loaded, data or [], tokens, loss_on)
     sets = prepare(config, loaded.base.tokenizer, seed, cache_root()).eval
     scores: dict[str, Any] = {}
@@ -64,10 +65,10 @@ def _data(loaded: Loaded, files: list[str], tokens: int | None, loss_on: str | N
 
     values: dict[str, Any] = {"train": files, "tokens": 1024}
     seed = 0
-    if loaded.files is not None and loaded.files.recipe is not None:
+    if loaded.recipe is not None:
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / "recipe.yaml"
-            saved.write_text(loaded.files.recipe, encoding="utf-8")
+            saved.write_text(loaded.recipe, encoding="utf-8")
             recipe = load_recipe(saved)
         values, seed = recipe.data.model_dump(), recipe.train.seed
     elif not files:

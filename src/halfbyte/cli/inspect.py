@@ -42,6 +42,7 @@ def inspect(
                 "format": kind,
                 "parameters": report.params,
                 "bytes": report.bytes,
+                "layers": [asdict(r) for r in report.layers],
                 "tensors": [asdict(r) for r in report.rows],
             }
         )
@@ -74,8 +75,12 @@ def _print(report: SwapReport, full: bool) -> None:
         stored = f"packed, {8 * held / weights:.3f} bits" if packed else f"as it is: {reason}"
         table.add_row(name, "x".join(map(str, shape)), str(len(members)), f"{weights:,}", size(held), stored)
     console().print(table)
-    whole = Counter(packed=sum(r.bytes for r in report.packed), kept=sum(r.bytes for r in report.kept))
-    print(f"{report.params:,} parameters in {size(report.bytes)}: {size(whole['packed'])} packed, {size(whole['kept'])} as it is")
+    packed, kept = sum(r.bytes for r in report.packed), sum(r.bytes for r in report.kept)
+    print(f"{report.params:,} parameters in {size(report.bytes)}: {size(packed)} packed, {size(kept)} as it is (in bf16);")
+    print(f"all in bf16: {size(2 * report.params)}")
+    layers = Counter((r.layer, r.reason) for r in report.layers)
+    for (name, reason), count in layers.items():
+        print(f"{count} x {name}: " + (f"left as it is: {reason}" if reason else "adopted if the probe agrees, when it is loaded"))
 
 
 def _pattern(path: str) -> str:

@@ -10,7 +10,6 @@ Cost: the packed base, and one tensor at a time in fp32. The comparison loads th
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,18 +20,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from halfbyte import machine
 from halfbyte.adapters.lora import LoraLinear
 from halfbyte.checkpoints import atomic, description, huggingface, names, peft
 from halfbyte.checkpoints.base import Source
 from halfbyte.checkpoints.config import ModelConfig
 from halfbyte.errors import CheckpointError, RecipeError
+from halfbyte.export import model as directory
 from halfbyte.export import writer
 from halfbyte.export.moved import PROBE, Moved, moved
 from halfbyte.formats.config import FormatConfig
 from halfbyte.formats.packed import Packed
 from halfbyte.formats.quantize import dequantize
-from halfbyte.generate.chat import end_tokens
-from halfbyte.layers.decoded import available_bytes
 from halfbyte.layers.linear import Linear4bit
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def merge(
     adapter = peft.load(adapter_dir, base, other_base=other_base)
     dtype = dtype or _default_dtype(base.model)
     frame = writer.skeleton(base.model)
-    tied = _still_tied(frame, base.model)
+    tied = directory.still_tied(frame, base.model)
     plan = writer.entries(frame, dtype, tied)
     reference = None if probe is None else logits(base.model, base.tokenizer, probe)
     original = None if into == "dequantised" else original_tensors(base, frame)
@@ -97,7 +96,7 @@ def merge(
 
     with atomic.directory(target) as folder:
         count = writer.write_weights(folder, plan, make, shard_bytes, progress)
-        _write_texts(folder, base, files.template, dtype, untied=bool(frame.all_tied_weights_keys) and not tied)
+        directory.write_texts(folder, base, files.template, dtype, untied=bool(frame.all_tied_weights_keys) and not tied)
         found, note = _compare(folder, base, reference, probe, dtype, sum(e.nbytes for e in plan))
     log.info("merged into the %s base: %s", into, found or note)
     return MergeReport(
@@ -201,45 +200,8 @@ def _default_dtype(model: nn.Module) -> torch.dtype:
     return torch.float16 if packed and all(dtype == torch.float16 for dtype in packed) else torch.bfloat16
 
 
-def _still_tied(frame: PreTrainedModel, model: nn.Module) -> set[str]:
-    """Names that transformers ties to another tensor, and that are the same tensor still (training can untie them)."""
-    tied = {}
-    for name, source in frame.all_tied_weights_keys.items():
-        a, b = _own(model, name), _own(model, source)
-        if a.data_ptr() == b.data_ptr():
-            tied[name] = source
-    return set(tied)
-
-
-def _own(model: nn.Module, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    found: Tensor = getattr(model.get_submodule(path), leaf)
-    return found
-
-
 def _adapted(adapter: Adapter) -> list[str]:
     return sorted(name.rpartition(".")[0] for name, _, role in adapter.parameters() if role == "lora_a")
-
-
-def _write_texts(folder: Path, base: Base, template: str | None, dtype: torch.dtype, *, untied: bool) -> None:
-    """Config, generation config, tokenizer and chat template, as transformers reads them."""
-    config = type(base.model.config).from_dict(writer.plain_config(base.model.config))
-    config.dtype = dtype
-    config.architectures = [type(base.model).__name__]
-    if untied:
-        config.get_text_config().tie_word_embeddings = False
-        config.tie_word_embeddings = False
-    config.save_pretrained(folder)
-    tokenizer = copy.deepcopy(base.tokenizer)
-    if template is not None:
-        tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    generation = copy.deepcopy(base.model.generation_config)
-    if generation is not None:
-        chosen = tokenizer.chat_template
-        ends = sorted(end_tokens(base, chosen if isinstance(chosen, str) else None))
-        generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None
-        generation.save_pretrained(folder)
 
 
 def _compare(
@@ -249,8 +211,8 @@ def _compare(
     if reference is None or probe is None:
         return None, "not compared: no probe text was given"
     wanted = nbytes * base.compute.itemsize // dtype.itemsize
-    free = available_bytes()
-    if free is not None and wanted > 0.8 * free:
+    free = machine.ram().free
+    if wanted > 0.8 * free:
         return None, f"not compared: the merged model needs {wanted / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=base.compute, local_files_only=True)
     return moved(reference, logits(model, base.tokenizer, probe)), ""

@@ -1,7 +1,8 @@
 """Decoded weights kept in memory for a while: what a CPU with RAM to spare does instead of decoding at every call.
 
 Why: on a CPU, decoding a weight costs as much as multiplying some tens of tokens by it, so generation, token by token, would
-spend nearly all its time decoding. On a GPU it costs little and memory is what is short: nothing is held there.
+spend nearly all its time decoding, and a training step of 64 tokens half of it. On a GPU it costs little and memory is what is
+short: nothing is held there.
 The numbers are the same bits: a held weight is what `dequantize` would return. Cost: the model in the compute dtype, on top of
 the packed one.
 """
@@ -11,11 +12,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from halfbyte import machine
 from halfbyte.kernels.dequantize import dequantize
 from halfbyte.layers.linear import Linear4bit
 
@@ -30,9 +31,9 @@ def held(model: nn.Module, dtype: torch.dtype, *, limit: int | None = None) -> I
 
     All or none: when they would take more than `limit` bytes (default: half of the memory that is free) nothing is held.
     """
-    layers = [m for m in model.modules() if isinstance(m, Linear4bit) and m.codes.device.type == "cpu" and m.decoded is None]
-    wanted = sum(layer.packed.numel for layer in layers) * dtype.itemsize
-    room = limit if limit is not None else int(SHARE * (available_bytes() or 0))
+    layers = _layers(model)
+    wanted = size(model, dtype)
+    room = limit if limit is not None else int(SHARE * machine.ram().free)
     if not layers or wanted > room:
         log.debug("decoded weights are not held: %d bytes wanted, room for %d", wanted, room)
         yield False
@@ -46,12 +47,10 @@ def held(model: nn.Module, dtype: torch.dtype, *, limit: int | None = None) -> I
             layer.decoded = None
 
 
-def available_bytes() -> int | None:
-    """Memory that this process can still have, where the system tells (Linux)."""
-    info = Path("/proc/meminfo")
-    if not info.is_file():
-        return None
-    for line in info.read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+def size(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes that `held` would take for what it does not hold yet."""
+    return sum(layer.packed.numel for layer in _layers(model)) * dtype.itemsize
+
+
+def _layers(model: nn.Module) -> list[Linear4bit]:
+    return [m for m in model.modules() if isinstance(m, Linear4bit) and m.codes.device.type == "cpu" and m.decoded is None]

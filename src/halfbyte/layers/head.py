@@ -7,33 +7,16 @@ head that does not fit the formula is refused. Cost: one forward pass of 16 toke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ModelError
+from halfbyte.kernels.cross_entropy import Head
 
 _TOKENS = 16
 # Names of a soft cap on final logits in transformers' configs.
 _CAPS = ("final_logit_softcapping",)
-
-
-@dataclass(frozen=True)
-class Head:
-    """weight `[V, hidden]`, bias `[V]` or None; logits = cap · tanh(scale · (h Wᵀ + b) / cap), without cap if it is None."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    cap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden `[..., hidden]`; returns `[..., V]` in fp32. For probes and sampling; the loss never calls it on a batch."""
-        out = self.scale * nn.functional.linear(hidden.to(self.weight.dtype), self.weight).float()
-        out = out if self.bias is None else out + self.scale * self.bias.float()
-        return out if self.cap is None else self.cap * torch.tanh(out / self.cap)
 
 
 @torch.no_grad()
@@ -59,7 +42,7 @@ def find(model: PreTrainedModel) -> Head:
         handle.remove()
         model.train(was_training)
     hidden = seen[0]
-    cap = next((float(c) for name in _CAPS if (c := getattr(model.config.get_text_config(), name, None)) is not None), None)
+    cap = next((float(c) for name in _CAPS if (c := getattr(model.config.get_text_config(), name, None))), 0.0)
     if logits.shape[-1] != weight.shape[0]:
         raise _refused(model, f"it gives {logits.shape[-1]} logits from a weight of {weight.shape[0]} rows")
     head = Head(weight, bias, _scale(model, Head(weight, bias).logits(hidden), logits, cap), cap)
@@ -69,9 +52,9 @@ def find(model: PreTrainedModel) -> Head:
     return head
 
 
-def _scale(model: PreTrainedModel, raw: Tensor, logits: Tensor, cap: float | None) -> float:
+def _scale(model: PreTrainedModel, raw: Tensor, logits: Tensor, cap: float) -> float:
     """The factor between h Wᵀ + b and the logits before their cap: measured, then taken exactly from the config if it is there."""
-    if cap is not None:
+    if cap:
         inside = logits.abs() < 0.9 * cap
         raw, logits = raw[inside], cap * torch.atanh(logits[inside] / cap)
     power = float((raw * raw).sum())

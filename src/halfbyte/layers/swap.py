@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import ModelError
-from halfbyte.formats.packed import NESTED_BLOCK, Format, Packed
+from halfbyte.formats.packed import Format, Packed
 from halfbyte.formats.quantize import quantize
 from halfbyte.layers import attention, forward, probe, structure
 from halfbyte.layers.decoder import DecoderLayer
@@ -48,12 +48,12 @@ def plan_packing(model: nn.Module, skip: Iterable[str] = (), fmt: Format | None 
                 continue
             path = f"{module_path}.{name}" if module_path else name
             kind, reason = _judge(module, name, parameter, module is head)
-            if not reason and (id(parameter) in tied or path in tied):
-                reason = "tied to another parameter"
+            if id(parameter) in tied or path in tied:
+                reason = "embedding, which is the output head too" if kind == "embedding" else reason or "tied to another parameter"
             reason = reason or next((f"skip: {p}" for p in skip if matches(module_path, p)), "")
             if not reason and fmt is None:
                 reason = "format none"
-            size = parameter.nbytes if reason or fmt is None else packed_bytes(_stored_shape(kind, parameter), fmt)
+            size = parameter.nbytes if reason or fmt is None else fmt.nbytes(_stored_shape(kind, parameter))
             rows[id(parameter)] = Row(path, kind, not reason, reason, parameter.numel(), size, tuple(parameter.shape))
     return SwapReport(list(rows.values()))
 
@@ -109,18 +109,6 @@ def _judge(module: nn.Module, name: str, parameter: Tensor, is_head: bool) -> tu
     return "other", f"not a linear layer ({type(module).__name__})"
 
 
-def packed_bytes(shape: tuple[int, ...], fmt: Format) -> int:
-    """Bytes of a packed weight `[N, K]` in `fmt`, from its shape alone."""
-    n, k = shape
-    if fmt.kind == "int8":
-        return n * k + 4 * n
-    if fmt.kind == "int4":
-        groups = n * -(-k // fmt.block)
-        return n * -(-k // 2) + 4 * groups * (1 if fmt.zero == "none" else 2)
-    blocks = -(-n * k // fmt.block)
-    return -(-n * k // 2) + (blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if fmt.nested else 4 * blocks)
-
-
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     """Puts `module` at `path`; mode (train or eval) follows the replaced one."""
     parent_path, _, name = path.rpartition(".")
@@ -165,6 +153,19 @@ def pack(model: nn.Module, source: Source | None, fmt: Format | None, skip: Iter
     report = with_fields(report, rows=rows)
     log.info("packing: %s", report.summary())
     return report
+
+
+def readable(model: PreTrainedModel) -> list[LayerRow]:
+    """Which decoder layers the generic one can be read from, and why not; of a model without weights, hence without a proof."""
+    rows = []
+    for path, layer in model.named_modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            try:
+                structure.read(layer)
+                rows.append(LayerRow(path, type(layer).__name__, True, ""))
+            except structure.NotUnderstood as reason:
+                rows.append(LayerRow(path, type(layer).__name__, False, str(reason)))
+    return rows
 
 
 def adopt(model: PreTrainedModel) -> SwapReport:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from halfbyte.machine import Device, ram
 
-@dataclass(frozen=True)
-class Device:
-    """name, and bytes free now and in all."""
-
-    name: str
-    free: int
-    total: int
+__all__ = ["Device", "cuda_device", "peak", "peak_rss", "ram", "rss"]
 
 
 def cuda_device() -> Device | None:
@@ -25,17 +18,6 @@ def cuda_device() -> Device | None:
         return None
     free, total = torch.cuda.mem_get_info(0)
     return Device(torch.cuda.get_device_name(0), free, total)
-
-
-def ram() -> Device:
-    """This machine's memory: available without swapping, a container's limit respected."""
-    fields = _meminfo()
-    free, total = fields.get("MemAvailable", 0), fields.get("MemTotal", 0)
-    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
-    if limit is not None and used is not None and limit < total:
-        # Page cache counts as used there, and is given back on demand: only what is left at worst is promised.
-        free, total = min(free, limit - used), limit
-    return Device("CPU", max(0, free), total)
 
 
 def rss() -> int:
@@ -68,17 +50,3 @@ def _status(name: str) -> int | None:
 def peak(device: torch.device) -> int:
     """Peak bytes of a run so far: the allocator's on a CUDA device, the process's resident ones on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_rss()
-
-
-def _meminfo() -> dict[str, int]:
-    file = Path("/proc/meminfo")
-    if not file.exists():
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return {"MemAvailable": pages, "MemTotal": pages}
-    return {line.split(":")[0]: 1024 * int(line.split()[1]) for line in file.read_text().splitlines() if line.endswith("kB")}
-
-
-def _cgroup(name: str) -> int | None:
-    file = Path("/sys/fs/cgroup") / name
-    text = file.read_text().strip() if file.exists() else "max"
-    return int(text) if text.isdigit() else None

@@ -58,6 +58,9 @@ def count(
     tokens = microbatch * recipe.data.tokens
     found = [*weights(s, recipe), *learning(s, recipe), *activations(s, tokens, recompute, dtype)]
     found.append(working(s, tokens, recompute, dtype, device))
+    kept = next(p.bytes for p in found if p.name == "activations")
+    if recipe.adapter.kind == "none":
+        found += casts(s, dtype)
     if s.report.packed:
         scratch = 2 * s.largest * dtype.itemsize
         found.append(Part("decode scratch", scratch, f"the largest weight decoded ({s.largest:,} numbers), and what it is made of"))
@@ -65,7 +68,6 @@ def count(
             held = sum(r.params for r in s.report.packed) * dtype.itemsize
             found.append(Part("answers", held, "decoded weights, held while the fixed prompts are answered"))
     if device == "cpu":
-        kept = sum(p.bytes for p in found if p.name == "activations")
         found.append(Part("heap", int(HEAP_SHARE * kept), "what the C allocator keeps of freed tensors", grows=True))
     found.append(
         Part("context", CONTEXT[device], "CUDA context and workspaces" if device == "cuda" else "Python and its libraries")
@@ -73,12 +75,20 @@ def count(
     return sorted((p for p in found if p.bytes), key=lambda p: -p.bytes)
 
 
+def casts(s: Shapes, dtype: torch.dtype) -> list[Part]:
+    """Full fine-tuning in 16 bits: autocast's copies of the weights, kept for backward; and the head's gradient in fp32."""
+    copies = 0 if dtype == torch.float32 else sum(r.params for r in s.report.rows) * dtype.itemsize
+    return [
+        Part("casts", copies + 4 * s.vocab * s.hidden, "weights in the compute dtype for backward, the head's gradient in fp32")
+    ]
+
+
 def weights(s: Shapes, recipe: Recipe) -> list[Part]:
     """The base: exact."""
     packed = sum(r.bytes for r in s.report.packed)
     kept = sum(r.bytes for r in s.report.kept)
     if recipe.adapter.kind == "none":
-        return [Part("weights", 4 * s.report.params, "fp32 masters of every weight; casts to the compute dtype come and go")]
+        return [Part("weights", 4 * s.report.params, "fp32 masters of every weight")]
     bits = 8 * packed / max(1, sum(r.params for r in s.report.packed))
     nested = ", nested scales" if recipe.format.nested and recipe.format.kind in ("nf4", "fp4") else ""
     return [

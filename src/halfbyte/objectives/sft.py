@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from halfbyte.kernels import cross_entropy as kernel
-from halfbyte.layers.head import Head
+from halfbyte.kernels.cross_entropy import IGNORE, Head, cross_entropy
 
 
 def sums(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
@@ -21,9 +20,8 @@ def sums(hidden: Tensor, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     hidden: `[1, S, H]` after the final norm. labels: int64 `[1, S]`, already shifted; best on the CPU, where they are counted
     without a sync of the device. Logits are never all materialised.
     """
-    labelled = int((labels != kernel.IGNORE).sum()) if labels.device.type == "cpu" else None
-    output = kernel.Head(head.weight, head.bias, head.scale, head.cap or 0.0)
-    return kernel.cross_entropy(hidden, labels.to(hidden.device, non_blocking=True), output, labelled=labelled)
+    labelled = int((labels != IGNORE).sum()) if labels.device.type == "cpu" else None
+    return cross_entropy(hidden, labels.to(hidden.device, non_blocking=True), head, labelled=labelled)
 
 
 def loss(hidden: Tensor, labels: Tensor, head: Head, total_trained: int) -> Tensor:

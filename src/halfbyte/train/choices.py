@@ -21,6 +21,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PROBE = (512, 576, 1536)
 ROUNDS = 3
 KEPT = "; kept from the checkpoint"
+ROOM = 4
+"""Decoded weights are held when the plan leaves this many times their size: other programs want memory too."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,19 @@ def threads(device: torch.device) -> Choice:
     torch.set_num_threads(before)
     best = min(candidates, key=lambda count: seconds[count])
     return Choice(best, "auto: measured, " + ", ".join(f"{count} threads {1e3 * seconds[count]:.1f} ms" for count in candidates))
+
+
+def decoded(device: torch.device, wanted: int, spare: int) -> Choice:
+    """Whether decoded weights stay in memory during the run, `on` or `off`; the numbers are the same bits, so it is never kept.
+
+    wanted: bytes that they take. spare: bytes that the plan leaves free.
+    """
+    if device.type != "cpu" or not wanted:
+        return Choice("off", "auto: only packed weights on a CPU gain by it")
+    told = f"they take {wanted / 2**20:,.0f} MiB, the plan leaves {max(spare, 0) / 2**20:,.0f} MiB"
+    if spare < ROOM * wanted:
+        return Choice("off", f"auto: {told}, less than {ROOM} times as much; each product decodes its weight afresh")
+    return Choice("on", f"auto: {told}; decoding would cost as much as some tens of tokens a product")
 
 
 def _gemm_seconds(dtype: torch.dtype) -> float:

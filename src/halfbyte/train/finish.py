@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from halfbyte.adapters.lora import Adapter
-from halfbyte.checkpoints import atomic, peft, resume
+from halfbyte.checkpoints import peft, resume
 from halfbyte.checkpoints.base import Base
 from halfbyte.config import Recipe
 from halfbyte.data.prepare import Prepared
 from halfbyte.errors import CheckpointError
+from halfbyte.export import model
 from halfbyte.memory import measure
 from halfbyte.memory.plan import Plan
 from halfbyte.recipe import dump
@@ -67,12 +66,12 @@ def hand_over(
 ) -> Result:
     """Export the adapter, write `summary.json`, print the summary."""
     step = _choose_weights(parts, state, report)
-    extras = {peft.RECIPE: dump(recipe), peft.TEMPLATE: prepared.template.text}
+    settings, template = dump(recipe), prepared.template.text
     output = Path(recipe.output).expanduser()
     if recipe.adapter.kind == "none":
-        where = _save_model(base, output / "model", extras)
+        where = model.save(base, output / "model", template, {peft.RECIPE: settings})
     else:
-        where = peft.save(adapter, output / "adapter", base, extras)
+        where = peft.save(adapter, output / "adapter", base, {peft.RECIPE: settings, peft.TEMPLATE: template})
     result = _result(parts, state, output, where, step, report)
     text = summary(recipe, result, plan, loop.finished(parts, state) if state.step < parts.total_steps else "")
     (output / SUMMARY).write_text(json.dumps({**asdict(result), "summary": text}, indent=1, default=str) + "\n")
@@ -93,18 +92,6 @@ def _choose_weights(parts: Parts, state: State, report: Report) -> int:
         return state.step
     report.tell(f"exporting the weights of step {state.best_step}: the lowest held-out loss ({state.best_loss:.4f})")
     return state.best_step
-
-
-def _save_model(base: Base, directory: Path, extras: Mapping[str, str]) -> Path:
-    """The whole model after full fine-tuning, in the base's 16-bit dtype, as transformers lays it out."""
-    dtype = torch.bfloat16
-    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in base.model.state_dict().items()}
-    with atomic.directory(directory, replace=True) as temporary:
-        base.model.save_pretrained(temporary, state_dict=tensors)
-        base.tokenizer.save_pretrained(temporary)
-        for name, text in extras.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-    return directory
 
 
 def _result(parts: Parts, state: State, output: Path, where: Path, step: int, report: Report) -> Result:
@@ -161,8 +148,8 @@ def summary(recipe: Recipe, result: Result, plan: Plan, cut: str = "") -> str:
         f"Numbers:  {result.output / metrics.METRICS}",
         "",
         "Next:",
-        f"  halfbyte chat {result.adapter}",
-        f"  halfbyte eval {result.adapter}",
+        f"  halfbyte chat {result.adapter}{' --format none' if whole else ''}",
+        f"  halfbyte eval {result.adapter}{' --format none' if whole else ''}",
         f"  halfbyte quantize {result.adapter} --format nf4 --out {result.output / 'nf4'}"
         if whole
         else f"  halfbyte merge {result.adapter} --out {result.output / 'merged'}",
@@ -171,12 +158,12 @@ def summary(recipe: Recipe, result: Result, plan: Plan, cut: str = "") -> str:
 
 
 def _answers(result: Result) -> list[str]:
-    """Every fixed prompt, answered before and after."""
+    """Every fixed prompt, answered before and by the exported weights."""
     lines: list[str] = []
     steps = {sample["step"] for sample in result.samples}
     for prompt in dict.fromkeys(sample["prompt"] for sample in result.samples):
         told = {s["step"]: " ".join(s["answer"].split()) for s in result.samples if s["prompt"] == prompt}
         lines += ["", f"  {prompt}", f"    before: {told.get(0, '')}"]
         if len(steps) > 1:
-            lines.append(f"    after:  {told[max(told)]}")
+            lines.append(f"    after:  {told.get(result.exported_step, told[max(told)])}")
     return lines

@@ -27,7 +27,7 @@ from halfbyte.data import checks
 from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.generate.chat import generate
-from halfbyte.layers import forward, head, recompute
+from halfbyte.layers import decoded, forward, head, recompute
 from halfbyte.memory.plan import Plan
 from halfbyte.memory.plan import plan as make_plan
 from halfbyte.optim.adamw import AdamW
@@ -64,7 +64,8 @@ def train(recipe: Recipe, *, on_event: OnEvent | None = None) -> Result:
             _room(parts)
         report.open(state, parts.total_steps, recipe.log.to, parts.choices["run"]["value"], recipe.model_dump(mode="json"))
         try:
-            with signals.guard() as stop:
+            room = plan.spare if parts.choices["decoded weights"]["value"] == "on" else 0
+            with signals.guard() as stop, decoded.held(base.model, base.compute, limit=room):
                 loop.train(parts, state, stop)
         finally:
             report.close()
@@ -94,13 +95,14 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Ba
     report.display.settled()
     report.tell(f"base: {base.name}, {base.report.summary()}")
     chosen["attention"] = choosing.settle("attention", "auto", kept, lambda: Choice(_attention(base), "what the layers allow"))
+    chosen["decoded weights"] = choosing.decoded(device, decoded.size(base.model, base.compute), plan.spare)
     adapter = _adapter(recipe, base, report)
     embedding = base.model.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
     checks.embeddings(prepared.train, base.tokenizer, embedding, trainable=embedding.requires_grad)
     recompute.set_recompute(base.model, chosen["recompute"].value == "on")
     forward.prove_isolation(base.model)
-    for name in ("compute", "threads", "attention", "microbatch", "recompute"):
+    for name in ("compute", "threads", "attention", "microbatch", "recompute", "decoded weights"):
         report.tell(f"{name}: {chosen[name]}")
     parts = _parts(recipe, report, device, compute, base, adapter, prepared, chosen)
     if stored is not None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from halfbyte.layers.head import Head
+from halfbyte.kernels.cross_entropy import Head
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.flat import Flat
 from halfbyte.optim.scaling import LossScale

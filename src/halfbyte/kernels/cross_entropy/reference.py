@@ -11,20 +11,11 @@ from torch import Tensor
 from halfbyte.kernels.cross_entropy.parts import IGNORE, Head, Results, Wants
 
 
-def logits(hidden: Tensor, head: Head) -> Tensor:
-    """cap · tanh(scale · (h Wᵀ + b) / cap), fp32 `[T, V]`; without a cap, scale · (h Wᵀ + b)."""
-    z = (hidden @ head.weight.to(hidden.dtype).T).float()
-    if head.bias is not None:
-        z = z + head.bias.float()
-    z = head.scale * z
-    return z if head.cap == 0.0 else head.cap * torch.tanh(z / head.cap)
-
-
 def cross_entropy(hidden: Tensor, labels: Tensor, head: Head, wants: Wants, _chunk_bytes: int, _labelled: int) -> Results:
     """Sum of losses, correct tokens, and the gradients of the sum."""
     kept = labels != IGNORE
     target = torch.where(kept, labels, 0)
-    z = logits(hidden, head)
+    z = head.logits(hidden)
     loss = (torch.logsumexp(z, 1) - z.gather(1, target[:, None])[:, 0]) * kept
     correct = ((z.argmax(1) == target) & kept).sum()
     dz = (torch.softmax(z, 1) - torch.nn.functional.one_hot(target, z.shape[1])) * kept[:, None]
