@@ -65,17 +65,18 @@ def _swap(temporary: Path, target: Path) -> None:
     if target.is_dir():
         target.rename(_previous(target))
     temporary.rename(target)
-    _sync_path(target.parent)
+    sync_path(target.parent)
     shutil.rmtree(_previous(target), ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
-        _sync_path(path)
-    _sync_path(folder)
+        sync_path(path)
+    sync_path(folder)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """fsync a file or a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

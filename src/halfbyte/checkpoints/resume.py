@@ -32,6 +32,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from halfbyte.checkpoints import shards
+from halfbyte.checkpoints.atomic import sync_path
 from halfbyte.errors import CheckpointError, TrainingError
 
 VERSION = 1
@@ -121,7 +122,7 @@ def _write(directory: Path, contents: Contents) -> None:
         "libraries": {"python": platform.python_version(), "torch": torch.__version__},
     }
     _put(directory / MANIFEST, _json({**manifest, "sha256": hashlib.sha256(_json(manifest)).hexdigest()}))
-    _sync(directory)
+    sync_path(directory)
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def _replace(temporary: Path, final: Path) -> None:
     if final.exists():
         os.rename(final, trash)
     os.rename(temporary, final)
-    _sync(final.parent)
+    sync_path(final.parent)
     shutil.rmtree(trash, ignore_errors=True)
 
 
@@ -277,14 +278,6 @@ def _discard(path: Path) -> None:
     trash = path.with_name(f".trash-{path.name}-{os.getpid()}")
     os.rename(path, trash)
     shutil.rmtree(trash, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def alive(pid: int) -> bool:
