@@ -1,6 +1,6 @@
 """Proofs of `kernels/augmented` on one device: every part of S bit for bit, nothing else written.
 
-    python tests/kernels/checks_augmented.py cpu | cuda
+python tests/kernels/checks_augmented.py cpu | cuda
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The twins of `augmented` on a CPU: the reference's way and, interpreted, the Triton kernel. Layout and bits are in checks_augmented.py."""
+"""`augmented` by its reference here, by the Triton kernel interpreted in a process of its own. The proofs: checks_augmented.py."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """`augmented`: the weights that share an input, with their adapters beside them, as ONE matrix of one launch.
 
     S = [ W  s*B ]      W [N, K]: the members' weights on top of each other; s*B [N, R]: block structured (a member's rows meet
-        [ A   -  ]      only its own columns, zeros elsewhere); A [R, K]: the members' A, zeros in padding rows; "-" is never written
+        [ A   -  ]      only its own columns, zeros elsewhere); A [R, K]: the members' A, padding rows zero; "-" is not written
 
     forward     X' = [X | X Aᵀ]          Y  = X'  [W | s*B]ᵀ      = X Wᵀ + s X Aᵀ Bᵀ
     backward    dY' = [dY | dY s*B]      dX = dY' [W ; A]         = dY W + s dY B A
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from halfbyte.formats.packed import Packed
 from halfbyte.kernels.augmented import reference
-from halfbyte.kernels.dispatch import twin
 from halfbyte.kernels.lora_linear.members import Member
 
 __all__ = ["Group"]
