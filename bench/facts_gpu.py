@@ -1,6 +1,6 @@
 """What a GPU gives, measured before a kernel is written: GEMM rates and clocks, small products, the bus, the host's calls.
 
-    python bench/facts_gpu.py --out DIR [--only gemm,skinny,bus,calls]      # under a minute; writes DIR/facts_gpu.jsonl
+    python bench/facts_gpu.py --out DIR [--only gemm,skinny,bus,calls,algorithms]      # under a minute; writes DIR/facts_gpu.jsonl
 
 Shapes are the four groups of linear layers of an 8B Llama 3 with r = 16, 8,192 tokens. `cold`: the first calls after half a second
 of rest; `hot`: in turn with all others after 1.5 s of continuous load, with the SM clock read meanwhile. Every product is compared
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cublaslt import algorithms
 from facts_rest import bus, calls, skinny
 from gputime import CUDA, DEVICE, Watch, error, kernels, load, sync, turns
 from torch import Tensor
@@ -158,6 +159,7 @@ PARTS: dict[str, Callable[[Report, int, Watch], None]] = {
     "skinny": lambda report, tokens, watch: skinny(report, tokens, GROUPS),
     "bus": lambda report, tokens, watch: bus(report, tokens),
     "calls": lambda report, tokens, watch: calls(report),
+    "algorithms": lambda report, tokens, watch: algorithms(report, tokens, GROUPS),
 }
 
 
