@@ -57,7 +57,9 @@ class Documents:
 
     def read_lengths(self) -> tuple[int, ...]:
         """`lengths`, waiting for the device where they are not on the host."""
-        return self.lengths or self.keep("lengths", lambda: Documents.of(self.cu_seqlens.cpu(), torch.device("cpu"), 0).lengths or ())
+        return self.lengths or self.keep(
+            "lengths", lambda: Documents.of(self.cu_seqlens.cpu(), torch.device("cpu"), 0).lengths or ()
+        )
 
     def keep(self, key: Any, build: Callable[[], Value]) -> Value:
         """What `build` returns, built at the first call with this key and kept as long as the documents."""

@@ -1,4 +1,4 @@
-"""The layer backwards: the mirror of `forward`, each gradient written over the activation it belongs to as soon as that is done with.
+"""The layer backwards: the mirror of `forward`. Each gradient is written over its activation as soon as that is done with.
 
 Letters as in `forward`. A gradient travels in a buffer with room behind it, so that [dY | s dY B] is one operand.
 """
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import norm, rotary
-from halfbyte.kernels.augmented import Group
 from halfbyte.kernels.glu import glu_backward
 from halfbyte.layers.fused import forward as stages
 from halfbyte.layers.fused import products
 from halfbyte.layers.fused.forward import Activations, Call, buffer
 from halfbyte.layers.fused.gradients import Gradients
 from halfbyte.layers.fused.parts import Norm
+from halfbyte.layers.fused.products import Projection
 
 
 def backward(call: Call, a: Activations, grad: Tensor, gradients: Gradients, want_x: bool) -> Tensor | None:
@@ -27,16 +27,15 @@ def backward(call: Call, a: Activations, grad: Tensor, gradients: Gradients, wan
     stages.fill(call, a)
     d_source = _mlp(call, a, grad, gradients)
     if norms.parallel:
-        d_normed = _attention(call, a, _branch(call, grad, p.after_attention, None, None, None, p.out), gradients, want_x)
+        d_out = _branch(call, grad, p.after_attention, a.attended_raw, a.attended_rstd, a.attended_mean, p.out)
+        d_normed = _attention(call, a, d_out, gradients, want_x)
         return _parallel_input(call, a, grad, d_source, d_normed) if want_x and d_normed is not None else None
     d_mid = buffer(p.out, grad, p.out.rows)
     _through_norm(p.before_mlp, d_source, a.mid, a.mid_rstd, a.mid_mean, grad, d_mid[:, : p.out.rows])
     a.mid = a.normed_mlp = None
     d_out = d_mid
     if p.after_attention is not None or p.structure.residual_multiplier != 1.0:
-        d_out = _branch(
-            call, d_mid[:, : p.out.rows], p.after_attention, a.attended_raw, a.attended_rstd, a.attended_mean, p.out
-        )
+        d_out = _branch(call, d_mid[:, : p.out.rows], p.after_attention, a.attended_raw, a.attended_rstd, a.attended_mean, p.out)
         a.attended_raw = None
     d_normed = _attention(call, a, d_out, gradients, want_x)
     if not want_x or d_normed is None:
@@ -73,11 +72,11 @@ def _through_norm(
 
 
 def _branch(
-    call: Call, grad: Tensor, after: Norm | None, raw: Tensor | None, rstd: Tensor | None, mean: Tensor | None, group: Group
+    call: Call, grad: Tensor, after: Norm | None, raw: Tensor | None, rstd: Tensor | None, mean: Tensor | None, p: Projection
 ) -> Tensor:
     """The gradient of a branch's last product in a buffer with room behind it: through the multiplier and the norm behind it."""
-    out = buffer(group, grad, group.rows)
-    d = out[:, : group.rows]
+    out = buffer(p, grad, p.rows)
+    d = out[:, : p.rows]
     multiplier = call.parts.structure.residual_multiplier
     if multiplier != 1.0:
         torch.mul(grad, multiplier, out=d)
@@ -97,15 +96,14 @@ def _mlp(call: Call, a: Activations, grad: Tensor, gradients: Gradients) -> Tens
     a.mlp_raw = None
     dh = grad.new_empty(grad.shape[0], p.down.width)
     gate, up = stages.gate_up(call, a.inputs)
-    s = products.backward_input(p.down, d_down, dh, call.mask)
-    del s
+    products.input_gradient(p.down, d_down, dh, call.mask)
     glu_backward(dh, gate, up, p.activation)  # dh is h now, gate and up are their gradients
-    products.backward_adapters(p.down, d_down, dh, a.xa_down, gradients, call.mask)
+    products.adapter_gradients(p.down, d_down, dh, a.xa_down, gradients, call.mask)
     del dh, d_down
     d_source = grad.new_empty(grad.shape[0], p.inputs.width)
-    products.backward_input(p.inputs, a.inputs, d_source, call.mask)
+    products.input_gradient(p.inputs, a.inputs, d_source, call.mask)
     if p.inputs.rank:
-        products.backward_adapters(p.inputs, a.inputs, stages.normed_mlp(call, a), a.xa_inputs, gradients, call.mask)
+        products.adapter_gradients(p.inputs, a.inputs, stages.normed_mlp(call, a), a.xa_inputs, gradients, call.mask)
     a.inputs = None
     return d_source
 
@@ -113,22 +111,22 @@ def _mlp(call: Call, a: Activations, grad: Tensor, gradients: Gradients) -> Tens
 def _attention(call: Call, a: Activations, d_out: Tensor, gradients: Gradients, want_x: bool) -> Tensor | None:
     """The gradient of the attention's (normed) input `[T, H]`, if wanted. d_out `[T, N + R]` of the output projection."""
     p, s = call.parts, call.parts.structure
-    assert a.attended is not None and a.qkv is not None
+    assert a.attended is not None and a.qkv is not None and a.method is not None
     d_attended = torch.empty_like(a.attended)
-    products.backward_input(p.out, d_out, d_attended, call.mask)
-    products.backward_adapters(p.out, d_out, a.attended, a.xa_out, gradients, call.mask)
+    products.input_gradient(p.out, d_out, d_attended, call.mask)
+    products.adapter_gradients(p.out, d_out, a.attended, a.xa_out, gradients, call.mask)
     q, k, v = stages.heads(call, a)
     shape = (-1, s.heads, s.head_size)
-    dq, dk, dv = call.method.backward(
-        d_attended.view(shape), q, k, v, a.attended.view(shape), a.residuals, call.documents, stages.scale_of(call), s.window, s.cap
+    dq, dk, dv = a.method.backward(
+        d_attended.view(shape), q, k, v, a.attended.view(shape), a.residuals, call.documents, stages.scale_of(s), s.window, s.cap
     )
     a.attended, a.residuals = None, ()
     d_qkv = _gathered(call, a, dq, dk, dv)
     a.q = a.k = None
     d_normed = d_out.new_empty(d_out.shape[0], p.qkv.width) if want_x else None
-    products.backward_input(p.qkv, d_qkv, d_normed, call.mask)
+    products.input_gradient(p.qkv, d_qkv, d_normed, call.mask)
     if p.qkv.rank:
-        products.backward_adapters(p.qkv, d_qkv, stages.normed(call, a), a.xa_qkv, gradients, call.mask)
+        products.adapter_gradients(p.qkv, d_qkv, stages.normed(call, a), a.xa_qkv, gradients, call.mask)
     a.qkv = None
     return d_normed
 
@@ -140,7 +138,7 @@ def _gathered(call: Call, a: Activations, dq: Tensor, dk: Tensor, dv: Tensor) ->
     if s.qk_norm == "none":
         rotary.gather_backward(dq, dk, dv, call.cos, call.sin, s.rotation, a.qkv[:, : p.qkv.rows])
         return a.qkv
-    q, k, _ = stages.split(call, a.qkv)
+    q, k, _ = stages.split(s, a.qkv)
     out = torch.empty_like(a.qkv)
     assert p.q_norm is not None and p.k_norm is not None and a.q_rstd is not None and a.k_rstd is not None
     if s.qk_norm == "head":
@@ -151,6 +149,6 @@ def _gathered(call: Call, a: Activations, dq: Tensor, dk: Tensor, dv: Tensor) ->
         )  # fmt: skip
         return out
     rotary.gather_backward(dq, dk, dv, call.cos, call.sin, s.rotation, out[:, : p.qkv.rows])
-    for n, x, rstd, d in zip((p.q_norm, p.k_norm), (q, k), (a.q_rstd, a.k_rstd), stages.split(call, out)[:2], strict=True):
+    for n, x, rstd, d in zip((p.q_norm, p.k_norm), (q, k), (a.q_rstd, a.k_rstd), stages.split(s, out)[:2], strict=True):
         norm.norm_backward(d.flatten(1), x.flatten(1), rstd, None, n.spec, n.weight, None, d.flatten(1))
     return out

@@ -1,7 +1,7 @@
 """The layer forwards, in stages. Each stage fills what is missing of `Activations`, so the same code recomputes in backward.
 
-Letters: T tokens, H hidden, N outputs of a group, R its ranks, F features of the MLP. A buffer `[T, K + R]` holds a group's input and
-room for XA behind it; `[T, N + R]` a group's output and room for what backward puts behind it.
+Letters: T tokens, H hidden, N outputs of a group, R its ranks, F features of the MLP. A buffer `[T, K + R]` holds a group's input
+and room for XA behind it; `[T, N + R]` a group's output and room for what backward puts behind it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import norm, rotary
+from halfbyte.kernels import attention, norm, rotary
 from halfbyte.kernels.attention import Documents, Method
-from halfbyte.kernels.augmented import Group
 from halfbyte.kernels.dropout import Dropout
 from halfbyte.kernels.glu import glu
 from halfbyte.layers.fused import products
 from halfbyte.layers.fused.keep import Keep
 from halfbyte.layers.fused.parts import LayerParts, Norm
+from halfbyte.layers.fused.products import Projection
+from halfbyte.layers.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,6 @@ class Call:
     parts: LayerParts
     keep: Keep
     documents: Documents
-    method: Method
     cos: Tensor | None
     sin: Tensor | None
     mask: Dropout | None
@@ -39,9 +39,9 @@ class Call:
 class Activations:
     """What exists of a layer between forward and backward; None is not there (yet, or any more).
 
-    x `[T, H]`. normed, normed_mlp: `[T, H + R]`. qkv `[T, N + R]`: rotated in place, or before the q/k norm. q, k: what attention read
-    where a q/k norm stands before it. attended `[T, N_q]`. attended_raw, mlp_raw `[T, H]`: inputs of the norms behind the branches. mid `[T, H]`.
-    inputs `[T, N + R]`: gate and up. xa_*: XA `[T, R]` of the groups. rstd_*, mean_*: fp32 `[T]`.
+    x `[T, H]`. normed, normed_mlp: `[T, H + R]`. qkv `[T, N + R]`: rotated in place, or before the q/k norm. q, k: what attention
+    read where a q/k norm stands before it. attended `[T, N_q]`. attended_raw, mlp_raw `[T, H]`: inputs of the norms behind the
+    branches. mid `[T, H]`. inputs `[T, N + R]`: gate and up. xa_*: XA `[T, R]` of the groups. rstd_*, mean_*: fp32 `[T]`.
     """
 
     x: Tensor | None = None
@@ -55,6 +55,7 @@ class Activations:
     k_rstd: Tensor | None = None
     attended: Tensor | None = None
     residuals: tuple[Tensor, ...] = ()
+    method: Method | None = None
     attended_raw: Tensor | None = None
     attended_rstd: Tensor | None = None
     attended_mean: Tensor | None = None
@@ -81,31 +82,24 @@ def forward(call: Call, x: Tensor) -> tuple[Tensor, Activations]:
 
 def fill(call: Call, a: Activations) -> None:
     """Computes what is missing of everything that backward reads, from the input on."""
-    parallel = call.parts.structure.norms.parallel
     if a.qkv is None:
-        _normed(call, a)
         _projected(call, a)
     if a.attended is None:
-        q, k, v = heads(call, a)
         s = call.parts.structure
-        out, a.residuals = call.method.forward(q, k, v, call.documents, scale_of(call), s.window, s.cap)
+        q, k, v = heads(call, a)
+        a.method = attention.method(q, k, v, call.documents, scale_of(s), s.window, s.cap)
+        out, a.residuals = a.method.forward(q, k, v, call.documents, scale_of(s), s.window, s.cap)
         a.attended = out.flatten(1)
     if a.mid is None:
         _mid(call, a)
     if a.inputs is None:
-        if not parallel or call.parts.before_mlp is not None:
-            _normed_mlp(call, a)
-        elif a.normed is None:
-            _normed(call, a)
         _mlp_inputs(call, a)
 
 
-def drop(keep: Keep, a: Activations, parts: LayerParts) -> None:
-    """Forgets what is not kept. Norms behind the branches need their inputs, which are kept with their neighbours."""
-    if not keep.normed or not keep.qkv:
-        a.normed = None
-    if not keep.normed or not keep.inputs:
-        a.normed_mlp = None
+def drop(keep: Keep, a: Activations) -> None:
+    """Forgets what is not kept. XA and the norms' numbers a row are small and stay."""
+    if not keep.normed:
+        a.normed = a.normed_mlp = None
     if not keep.qkv:
         a.qkv = a.q = a.k = None
     if not keep.attended:
@@ -113,16 +107,16 @@ def drop(keep: Keep, a: Activations, parts: LayerParts) -> None:
     if not keep.mid:
         a.mid = a.attended_raw = None
     if not keep.inputs:
-        a.inputs = None
+        a.inputs = a.mlp_raw = None
 
 
-def buffer(group: Group, like: Tensor, width: int) -> Tensor:
+def buffer(p: Projection, like: Tensor, width: int) -> Tensor:
     """`[T, width + R]`."""
-    return like.new_empty(like.shape[0], width + group.rank)
+    return like.new_empty(like.shape[0], width + p.rank)
 
 
-def scale_of(call: Call) -> float:
-    s = call.parts.structure
+def scale_of(s: Structure) -> float:
+    """The factor of q kᵀ."""
     return s.scaling if s.scaling is not None else float(s.head_size) ** -0.5
 
 
@@ -140,20 +134,23 @@ def through(n: Norm | None, x: Tensor, delta: Tensor | None, out: Tensor) -> tup
     return residual, None, None
 
 
-def _normed(call: Call, a: Activations) -> None:
+def normed(call: Call, a: Activations) -> Tensor:
+    """The attention's input `[T, H + R]`, computed if it is not there."""
     if a.normed is None:
+        p = call.parts
         assert a.x is not None
-        a.normed = buffer(call.parts.qkv, a.x, call.parts.qkv.width)
-        _, a.rstd, a.mean = through(call.parts.before_attention, a.x, None, a.normed[:, : call.parts.qkv.width])
+        a.normed = buffer(p.qkv, a.x, p.qkv.width)
+        _, a.rstd, a.mean = through(p.before_attention, a.x, None, a.normed[:, : p.qkv.width])
+    return a.normed
 
 
 def _projected(call: Call, a: Activations) -> None:
     p, s = call.parts, call.parts.structure
-    assert a.normed is not None
-    a.qkv = buffer(p.qkv, a.normed, p.qkv.rows)
-    xa = products.forward(p.qkv, a.normed, a.qkv[:, : p.qkv.rows], call.mask)
+    source = normed(call, a)
+    a.qkv = buffer(p.qkv, source, p.qkv.rows)
+    xa = products.forward(p.qkv, source, a.qkv[:, : p.qkv.rows], call.mask)
     a.xa_qkv = kept_tail(xa)
-    q, k, _ = split(call, a.qkv)
+    q, k, _ = split(call.parts.structure, a.qkv)
     if s.qk_norm == "none":
         rotary.rotate(q, k, call.cos, call.sin, s.rotation)
         return
@@ -168,9 +165,8 @@ def _projected(call: Call, a: Activations) -> None:
     rotary.rotate(a.q, a.k, call.cos, call.sin, s.rotation)
 
 
-def split(call: Call, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split(s: Structure, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views `[T, heads, d]` of q, k and v in a buffer `[T, N + R]`."""
-    s = call.parts.structure
     at = s.heads * s.head_size
     width = s.kv_heads * s.head_size
     q, k, v = qkv[:, :at], qkv[:, at : at + width], qkv[:, at + width : at + 2 * width]
@@ -180,7 +176,7 @@ def split(call: Call, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def heads(call: Call, a: Activations) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as attention reads them."""
     assert a.qkv is not None
-    q, k, v = split(call, a.qkv)
+    q, k, v = split(call.parts.structure, a.qkv)
     return q if a.q is None else a.q, k if a.k is None else a.k, v
 
 
@@ -204,28 +200,26 @@ def _mid(call: Call, a: Activations) -> None:
     a.mid, a.mid_rstd, a.mid_mean = through(p.before_mlp, a.x, delta, a.normed_mlp[:, : p.inputs.width])
 
 
-def _normed_mlp(call: Call, a: Activations) -> None:
-    if a.normed_mlp is None:
-        p = call.parts
-        source = a.x if p.structure.norms.parallel else a.mid
-        assert source is not None
-        a.normed_mlp = buffer(p.inputs, source, p.inputs.width)
-        _, a.mid_rstd, a.mid_mean = through(p.before_mlp, source, None, a.normed_mlp[:, : p.inputs.width])
+def normed_mlp(call: Call, a: Activations) -> Tensor:
+    """The MLP's input `[T, H + R]`, computed if it is not there.
 
-
-def mlp_source(call: Call, a: Activations) -> Tensor:
-    """The MLP's input in a buffer with room behind it. Parallel branches that share a norm: a copy, since the room is another's."""
-    if a.normed_mlp is None:
-        width = call.parts.inputs.width
-        assert a.normed is not None
-        a.normed_mlp = buffer(call.parts.inputs, a.normed, width)
-        a.normed_mlp[:, :width].copy_(a.normed[:, :width])
+    Where parallel branches share a norm it is a copy, since the room behind the attention's input is taken.
+    """
+    if a.normed_mlp is not None:
+        return a.normed_mlp
+    p = call.parts
+    parallel = p.structure.norms.parallel
+    shared = parallel and p.before_mlp is None
+    source = normed(call, a)[:, : p.inputs.width] if shared else a.x if parallel else a.mid
+    assert source is not None
+    a.normed_mlp = buffer(p.inputs, source, p.inputs.width)
+    _, a.mid_rstd, a.mid_mean = through(p.before_mlp, source, None, a.normed_mlp[:, : p.inputs.width])
     return a.normed_mlp
 
 
 def _mlp_inputs(call: Call, a: Activations) -> None:
     p = call.parts
-    source = mlp_source(call, a)
+    source = normed_mlp(call, a)
     a.inputs = buffer(p.inputs, source, p.inputs.rows)
     a.xa_inputs = kept_tail(products.forward(p.inputs, source, a.inputs[:, : p.inputs.rows], call.mask))
 

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.formats.packed import Packed
-from halfbyte.kernels.augmented import Group
-from halfbyte.kernels.dropout import Dropout
+from halfbyte.kernels.glu import Activation
 from halfbyte.kernels.lora_linear.members import Member
 from halfbyte.kernels.norm import NormSpec
 from halfbyte.kernels.norm import reference as norm_reference
+from halfbyte.layers.fused.products import Projection
 from halfbyte.layers.linear import Operand, operand_of
 from halfbyte.layers.operands import supports_operand
 from halfbyte.layers.structure import NotUnderstood, Structure
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
     "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
@@ -45,23 +45,18 @@ class LayerParts:
     """Everything fixed about a layer. key: addresses of what the groups were built from."""
 
     structure: Structure
+    activation: Activation
+    key: tuple[int, ...]
     before_attention: Norm | None
     after_attention: Norm | None
     before_mlp: Norm | None
     after_mlp: Norm | None
     q_norm: Norm | None
     k_norm: Norm | None
-    qkv: Group
-    out: Group
-    inputs: Group
-    down: Group
-    activation: str
-    dropout: Dropout | None
-    key: tuple[int, ...]
-
-    @property
-    def groups(self) -> tuple[Group, Group, Group, Group]:
-        return self.qkv, self.out, self.inputs, self.down
+    qkv: Projection
+    out: Projection
+    inputs: Projection
+    down: Projection
 
 
 def modules_of(layer: nn.Module, s: Structure) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module], list[nn.Module]]:
@@ -97,8 +92,8 @@ def key_of(groups: list[list[Operand]]) -> tuple[int, ...]:
     return tuple(key)
 
 
-def read(layer: nn.Module, s: Structure) -> LayerParts:
-    """The parts of an adopted layer. Raises NotUnderstood with the reason."""
+def read(layer: nn.Module, s: Structure, dtype: torch.dtype) -> LayerParts:
+    """The parts of an adopted layer that computes in `dtype`. Raises NotUnderstood with the reason."""
     if s.dropout_after_attention or s.dropout_after_mlp or s.attention_dropout:
         raise NotUnderstood("dropout of the base is active")
     groups = [operands(modules) for modules in modules_of(layer, s)]
@@ -108,21 +103,14 @@ def read(layer: nn.Module, s: Structure) -> LayerParts:
             raise NotUnderstood(f"`{name}` learns beside the adapter")
     attention = layer.get_submodule(s.attention)
     places = s.norms
-    norms = [
+    norms: list[Norm | None] = [
         None if name is None else read_norm(layer.get_submodule(name))
         for name in (places.before_attention, places.after_attention, places.before_mlp, places.after_mlp)
     ]
     qk = [read_norm(attention.get_submodule(n)) if s.qk_norm != "none" else None for n in ("q_norm", "k_norm")]
-    built = [Group([Member(o.weight, o.bias, o.lora) for o in group]) for group in groups]
-    return LayerParts(
-        s,
-        *norms,
-        *qk,
-        *built,
-        activation=read_activation(getattr(layer.get_submodule(s.mlp), s.activation)),
-        dropout=next((o.dropout for group in groups for o in group if o.dropout is not None), None),
-        key=key_of(groups),
-    )
+    built = [Projection.of([Member(o.weight, o.bias, o.lora) for o in group], dtype) for group in groups]
+    activation = read_activation(getattr(layer.get_submodule(s.mlp), s.activation))
+    return LayerParts(s, activation, key_of(groups), *norms, *qk, *built)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -146,7 +134,7 @@ def read_norm(module: nn.Module) -> Norm:
 
 
 @torch.no_grad()
-def read_activation(function: Callable[[Tensor], Tensor]) -> str:
+def read_activation(function: Callable[[Tensor], Tensor]) -> Activation:
     """The name of the activation, found by its values. Raises NotUnderstood."""
     x = torch.linspace(-6, 6, 4097, dtype=torch.float64)
     got = function(x)
