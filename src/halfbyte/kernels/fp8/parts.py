@@ -5,7 +5,7 @@ Letters: T = tokens, N = rows of all members, K = width, R = ranks of the group 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Plan:
     bound_N fp32 `[N]`, bound_K fp32 `[K]`: no weight of that row (column) is larger; a column's bound is its span's.
     span: neighbouring columns of W that share a scale when W is transposed. fast: by member, decoded straight to e4m3
     (a codebook format in whole blocks), else by way of bf16. book: the format of the fast ones, None if there are none.
-    key: addresses of the stored tensors, which the plan is good for. tables: int64 on the device, for the fast twin.
+    key: addresses of all stored tensors, which the plan is good for. tables: what the fast twin adds, by its shape.
     """
 
     bound_N: Tensor
@@ -68,4 +68,4 @@ class Plan:
     fast: tuple[bool, ...]
     book: Format | None
     key: tuple[int, ...]
-    tables: tuple[Tensor, ...]
+    tables: dict[object, object] = field(default_factory=dict)

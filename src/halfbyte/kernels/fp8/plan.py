@@ -31,7 +31,7 @@ def why_not(group: Group) -> str | None:
 
 def of(group: Group) -> Plan:
     """The group's plan, made at its first use."""
-    key = tuple((m.weight.codes if isinstance(m.weight, Packed) else m.weight).data_ptr() for m in group.members)
+    key = _key(group)
     found = group.float8
     if not isinstance(found, Plan) or found.key != key:
         found = _make(group, key)
@@ -39,14 +39,23 @@ def of(group: Group) -> Plan:
     return found
 
 
+def _key(group: Group) -> tuple[int, ...]:
+    found = []
+    for m in group.members:
+        found.append((m.weight.codes if isinstance(m.weight, Packed) else m.weight).data_ptr())
+        if m.lora is not None:
+            found += [m.lora.a.data_ptr(), m.lora.b.data_ptr()]
+    return tuple(found)
+
+
 def _make(group: Group, key: tuple[int, ...]) -> Plan:
     book = next((m.weight.format for m in group.members if _is_fast(m.weight, None) and isinstance(m.weight, Packed)), None)
     fast = tuple(_is_fast(m.weight, book) for m in group.members)
     span = ALIGNED if book is None else min(book.block, SPAN)
     rows, columns = zip(*(_bounds(m.weight, f) for m, f in zip(group.members, fast, strict=True)), strict=True)
-    bound_K = torch.stack(columns).amax(0)  # noqa: N806
-    bound_K = bound_K.view(-1, span).amax(1).repeat_interleave(span)  # noqa: N806
-    return Plan(torch.cat(rows), bound_K, span, fast, book, key, ())
+    bound_K = torch.stack(columns).amax(0)
+    bound_K = bound_K.view(-1, span).amax(1).repeat_interleave(span)
+    return Plan(torch.cat(rows), bound_K, span, fast, book, key)
 
 
 def _is_fast(weight: Packed | Tensor, book: Format | None) -> bool:
