@@ -32,13 +32,14 @@ def prove(layer: DecoderLayer, fused: Fused, captured: dict[str, Any]) -> None:
     call["cu_seqlens"] = torch.tensor(call["boundaries"], dtype=torch.int32, device=hidden.device)
     call["longest"] = tokens - middle
     grad = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
-    before, layer.fused = layer.fused, None
-    expected = _run(layer, hidden, call, grad)
-    layer.fused = fused
+    before = layer.fused, layer.gradient_checkpointing
     try:
+        layer.fused, layer.gradient_checkpointing = None, False
+        expected = _run(layer, hidden, call, grad)
+        layer.fused = fused
         got = _run(layer, hidden, call, grad)
     finally:
-        layer.fused = before
+        layer.fused, layer.gradient_checkpointing = before
     tolerance = TOLERANCE.get(hidden.dtype, TOLERANCE_16)
     for name, ours in got.items():
         theirs = expected[name].float()
