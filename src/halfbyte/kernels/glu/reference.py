@@ -44,11 +44,10 @@ def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, activation: Activa
     """See `halfbyte.kernels.glu.glu_backward`."""
     value, slope = value_and_slope(wide(gate), activation)
     d = wide(dh)
-    if up is None:
-        dh.copy_(value)
-        gate.copy_(d * slope)
-        return
-    u = wide(up)
-    dh.copy_(value * u)
-    gate.copy_(d * u * slope)
-    up.copy_(d * value)
+    u = wide(up) if up is not None else torch.ones_like(value)
+    # All three before any is written: in fp32 `d` is dh itself.
+    h, d_gate, d_up = value * u, d * u * slope, d * value
+    dh.copy_(h)
+    gate.copy_(d_gate)
+    if up is not None:
+        up.copy_(d_up)
