@@ -29,7 +29,8 @@ def capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, c
     exact = torch.promote_types(q.dtype, torch.float32)
     scores = cap * torch.tanh((q.to(exact) @ k.to(exact).transpose(-1, -2)) * (scale / cap))
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        # The minimum and not -inf: a padding token, which sees nothing, must not become NaN.
+        scores = scores.masked_fill(~mask, torch.finfo(exact).min) if mask.dtype == torch.bool else scores + mask
     return (torch.softmax(scores, -1) @ v.to(exact)).to(q.dtype)
 
 
