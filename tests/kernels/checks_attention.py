@@ -6,7 +6,7 @@ Truth is float64 under a dense mask; honest is the same in the method's dtype, a
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -85,6 +85,21 @@ def expected(row: Row, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[T
     return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
 
+def expected_apart(row: Row, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+    """The same for long rows: one document and one key head at a time, so that the scores of a pair are all that is held."""
+    share = row.heads // row.kv_heads
+    found = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, q, k, v)]
+    for start, stop in itertools.pairwise(row.bounds):
+        for head in range(row.kv_heads if stop > start else 0):
+            some = slice(head * share, (head + 1) * share)
+            alone = replace(row, lengths=(stop - start,), heads=share, kv_heads=1)
+            one = slice(head, head + 1)
+            parts = expected(alone, q[start:stop, some], k[start:stop, one], v[start:stop, one], dout[start:stop, some])
+            for target, part, where in zip(found, parts, (some, some, one, one), strict=True):
+                target[start:stop, where] = part
+    return tuple(found)
+
+
 def run(method: Method, row: Row, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
     """out, dq, dk, dv of a method."""
     documents, arguments = row.documents(q.device.type), (row.scale, row.window, row.cap)
@@ -92,12 +107,13 @@ def run(method: Method, row: Row, q: Tensor, k: Tensor, v: Tensor, dout: Tensor)
     return out, *method.backward(dout, q, k, v, out, residuals, documents, *arguments)
 
 
-def check(method: Method, row: Row, device: str, dtype: torch.dtype) -> None:
-    """Forward and all gradients, from strided views, into poisoned memory."""
+def check(method: Method, row: Row, device: str, dtype: torch.dtype, apart: bool = False) -> None:
+    """Forward and all gradients, from strided views, into poisoned memory. apart: a row too long for a dense mask."""
     inputs = row.inputs(device, dtype)
     with poisoned():
         got = run(method, row, *inputs)
-    honest, truth = expected(row, *inputs), expected(row, *(x.double() for x in inputs))
+    form = expected_apart if apart else expected
+    honest, truth = form(row, *inputs), form(row, *(x.double() for x in inputs))
     assert got[0].is_contiguous() and all(x.stride(-1) == 1 for x in got)
     for name, *tensors in zip(("out", "dq", "dk", "dv"), got, honest, truth, strict=True):
         floor = cancelled(row, *inputs) if name in ("dq", "dk") else 0.0
@@ -139,3 +155,22 @@ def check_no_leak(method: Method, device: str, dtype: torch.dtype, row: Row) -> 
     for a, b in zip(run(method, row, *still), run(method, row, *moved), strict=True):
         assert torch.equal(a[here], b[here]), f"{method.name} {row}: a neighbour's tokens are seen"
         assert not torch.equal(a, b)
+
+
+def graphed(method: Method, row: Row) -> None:
+    """Captured in a CUDA graph, it gives the same on other numbers as without."""
+    inputs, other = row.inputs("cuda", torch.bfloat16), row.inputs("cuda", torch.bfloat16, seed=1)
+    run(method, row, *inputs)
+    documents, arguments = row.documents("cuda"), (row.scale, row.window, row.cap)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        q, k, v, dout = inputs
+        out, residuals = method.forward(q, k, v, documents, *arguments)
+        got = (out, *method.backward(dout, q, k, v, out, residuals, documents, *arguments))
+    for a, b in zip(inputs, other, strict=True):
+        a.copy_(b)
+    graph.replay()
+    for a, b in zip(got, run(method, row, *other), strict=True):
+        error = float((a.float() - b.float()).norm() / b.float().norm())
+        assert error < 0.01, f"{method.name} in a graph differs by {error:.2g}"

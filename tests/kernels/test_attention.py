@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from halfbyte.config import Attention
 from halfbyte.errors import RecipeError
-from halfbyte.kernels.attention import Documents, Method, attend, choice, flash, flex, method
+from halfbyte.kernels.attention import Documents, Method, Wanted, attend, choice, flash, flex, method
 from halfbyte.kernels.attention.cudnn import Cudnn
 from halfbyte.kernels.attention.flash import Flash
 from halfbyte.kernels.attention.flex import Flex
 from halfbyte.kernels.attention.sdpa import Sdpa
-from kernels.checks_attention import RAGGED, ROWS, Row, bounded, check, check_no_leak, dense
+from kernels.checks_attention import RAGGED, ROWS, Row, bounded, check, check_no_leak, dense, expected, expected_apart
 
 CPU = torch.device("cpu")
 
@@ -24,6 +26,13 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_sdpa_equals_the_formula(row: Row, dtype: torch.dtype) -> None:
     check(Sdpa(), row, "cpu", dtype)
+
+
+def test_the_two_forms_of_the_formula_agree() -> None:
+    row = Row(RAGGED, window=3, cap=2.0)
+    inputs = row.inputs("cpu", torch.float64)
+    for a, b in zip(expected(row, *inputs), expected_apart(row, *inputs), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's advice to compile it
@@ -82,6 +91,11 @@ def test_the_block_mask_is_the_dense_mask(lengths: tuple[int, ...], window: int 
             assert bool(full[i, j]) <= bool(block.all()), (i, j)
             assert bool(partly[i, j] | full[i, j]) >= bool(block.any()), (i, j)
             assert not (partly[i, j] and full[i, j])
+
+
+def test_the_recipe_knows_the_methods() -> None:
+    assert get_args(Attention) == get_args(Wanted)
+    assert {one.name for one in choice.methods()} | {"auto"} == set(get_args(Wanted))
 
 
 def test_documents() -> None:

@@ -25,7 +25,7 @@ from halfbyte.kernels.attention.sdpa import Sdpa
 log = logging.getLogger("halfbyte")
 
 SHORT = 1024
-"""Rows of fewer tokens (probes, questions) are not worth a measurement: they take the first method in the fixed order."""
+"""Rows of fewer tokens (probes, questions) are not worth a measurement, nor compiling."""
 ROUNDS = 3
 # As in `agrees`: what the methods may differ by on the same 16-bit numbers. A wrong mask or a wrong head moves them by 10 to 100 %.
 TOLERANCE = 0.03
@@ -71,10 +71,12 @@ def choose(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, 
     fast = [one for one in able if one.name not in ("flex", "sdpa")]
     short = q.shape[0] < SHORT
     capturing = q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if len(fast) > 1 and not (deterministic() or short or capturing):
-        return measured(fast, q, k, v, documents, scale, window, cap)
+    if len(fast) > 1 and deterministic():
+        return Choice(fast[0], "auto: bit-equal runs do not choose by the clock")
+    if len(fast) > 1 and (short or capturing):
+        return Choice(fast[-1], "auto: a short row" if short else "auto: nothing can be measured in a graph")
     if len(fast) > 1:
-        return Choice(fast[0], "auto: the first in the fixed order")
+        return measured(fast, q, k, v, documents, scale, window, cap)
     if fast:
         return Choice(fast[0], f"auto: {_why(obstacles)}")
     return Choice(Sdpa() if short else able[0], f"auto: {_why(obstacles)}")

@@ -41,8 +41,8 @@ class Cudnn:
             return "it has no sliding window here"
         if cap is not None:
             return "it has no soft cap here"
-        if size % 8 or size > 256:
-            return f"head size {size} is not a multiple of 8 up to 256"
+        if size % 8 or size > 128:
+            return f"head size {size} is not a multiple of 8 up to 128"
         if tokens * max(q.stride(0), k.stride(0)) >= 2**31:
             return f"{tokens} tokens of {q.stride(0)} numbers overflow 32-bit strides"
         return None
