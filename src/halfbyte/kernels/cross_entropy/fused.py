@@ -38,12 +38,13 @@ LOWEST: tl.constexpr = tl.constexpr(-1.0e38)
 
 @dataclass(frozen=True)
 class Tuning:
-    """Shape of the kernel. lanes x vec logits at a time by `warps` warps; keep: ask the cache to keep a row between its two readings."""
+    """Shape of the kernel. lanes x vec logits at a time by `warps` warps; keep: ask the cache to keep a row between its two readings; stages: of asynchronous loads."""
 
     lanes: int = 2048
     vec: int = 8
     warps: int = 16
     keep: bool = True
+    stages: int = 1
 
 
 TUNING = Tuning()
@@ -74,7 +75,8 @@ def _logits(x, bias, k, V: tl.constexpr, scale, cap, BIAS: tl.constexpr, SCALED:
 def _softmax(
     z, d, losses, hits, targets, bias, stride_z, stride_d, scale, cap, smoothing, zeta,
     V: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, SQUARED: tl.constexpr,
-    GRAD: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, KEEP: tl.constexpr, INTERPRETED: tl.constexpr,
+    GRAD: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One row of logits: loss, hit, and its gradient into d (which may be z). A thread keeps the maximum and the sum of its own
     lanes, so that threads meet once a row. Loads are bounded by the row's stride, which is aligned, not by V, which may be odd."""
@@ -98,7 +100,7 @@ def _softmax(
     before = tl.full([LANES], LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     plain_sum = tl.zeros([LANES], tl.float32)
-    for start in range(0, V, block):
+    for start in tl.range(0, V, block, num_stages=STAGES):
         k = start + lane
         stored = tl.load(z + k, mask=k < stride_z, other=0.0, eviction_policy=KEPT)
         x = _logits(stored, bias, k, V, scale, cap, BIAS, SCALED, CAPPED)
@@ -123,8 +125,9 @@ def _softmax(
         factor = 1.0 / whole
         if SQUARED:
             factor *= 1.0 + 2.0 * zeta * log_sum
-        for start in range(0, V, block):
-            k = start + lane
+        # Backwards: what was read last is the likeliest to be in the cache still.
+        for done in tl.range(0, V, block, num_stages=STAGES):
+            k = (V - 1) // block * block - done + lane
             stored = tl.load(z + k, mask=k < stride_z, other=0.0, eviction_policy=GONE)
             x = _logits(stored, bias, k, V, scale, cap, BIAS, SCALED, CAPPED)
             g = tl.exp2((x - largest) * LOG2E) * factor
@@ -162,7 +165,7 @@ def softmax_(
         head.scale, head.cap or 1.0, float(extras.smoothing), float(extras.z),
         V=vocabulary, BIAS=head.bias is not None, SCALED=head.scale != 1.0, CAPPED=head.cap != 0.0,
         SMOOTH=extras.smoothing != 0.0, SQUARED=extras.z != 0.0, GRAD=d is not None,
-        LANES=lanes, VEC=tuning.vec, KEEP=tuning.keep, INTERPRETED=INTERPRETED,
+        LANES=lanes, VEC=tuning.vec, KEEP=tuning.keep, STAGES=tuning.stages, INTERPRETED=INTERPRETED,
         num_warps=min(tuning.warps, max(lanes // 32, 1)),
     )  # fmt: skip
 
