@@ -325,7 +325,7 @@ def check_large(device: str) -> None:
 
 def check_beyond_int32(device: str) -> None:
     """Rows more than 2^31 elements apart (a GPU only)."""
-    if device == "cpu":
+    if device == "cpu" or not list(share([0])):
         return
     far = torch.empty(2**31 + 4096, dtype=torch.bfloat16, device=device)
 
