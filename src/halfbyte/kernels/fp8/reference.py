@@ -33,17 +33,22 @@ def pair(x: Tensor) -> tuple[Tensor, Tensor]:
     return high, e4m3(x.clamp(-LARGEST, LARGEST) - high.float())
 
 
+def over(number: float, x: Tensor) -> Tensor:
+    """number / x in one rounding: torch makes two of it (a reciprocal, a product)."""
+    return torch.full_like(x, number) / x
+
+
 def quantize_rows(x: Tensor, out8: Tensor, scale: Tensor) -> None:
     """out8 = e4m3(x / scale) with scale = amax(row) / 448."""
     wide = x.float()
     top = wide.abs().amax(1, keepdim=True).clamp_min(TINY)
-    out8.copy_(e4m3(wide * (LARGEST / top)))
+    out8.copy_(e4m3(wide * over(LARGEST, top)))
     scale.copy_(top * (1 / LARGEST))
 
 
 def fill_tail(rows: Rows, small: Tensor) -> None:
     """The adapter's columns of a row, [high | low | high] of small / (16 scale)."""
-    high, low = pair(small.float() * (1 / HEADROOM / rows.scale))
+    high, low = pair(small.float() * over(1 / HEADROOM, rows.scale))
     rows.tail.copy_(torch.cat([high.float(), low.float(), high.float()], 1))
 
 
@@ -66,7 +71,7 @@ def _bounds(bound: Tensor, small: Tensor) -> Tensor:
 
 def inverse(bound: Tensor) -> Tensor:
     """1 / scale."""
-    return LARGEST / bound.clamp_min(TINY)
+    return over(LARGEST, bound.clamp_min(TINY))
 
 
 def _write(weight: Weight, values: Tensor, small: Tensor, bound: Tensor) -> None:
