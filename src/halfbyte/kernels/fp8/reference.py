@@ -38,10 +38,12 @@ def over(number: float, x: Tensor) -> Tensor:
     return torch.full_like(x, number) / x
 
 
-def quantize_rows(x: Tensor, out8: Tensor, scale: Tensor) -> None:
-    """out8 = e4m3(x / scale) with scale = amax(row) / 448."""
+def quantize_rows(x: Tensor, out8: Tensor, scale: Tensor, small: Tensor | None = None) -> None:
+    """out8 = e4m3(x / scale) with scale = amax(row) / 448; `small` counts too, in units of 16."""
     wide = x.float()
     top = wide.abs().amax(1, keepdim=True).clamp_min(TINY)
+    if small is not None:
+        top = torch.maximum(top, small.float().abs().amax(1, keepdim=True) * (1 / HEADROOM))
     out8.copy_(e4m3(wide * over(LARGEST, top)))
     scale.copy_(top * (1 / LARGEST))
 
@@ -50,6 +52,12 @@ def fill_tail(rows: Rows, small: Tensor) -> None:
     """The adapter's columns of a row, [high | low | high] of small / (16 scale)."""
     high, low = pair(small.float() * over(1 / HEADROOM, rows.scale))
     rows.tail.copy_(torch.cat([high.float(), low.float(), high.float()], 1))
+
+
+def quantize_both(x: Tensor, small: Tensor, rows: Rows) -> None:
+    """Both of them, with a scale that serves both."""
+    quantize_rows(x, rows.main, rows.scale, small)
+    fill_tail(rows, small)
 
 
 def adapters(group: Group) -> tuple[Tensor, Tensor]:
