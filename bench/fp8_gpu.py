@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def bench_decode(report: Report, copy: float) -> None:
                     table = decode._tables(x, plan.of(x), decode.SHAPE).adapters
                     fused.adapters(x, plan.of(x), w, inverse, small, table, back)
 
-            ms = times({"adapters": beside} | {str(s): (lambda s=s: run(s)) for s in shapes})
+            ms = times({"adapters": beside} | {str(s): partial(run, s) for s in shapes})
             extra = ms["adapters"] / rounds
             for s in shapes:
                 each = ms[str(s)] / rounds
@@ -131,8 +132,8 @@ def bench_rows(report: Report, copy: float) -> None:
         x = torch.randn(8192, width + 32, device="cuda", dtype=torch.bfloat16)[:, :width]
         small = torch.randn(8192, 32, device="cuda", dtype=torch.bfloat16)
         rows = Rows(8192, width, 32, x.device)
-        ms = times({str(w): (lambda w=w: fused.quantize_rows(x, rows.main, rows.scale, small, w)) for w in (4, 8, 16, 32)})
-        tail = times({"tail": lambda: fused.fill_tail(rows, small)})["tail"]
+        ms = times({str(w): partial(fused.quantize_rows, x, rows.main, rows.scale, small, w) for w in (4, 8, 16, 32)})
+        tail = times({"tail": partial(fused.fill_tail, rows, small)})["tail"]
         for warps, each in ms.items():
             rate = 3 * 8192 * width / each / 1e6
             report(what="quantize", width=width, warps=int(warps), us=round(each * 1e3, 1), gb_per_s=round(rate),
@@ -212,7 +213,7 @@ def bench_layer(report: Report) -> None:
 
         variants = {"bf16": (Augmented(), False), "fp8": (Float8(), False), "fp8, rows ready": (Float8(), True)}
         for only in ("", *GROUPS):
-            ms = times({k: (lambda v=v, only=only: layer(*v, only)) for k, v in variants.items()}, repeats=5, warm=2)
+            ms = times({k: partial(layer, *v, only) for k, v in variants.items()}, repeats=5, warm=2)
             report(what="layer", tokens=tokens, group=only or "a layer", ms={k: round(v, 3) for k, v in ms.items()},
                    speedup={k: round(ms["bf16"] / v, 3) for k, v in ms.items()})  # fmt: skip
         started = time.perf_counter()

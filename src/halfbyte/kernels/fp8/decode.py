@@ -339,10 +339,10 @@ def backward_weight(group: Group, plan: Plan, weight: Weight, sb: Tensor, shape:
 def _constants(plan: Plan) -> dict[str, object]:
     book = plan.book
     assert book is not None
-    return dict(
-        COUNT=sum(plan.fast), FIELDS=FIELDS, SPAN=plan.span, BLOCK=book.block, NESTED=book.nested, NESTED_BLOCK=NESTED_BLOCK,
-        TABLE=table_asm(book.kind), INTERPRETED=INTERPRETED,
-    )  # fmt: skip
+    return {
+        "COUNT": sum(plan.fast), "FIELDS": FIELDS, "SPAN": plan.span, "BLOCK": book.block, "NESTED": book.nested,
+        "NESTED_BLOCK": NESTED_BLOCK, "TABLE": table_asm(book.kind), "INTERPRETED": INTERPRETED,
+    }  # fmt: skip
 
 
 def _others(group: Group, plan: Plan, weight: Weight, inverse: Tensor, back: bool) -> None:
