@@ -41,7 +41,7 @@ class Group:
     The members' tensors may be written in place (an optimizer's update); when one moves to other memory, that is noticed.
     """
 
-    __slots__ = ("_held", "members", "plan", "rank", "rank_slices", "row_slices", "rows", "width")
+    __slots__ = ("_held", "float8", "members", "plan", "rank", "rank_slices", "row_slices", "rows", "width")
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = tuple(members)
@@ -57,6 +57,7 @@ class Group:
         self.rank: int = -(-rank // PADDED_TO) * PADDED_TO
         self._held: Tensor | None = None
         self.plan: object = None
+        self.float8: object = None  # the plan of `kernels.fp8`
 
     @property
     def device(self) -> torch.device:
