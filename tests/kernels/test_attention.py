@@ -67,6 +67,19 @@ def test_attend_is_differentiable_and_keeps_out_of_the_way_of_no_grad(cap: float
         assert attend(leaves[0], leaves[1], leaves[2], row.documents("cpu"), row.scale, row.window, row.cap).grad_fn is None
 
 
+def test_attend_under_autocast_casts_as_torch_does() -> None:
+    """A norm may hand over q and k in fp32 beside v in 16 bits."""
+    row = Row(RAGGED, cap=2.0)
+    q, k, v, dout = row.inputs("cpu", torch.float32)
+    q, k, v = q.clone().requires_grad_(), k.clone().requires_grad_(), v.bfloat16().clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(q, k, v, row.documents("cpu"), row.scale, None, row.cap)
+    want, _ = Sdpa().forward(*(x.detach().bfloat16() for x in (q, k, v)), row.documents("cpu"), row.scale, None, row.cap)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, want)
+    grads = torch.autograd.grad(out, (q, k, v), dout.bfloat16())
+    assert [g.dtype for g in grads] == [torch.float32, torch.float32, torch.bfloat16]
+
+
 @pytest.mark.parametrize("window", [None, 1, 60, 200])
 @pytest.mark.parametrize("lengths", [(300,), (128, 128), (1, 500, 3), (64, 64, 200, 0, 7), (1,)])
 def test_the_block_mask_is_the_dense_mask(lengths: tuple[int, ...], window: int | None) -> None:
@@ -183,6 +196,19 @@ def test_the_fastest_of_those_that_agree_wins(
     text = "\n".join(r.message for r in caplog.records)
     assert "flash-4 is left out: it disagrees" in text and "flash-3 is left out: no engine" in text
     assert "attention: cudnn (auto: measured 1.20 ms, flash 2.10 ms; 2000 tokens" in text
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_must_be_compiled_runs_only_where_nothing_else_can(monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
+    """And not for short rows, and not where compiling it fails."""
+    able = [Pretender("flash", obstacle="it has no soft cap"), Pretender("flex", broken=broken), Sdpa()]
+    monkeypatch.setattr(choice, "methods", lambda: able)
+    for tokens, name in ((2000, "sdpa" if broken else "flex"), (20, "sdpa")):
+        documents = Documents.of(torch.tensor([0, 5, tokens], dtype=torch.int32), CPU, tokens)
+        found = choice.choose(*_inputs(tokens), documents, 0.3, None, 50.0)
+        assert found.method.name == name and "flash: it has no soft cap" in found.reason
+        assert ("flex: no engine" in found.reason) == (broken and tokens == 2000)
 
 
 @pytest.mark.usefixtures("fresh")
