@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -43,6 +43,40 @@ def test_flex_uncompiled_equals_the_formula(row: Row) -> None:
     out, _ = Flex(compiled=False).forward(q, k, v, row.documents("cpu"), row.scale, row.window, row.cap)
     truth = dense(*(x.double() for x in (q, k, v)), row)
     bounded(str(row), out, dense(q, k, v, row), truth, 0.0)
+
+
+def _by_definition(q: Tensor, k: Tensor, v: Tensor, *, score_mod: Any, block_mask: Any, scale: float, enable_gqa: bool) -> Tensor:
+    """flex_attention from its documentation, differentiable on a CPU."""
+    index = torch.arange(q.shape[2])
+    scores = scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
+    rows, columns = index[:, None], index[None, :]
+    scores = scores if score_mod is None else score_mod(scores, 0, 0, rows, columns)
+    scores = scores.masked_fill(~block_mask.mask_mod(0, 0, rows, columns), float("-inf"))
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    return torch.softmax(scores, -1) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_flex_keeps_its_graph_or_makes_it_again(monkeypatch: pytest.MonkeyPatch, row: Row, lost: bool) -> None:
+    monkeypatch.setattr(flex, "_function", lambda compiled: _by_definition)
+    check(Forgetful() if lost else Flex(), row, "cpu", torch.float32)
+
+
+class Forgetful:
+    """Loses autograd's graph between forward and backward, as offloading does."""
+
+    name = "flex"
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out, residuals = Flex().forward(*arguments)
+        return out, tuple(x.detach() for x in residuals)
+
+    def backward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return Flex().backward(*arguments)
+
+    def obstacle(self, *arguments: Any) -> str | None:
+        return None
 
 
 @pytest.mark.parametrize("row", [Row((5, 9, 1, 0, 17)[::-1]), Row((6, 6, 6)), Row((5, 9, 4), cap=2.0, window=3)], ids=str)

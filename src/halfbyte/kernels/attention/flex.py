@@ -69,10 +69,11 @@ class Flex:
         window: int | None,
         cap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq `[T, H, d]`, dk, dv `[T, G, d]`. Runs the forward again where the graph was lost on the way (recompute, offloading)."""
+        """dq `[T, H, d]`, dk, dv `[T, G, d]`. Runs the forward again where the graph was lost (recompute, offloading)."""
         if not residuals or residuals[0].grad_fn is None:
             _, residuals = self.forward(q, k, v, documents, scale, window, cap)
-        dq, dk, dv = torch.autograd.grad(residuals[0], residuals[1:], dout)
+        grads = torch.autograd.grad(residuals[0], residuals[1:], dout)
+        dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in grads)
         return dq, dk, dv
 
     def run(
