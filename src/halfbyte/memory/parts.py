@@ -19,7 +19,8 @@ from halfbyte.config import Recipe
 from halfbyte.kernels.cross_entropy import CHUNK_BYTES
 from halfbyte.memory.shapes import SEGMENT, Shapes, shapes, skeleton
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
+"""What is stored and kept; with fp8 only the large products are made in e4m3."""
 CONTEXT = {"cuda": 560 << 20, "cpu": 620 << 20}
 """What is there before the model: CUDA context and library workspaces; on a CPU, Python with its libraries (measured)."""
 
