@@ -175,8 +175,8 @@ class Plan:
         device = group.device
         levels = nested_levels(str(device))
         fmt = packed.format if isinstance(packed, Packed) else None
-        self._members = torch.tensor(entries, dtype=torch.int64).to(device)
-        self._numbers = (self._members, levels if fmt is None else table(fmt, str(device)), levels,
+        members = torch.tensor(entries, dtype=torch.int64).to(device)
+        self._numbers = (members, levels if fmt is None else table(fmt, str(device)), levels,
                          group.rows, group.width, group.rank, b_tiles, a_tiles, tiles)  # fmt: skip
         self._constants = {
             "MEMBERS": len(entries), "MASTER": MASTERS[loras[0].a.dtype] if rank else tl.float32,
