@@ -25,9 +25,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
-
 from engines import Case
 from shapes import SIZES
 
