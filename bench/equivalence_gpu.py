@@ -4,10 +4,10 @@
     python bench/equivalence_gpu.py table --out bench/results/NAME.jsonl
 
 200 steps of 2 rows x 1,024 tokens, nf4 nested, r = 16, two seeds, each on the fused kernels and on the reference ones
-(`HALFBYTE_KERNELS`). A seed sets data order and adapter, so two seeds differ in every batch; what rounding may do is shown by how far
-the two paths drift apart on the same batches, in the losses and in the held-out loss, against how far two seeds end apart. Then two
-runs with `deterministic: true` and one seed: losses and adapter must be equal bit by bit. The paths run side by side, in processes of
-their own; the figures of speed are from runs that had the GPU to themselves.
+(`HALFBYTE_KERNELS`). A seed sets data order and adapter, so two seeds differ in every batch; what rounding may do is shown by how
+far the two paths drift apart on the same batches, in the losses and in the held-out loss, against how far two seeds end apart. Then
+two runs with `deterministic: true` and one seed: losses and adapter must be equal bit by bit. The paths run side by side, each in
+a process; the figures of speed are from runs that had the GPU to themselves.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 `run` appends a line for the case and prints the table. Kernels are sorted by name, GEMMs by the shapes that torch was called with:
 a side of at most 512 is a rank product, a side of the vocabulary the output head. `limit` is operations over the rate of the same
-GEMM shapes run hot right after, or bytes over the rate of a large copy (`shapes.py`). Idle is the step's time without a profiler less
-the time in which any kernel ran.
+GEMM shapes run hot right after, or bytes over the rate of a large copy (`shapes.py`). Idle is the step's time without a profiler
+less the time in which any kernel ran.
 """
 
 from __future__ import annotations
