@@ -132,27 +132,24 @@ def ours(case: Case, where: Path, batches: list[Rows], device: str) -> Engine:
     from halfbyte.adapters.config import AdapterConfig
     from halfbyte.checkpoints import huggingface
     from halfbyte.formats.config import FormatConfig
-    from halfbyte.layers import forward, head, recompute
+    from halfbyte.layers import forward, head
     from halfbyte.objectives import sft
     from halfbyte.optim import flat as flat_buffers
     from halfbyte.optim.adamw import AdamW
     from halfbyte.optim.config import OptimConfig
 
-    if case.offload or case.compute != "bf16":
-        raise NotImplementedError(f"offload={case.offload}, compute={case.compute}: no such switch in the engine yet")
     kind = "none" if case.dense else "nf4"
     base = huggingface.load(str(where), FormatConfig(kind=kind), torch.bfloat16, device)  # type: ignore[arg-type]
     adapter = lora.attach(base.model, AdapterConfig(rank=RANK, alpha=RANK, targets="all-linear"), seed=0)
-    recompute.set_recompute(base.model, case.recompute == "full")
-    base.model.train()
     flat = flat_buffers.flatten(adapter.parameters())
-    optimizer = AdamW(flat, OptimConfig())
+    _fuse(base.model, case)
+    base.model.train()
+    optimizer, one = AdamW(flat, OptimConfig()), torch.ones((), device=device)
     output = head.find(base.model)
     trained = [b.trained for b in batches]
 
     def forward_backward(i: int) -> Any:
         rows = batches[i % len(batches)]
-        flat.grads.zero_()
         hidden = forward.hidden_states(base.model, rows.ids, rows.positions, rows.bounds)
         loss = sft.loss(hidden, rows.labels, output, trained[i % len(batches)])
         loss.backward()
@@ -160,12 +157,24 @@ def ours(case: Case, where: Path, batches: list[Rows], device: str) -> Engine:
 
     def step(i: int) -> Any:
         loss = forward_backward(i)
-        norm = flat_buffers.gradient_norm(flat)
-        flat_buffers.clip(flat, norm, 1.0)
-        optimizer.step(1e-4, 1.0 - torch.isfinite(norm).float())
+        optimizer.clip(loss, one, 1.0)
+        optimizer.step(1e-4)
         return loss
 
     return Engine(base.model, forward_backward, step, flat.numel, batches)
+
+
+def _fuse(model: Any, case: Case) -> None:
+    """The layers as `case` wants them: what they keep for backward, and how they multiply."""
+    from dataclasses import replace
+
+    from halfbyte.kernels.products import Augmented, Float8
+    from halfbyte.layers.fused.keep import EVERYTHING, INPUTS
+    from halfbyte.layers.fused.prepare import prepare
+
+    keep = replace(INPUTS if case.recompute == "full" else EVERYTHING, offload=case.offload)
+    done = prepare(model, keep, Float8() if case.compute == "fp8" else Augmented(), in_place=True)
+    assert not done.left, done.summary()
 
 
 def unsloth(case: Case, where: Path, longest: int) -> Any:

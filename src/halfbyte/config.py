@@ -23,6 +23,7 @@ from halfbyte.optim.config import OptimConfig
 from halfbyte.train.config import LogConfig, TrainConfig
 
 Compute = Literal["auto", "bf16", "fp16", "fp32"]
+Attention = Literal["auto", "cudnn", "flash", "flex", "sdpa"]
 
 SHORT = {"model": "name", "format": "kind"}
 """Sections that may be written as one word, and the key which that word is the value of."""
@@ -45,6 +46,8 @@ class Recipe(Section):
     """How the base is stored: a kind, or the section in full."""
     compute: Compute = "auto"
     """Number type of activations and decoded weights: bf16, fp16 (loss scaling), fp32, or auto: chosen, with its reason."""
+    attention: Attention = "auto"
+    """How packed rows run: cudnn (rows of one length), flash, flex (compiled), sdpa, or auto: measured, with its reason."""
     adapter: AdapterConfig = AdapterConfig()
     """What learns."""
     data: DataConfig

@@ -158,7 +158,7 @@ def _parts(
         config=config,
         model=base.model,
         head=head.find(base.model),
-        forward=lambda ids, positions, bounds: forward.hidden_states(base.model, ids, positions, bounds),
+        forward=lambda ids, positions, bounds: forward.hidden_states(base.model, ids, positions, bounds, recipe.attention),
         dropout=lambda seed, step, row: adapter.set_dropout_state(seed, step, row, tokens),
         weights=lambda: adapter_state.state_dict(adapter),
         restore=restore,
