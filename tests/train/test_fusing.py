@@ -30,6 +30,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def cache(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(files / "cache"))
+
+
 def run(files: Path, output: Path, *overrides: str, told: list[str] | None = None) -> Result:
     def listen(event: dict[str, Any]) -> None:
         if told is not None and event["kind"] == "message":
@@ -43,7 +48,6 @@ def run(files: Path, output: Path, *overrides: str, told: list[str] | None = Non
         "train": {"batch": 2, "max_steps": 4, "lr": 1e-2, "eval_every": 2},
         "output": str(output),
     }
-    os.environ["HALFBYTE_CACHE"] = str(files / "cache")
     return train(recipe_from(data, list(overrides)), on_event=listen)
 
 
@@ -77,7 +81,9 @@ def test_the_fused_path_trains_as_the_modules_do(
 @pytest.mark.cpu
 def test_layers_that_are_left_are_named(files: Path, tmp_path: Path, fused_here: None) -> None:
     told: list[str] = []
-    run(files, tmp_path / "run", "adapter.modules_to_save=['model.layers.1.mlp.down_proj']", "adapter.targets=[q_proj]", told=told)
+    learns = "model.layers.1.mlp.down_proj"
+    asked = (f"adapter.modules_to_save=[{learns}]", f"format.skip=[{learns}]", "adapter.targets=[q_proj]")
+    run(files, tmp_path / "run", *asked, told=told)
     assert any(line.startswith("layers: fused (1 of 2)") for line in told), told
     assert "layers left to their modules: model.layers.1: `mlp.down_proj.weight` learns beside the adapter" in told
 
@@ -131,7 +137,7 @@ def test_offloading_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_offloading_that_cannot_be_had_is_an_error() -> None:
-    with pytest.raises(RecipeError, match="memory.offload: on cannot be had here") as caught:
+    with pytest.raises(RecipeError, match=r"memory\.offload: on cannot be had here") as caught:
         fusing.require("on", CPU)
     assert caught.value.code == "memory.offload"
     fusing.require("auto", CPU)
