@@ -13,9 +13,9 @@ from typing import Literal
 
 from torch import nn
 
+from halfbyte.kernels.rotary import Rotation as Rotation
 from halfbyte.layers.operands import shape_of
 
-Rotation = Literal["half", "interleaved", "interleaved-halves", "none"]
 ROTATIONS: tuple[Rotation, ...] = ("half", "interleaved", "interleaved-halves")
 
 
@@ -89,6 +89,7 @@ class Structure:
     # Observed on the probe call:
     scaling: float | None = None
     window: int | None = None
+    cap: float | None = None
     rotation: Rotation = "half"
     returns_tuple: bool = False
 
