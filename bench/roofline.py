@@ -125,6 +125,9 @@ def run(case: Case, root: str, data: str | None) -> dict[str, Any]:
     parts, busy = sort_kernels(profiler.events(), machine.model.config.vocab_size)
     watch.close()
     ms = (end - start) / 6 * 1e3
+    device = sum(e.time_range.elapsed_us() for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA) / 1e3
+    told = sum(_summary(names)["ms"] for names in parts.values())
+    assert abs(told / device - 1) < 0.01, f"kernels took {device:.1f} ms and {told:.1f} are accounted for"
     limits = {
         name: work / rate["hot_tflops"] / 1e9 for name, work in flops(shape, layers, tokens, rows.trained, rows.documents).items()
     }
