@@ -47,9 +47,10 @@ class Watch:
             self.samples.append((time.perf_counter(), clock, power, heat))
 
     def between(self, start: float, end: float) -> dict[str, Any]:
-        inside = [s for s in self.samples if start <= s[0] <= end]
-        if not inside:
+        if not self.samples:
             return {"sm_mhz": None}
+        nearest = min(self.samples, key=lambda s: abs(s[0] - (start + end) / 2))
+        inside = [s for s in self.samples if start <= s[0] <= end] or [nearest]
         clocks = [s[1] for s in inside]
         return {
             "sm_mhz": round(statistics.mean(clocks)),
