@@ -118,10 +118,8 @@ def algorithms(report: Callable[..., None], tokens: int, groups: Sequence[Group]
             s = torch.randn(g.rows + rank, g.width + rank, device=DEVICE, dtype=torch.bfloat16) * 0.02
             x = torch.randn(tokens, g.width + rank, device=DEVICE, dtype=torch.bfloat16)
             dy = torch.randn(tokens, g.rows + rank, device=DEVICE, dtype=torch.bfloat16)
-            y, dx = (
-                torch.empty_like(dy[:, : g.rows]).contiguous(),
-                torch.empty(tokens, g.width, device=DEVICE, dtype=torch.bfloat16),
-            )
+            y = torch.empty(tokens, g.rows, device=DEVICE, dtype=torch.bfloat16)
+            dx = torch.empty(tokens, g.width, device=DEVICE, dtype=torch.bfloat16)
             for direction, left, right, out in (("forward", x, s[: g.rows], y), ("dX", dy, s[:, : g.width], dx)):
                 forward = direction == "forward"
                 matrix = right.t() if forward else right
@@ -145,7 +143,7 @@ def algorithms(report: Callable[..., None], tokens: int, groups: Sequence[Group]
 
 
 def sustained(one: Callable[[], Any], other: Callable[[], Any], seconds: float = 0.6) -> float:
-    """Gain of `other` over `one` when each runs alone for a while, in turn, twice: a chip at its power limit slows what draws more."""
+    """Gain of `other` over `one`, each alone for a while, twice: a chip at its power limit slows what draws more."""
     totals = [0.0, 0.0]
     once = turns({"one": one}, 5)["one"]
     count = max(1, round(seconds * 1e3 / once))
