@@ -121,8 +121,8 @@ def bench_decode(report: Report, copy: float) -> None:
                     if not back
                     else f"{4 * s.quads} x {64 * s.spans}, {s.transposed_warps} warps"
                 )
-                report(what="decode", group=name, transposed=back, shape=detail, us=round(1e3 * each, 1), adapters_us=round(1e3 * extra, 1),
-                       gb_per_s=round(moved / (each - extra) / 1e6), of_copy=round(moved / (each - extra) / 1e6 / copy, 3),
+                report(what="decode", group=name, transposed=back, shape=detail, us=round(1e3 * each, 1),
+                       adapters_us=round(1e3 * extra, 1), gb_per_s=round(moved / (each - extra) / 1e6), of_copy=round(moved / (each - extra) / 1e6 / copy, 3),
                        of_copy_with_adapters=round(moved / each / 1e6 / copy, 3))  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Proofs of the fp8 twins on one device: `test_fp8.py` runs them here, `bench/fp8_gpu.py` as its gate on a GPU.
 
-    python tests/kernels/checks_fp8.py cpu|cuda        (HALFBYTE_KERNELS, TRITON_INTERPRET: as for checks.py)
+    python tests/kernels/checks_fp8.py cpu|cuda [NAME ...]       (HALFBYTE_KERNELS, TRITON_INTERPRET: as for checks.py)
 
 Decoding and rounding to e4m3 are exact: bits of the reference. Products: truth is float64 on the e4m3 operands, honest is fp32 and
 one rounding. The adapter is as exact as in bf16: shown on weights that are zero, so that nothing hides its error. What e4m3
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -279,12 +279,12 @@ def check_fp8_moved(device: str) -> None:
 CHECKS: dict[str, Callable[[str], None]] = {name[6:]: f for name, f in list(globals().items()) if name.startswith("check_")}
 
 
-def run(device: str) -> dict[str, str]:
-    """Every check on `device`: name to "" or what went wrong."""
+def run(device: str, names: Sequence[str] = ()) -> dict[str, str]:
+    """Checks on `device`, all by default: name to "" or what went wrong."""
     found = {}
-    for name, check in CHECKS.items():
+    for name in names or CHECKS:
         try:
-            check(device)
+            CHECKS[name](device)
             found[name] = ""
         except Exception:
             found[name] = traceback.format_exc(limit=-3)
@@ -292,6 +292,6 @@ def run(device: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    outcome = run(sys.argv[1])
+    outcome = run(sys.argv[1], sys.argv[2:])
     print(json.dumps(outcome))
     sys.exit(1 if any(outcome.values()) else 0)

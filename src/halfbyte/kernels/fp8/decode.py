@@ -1,4 +1,4 @@
-"""The Triton twin of decoding straight to e4m3, as it is stored or transposed: one launch for a group's adapters, one for its weights.
+"""The Triton twin of decoding straight to e4m3, as stored or transposed: a launch for a group's adapters, one for its weights.
 
 How: 64 weights share a scale, so a thread first makes the 16 bytes that its codes can become (16 products, 8 conversions), four
 registers; a byte permutation then looks four codes up at once (`prmt`, 2 instructions a weight in all). Transposed, four rows are
