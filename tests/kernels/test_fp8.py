@@ -20,7 +20,7 @@ from halfbyte.kernels.products import Augmented, Float8
 from kernels import checks_fp8
 
 SOURCE = Path(__file__).parents[2] / "src"
-INTERPRETED = ("fp8_rows", "fp8_rows_not_finite", "fp8_tail", "fp8_both", "fp8_weights", "fp8_moved")
+INTERPRETED = ("fp8_rows", "fp8_rows_not_finite", "fp8_tail", "fp8_both", "fp8_elementwise", "fp8_weights", "fp8_moved")
 """What Triton does; the products are torch's in both twins of a CPU."""
 
 
@@ -39,7 +39,8 @@ def test_cuda(name: str) -> None:
 
 @pytest.mark.cpu
 def test_interpreted() -> None:
-    environment = os.environ | {"HALFBYTE_KERNELS": "fused", "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(SOURCE), str(SOURCE.parent / "tests")])}
+    path = os.pathsep.join([str(SOURCE), str(SOURCE.parent / "tests")])
+    environment = os.environ | {"HALFBYTE_KERNELS": "fused", "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, str(Path(checks_fp8.__file__)), "cpu", *INTERPRETED]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.stdout, done.stderr
