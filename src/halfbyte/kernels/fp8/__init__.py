@@ -33,8 +33,22 @@ if TYPE_CHECKING:
     from halfbyte.kernels.augmented import Group
 
 __all__ = [
-    *("E4M3", "Rows", "Weight", "add_norm", "backward_weight", "fill_tail", "forward_adapter", "forward_weight", "glu"),
-    *("glu_backward", "product", "quantize_both", "quantize_rows", "why_not"),
+    "E4M3",
+    "Activation",
+    "NormSpec",
+    "Rows",
+    "Weight",
+    "add_norm",
+    "backward_weight",
+    "fill_tail",
+    "forward_adapter",
+    "forward_weight",
+    "glu",
+    "glu_backward",
+    "product",
+    "quantize_both",
+    "quantize_rows",
+    "why_not",
 ]
 
 why_not = plan.why_not

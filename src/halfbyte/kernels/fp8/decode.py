@@ -298,8 +298,8 @@ def _tables(group: Group, plan: Plan, shape: Shape) -> Tables:
                 transposed.append([totals[1], *rest])
                 totals[0] += -(-height * spans // (shape.tile // plan.span))
                 totals[1] += -(-height // (4 * shape.quads)) * -(-spans // shape.spans)
-        on_device = [torch.tensor(t, dtype=torch.int64).to(group.device) for t in (stored, transposed)]
-        found = Tables(fused.adapter_table(group), *on_device, (totals[0], totals[1]), shape)
+        first, second = (torch.tensor(t, dtype=torch.int64).to(group.device) for t in (stored, transposed))
+        found = Tables(fused.adapter_table(group), first, second, (totals[0], totals[1]), shape)
         plan.tables[shape] = found
     assert isinstance(found, Tables)
     return found

@@ -129,7 +129,14 @@ def _warps(block: int) -> int:
 
 
 def add_norm(
-    x: Tensor, delta: Tensor | None, spec: NormSpec, weight: Tensor | None, bias: Tensor | None, out: Tensor, rows: Rows, warps: int = 0
+    x: Tensor,
+    delta: Tensor | None,
+    spec: NormSpec,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    rows: Rows,
+    warps: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`kernels.norm.add_norm`, with norm(residual) in `rows` too."""
     length, width = x.shape
