@@ -47,6 +47,58 @@ def test_interpreted() -> None:
     assert json.loads(done.stdout) == dict.fromkeys(INTERPRETED, "")
 
 
+PROGRAM = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from halfbyte.kernels.fp8 import decode, elementwise, fused
+
+target = GPUTarget("cuda", int(sys.argv[1]), 32)
+
+def build(kernel, signature, constants):
+    types = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+    triton.compile(ASTSource(kernel, types, constants), target=target, options={"enable_fp_fusion": False})
+
+words = dict(out="*i32", inverse="*fp32", where="*i64", nested_levels="*fp32", table="*fp32")
+for kind, nested in (("nf4", True), ("fp4", False)):
+    shape = dict(COUNT=2, FIELDS=8, SPAN=64, BLOCK=128, NESTED=nested, NESTED_BLOCK=256, INTERPRETED=False)
+    shape |= dict(TABLE=decode.table_asm(kind))
+    build(decode._stored, words, shape | dict(UNITS=64))
+    build(decode._transposed, words, shape | dict(QUADS=32, SPANS=2))
+beside = dict(out="*u8", scale="*fp32", inverse="*fp32", bound="*fp32", plain="*bf16", where="*i64")
+numbers = dict(LARGEST=448.0, TINY=1e-30, INTERPRETED=False)
+for back in (False, True):
+    build(fused._adapters, beside, dict(BACK=back, SPAN=64, ROWS=16, COLUMNS=32, COUNT=2, HEADROOM=16.0) | numbers)
+    build(decode._dense, dict(out="*u8", source="*bf16", inverse="*fp32"), dict(BACK=back, SPAN=16, BLOCK=64, INTERPRETED=False))
+rows = dict(out="*u8", scale="*fp32", small="*bf16", x="*bf16")
+for columns in (0, 32):
+    build(fused._quantize, rows, dict(LOOPS=2, BLOCK=4096, COLUMNS=columns, HEADROOM=16.0) | numbers)
+build(fused._tail, rows, dict(ROWS=64, COLUMNS=32, HEADROOM=16.0, INTERPRETED=False))
+act = dict(ACTIVATION="silu", K=0.8, C=0.04, F=1000, BLOCK=1024) | numbers
+both = dict(gate="*bf16", up="*bf16", out="*bf16", dh="*bf16", out8="*u8", scale="*fp32")
+build(elementwise._glu, both, act)
+build(elementwise._glu_backward, both, act)
+norm = {name: "*bf16" for name in ("x", "delta", "residual", "out", "weight")}
+norm |= dict(rstd="*fp32", out8="*u8", scale="*fp32", eps="fp32", offset="fp32")
+build(elementwise._add_norm, norm, dict(mean=None, bias=None, H=1000, BLOCK=1024) | numbers)
+print("compiled")
+"""
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("capability", [89, 90])
+def test_kernels_compile(capability: int, tmp_path: Path) -> None:
+    """For the first GPUs with fp8 products, and Hopper; none is needed."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SOURCE)}
+    program = tmp_path / "build.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), str(capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.stdout.strip() == "compiled", done.stderr
+
+
 def _permuted(a: int, b: int, selector: int) -> int:
     """`prmt.b32`: four bytes of the eight of b:a, or their signs."""
     pool, word = (b << 32) | a, 0
