@@ -169,10 +169,10 @@ def _fuse(model: Any, case: Case) -> None:
     from dataclasses import replace
 
     from halfbyte.kernels.products import Augmented, Float8
-    from halfbyte.layers.fused.keep import EVERYTHING, INPUTS
+    from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED
     from halfbyte.layers.fused.prepare import prepare
 
-    keep = replace(INPUTS if case.recompute == "full" else EVERYTHING, offload=case.offload)
+    keep = OFFLOADED if case.offload else INPUTS if case.recompute == "full" else EVERYTHING
     done = prepare(model, keep, Float8() if case.compute == "fp8" else Augmented(), in_place=True)
     assert not done.left, done.summary()
 
