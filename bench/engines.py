@@ -166,7 +166,6 @@ def ours(case: Case, where: Path, batches: list[Rows], device: str) -> Engine:
 
 def _fuse(model: Any, case: Case) -> None:
     """The layers as `case` wants them: what they keep for backward, and how they multiply."""
-    from dataclasses import replace
 
     from halfbyte.kernels.products import Augmented, Float8
     from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED
