@@ -9,7 +9,7 @@ Letters: B rows, S tokens, H query heads, G key/value heads, d head size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,12 @@ from halfbyte.layers.operands import run_group
 from halfbyte.layers.structure import Rotation, Structure
 
 
+class SupportsRun(Protocol):
+    """Another way to run a layer (`layers.fused`): the output, or None for a call that it does not serve."""
+
+    def run(self, hidden: Tensor, call: dict[str, Any]) -> Tensor | None: ...
+
+
 class DecoderLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
     """A decoder layer that computes what the adopted one computes, with q/k/v and gate/up run as groups."""
 
@@ -30,6 +36,7 @@ class DecoderLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
         for name, child in original.named_children():
             self.add_module(name, child)
         self.structure = structure
+        self.fused: SupportsRun | None = None
         self.training = original.training
 
     @classmethod
@@ -52,6 +59,8 @@ class DecoderLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
         if call.get("encoder_hidden_states") is not None:
             raise ModelError("cross-attention is not built into the generic decoder layer", code="model.cross-attention")
         s = self.structure
+        if self.fused is not None and (out := self.fused.run(hidden_states, call)) is not None:
+            return (out,) if s.returns_tuple else out
         normed = self._through(s.norms.before_attention, hidden_states)
         attended = self._dropped(s.dropout_after_attention, self._attention(normed, call))
         attended = self._scaled(self._through(s.norms.after_attention, attended))

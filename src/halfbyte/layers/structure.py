@@ -89,6 +89,7 @@ class Structure:
     # Observed on the probe call:
     scaling: float | None = None
     window: int | None = None
+    cap: float | None = None
     rotation: Rotation = "half"
     returns_tuple: bool = False
 

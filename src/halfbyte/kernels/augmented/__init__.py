@@ -1,0 +1,99 @@
+"""`augmented`: the weights that share an input, with their adapters beside them, as ONE matrix of one launch.
+
+    S = [ W  s*B ]      W [N, K]: the members' weights on top of each other; s*B [N, R]: block structured (a member's rows meet
+        [ A   -  ]      only its own columns, zeros elsewhere); A [R, K]: the members' A, padding rows zero; "-" is not written
+
+    forward     X' = [X | X Aᵀ]          Y  = X'  [W | s*B]ᵀ      = X Wᵀ + s X Aᵀ Bᵀ
+    backward    dY' = [dY | dY s*B]      dX = dY' [W ; A]         = dY W + s dY B A
+
+Why: the adapter costs no GEMM of its own on the big operands, and q, k, v (gate, up) cost one GEMM instead of three (two).
+Exact: W has the bits of `formats.dequantize`, A and s*B are one fp32 product of the masters and one rounding.
+Cost: (N + R) (K + R) scratch; on CUDA a launch that reads 0.516 and writes 2 bytes a weight (nf4 nested to bf16).
+
+Letters: N = rows of all members, K = width, r = a member's rank, R = Σ r rounded up to a multiple of 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from halfbyte.formats.packed import Packed
+from halfbyte.kernels.augmented import reference
+from halfbyte.kernels.lora_linear.members import Member
+
+__all__ = ["Group"]
+
+PADDED_TO = 16
+"""R is a multiple of this, so that 16-bit rows of S stay aligned to 32 bytes."""
+
+
+class Group:
+    """The members, and where each stands in S. Built once a layer, used every step.
+
+    members: weights `[N_i, K]` of one width K. rows: N. width: K. rank: R, 0 when nobody has an adapter.
+    row_slices: a member's rows in S. rank_slices: a member's columns right of K and rows below N; None without an adapter.
+    The members' tensors may be written in place (an optimizer's update); when one moves to other memory, that is noticed.
+    """
+
+    __slots__ = ("_held", "_plan", "members", "rank", "rank_slices", "row_slices", "rows", "width")
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = tuple(members)
+        self.width: int = self.members[0].weight.shape[1]
+        assert all(len(m.weight.shape) == 2 and m.weight.shape[1] == self.width for m in self.members), "members differ in width"
+        self.row_slices: list[slice] = []
+        self.rank_slices: list[slice | None] = []
+        rows = rank = 0
+        for m in self.members:
+            self.row_slices.append(slice(rows, rows := rows + m.weight.shape[0]))
+            self.rank_slices.append(None if m.lora is None else slice(rank, rank := rank + m.lora.a.shape[0]))
+        self.rows: int = rows
+        self.rank: int = -(-rank // PADDED_TO) * PADDED_TO
+        self._held: Tensor | None = None
+        self._plan: object = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the members are."""
+        weight = self.members[0].weight
+        return weight.codes.device if isinstance(weight, Packed) else weight.device
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """S `[N + R, K + R]` in `dtype`: fresh, or the held one with s*B and A brought up to date."""
+        if self._held is not None:
+            assert self._held.dtype == dtype, f"held in {self._held.dtype}, asked for {dtype}"
+            reference.write_adapters(self, self._held)
+            return self._held
+        out = torch.empty(self.rows + self.rank, self.width + self.rank, dtype=dtype, device=self.device)
+        reference.write_weights(self, out)
+        reference.write_adapters(self, out)
+        return out
+
+    def hold(self, dtype: torch.dtype) -> Tensor:
+        """Allocates and fills S now; from here on `matrix(dtype)` returns this one and rewrites s*B and A only.
+
+        For dense members it ends double storage: their weight becomes its view of S (`views`), which is what their module should
+        hold instead of its own. Packed members keep their codes: S is then a cache, which `release` drops.
+        """
+        if self._held is None:
+            held = self.matrix(dtype)
+            self._held = held
+            self.members = tuple(
+                m if isinstance(m.weight, Packed) else replace(m, weight=view)
+                for m, view in zip(self.members, self.views(), strict=True)
+            )
+        assert self._held.dtype == dtype, f"held in {self._held.dtype}, asked for {dtype}"
+        return self._held
+
+    def views(self) -> list[Tensor]:
+        """The members' weights `[N_i, K]` inside the held S, strided."""
+        assert self._held is not None, "nothing is held"
+        return [self._held[rows, : self.width] for rows in self.row_slices]
+
+    def release(self) -> None:
+        """Forgets the held S; its memory is free once no dense member's view of it is left."""
+        self._held = None

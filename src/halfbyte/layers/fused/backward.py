@@ -1,0 +1,154 @@
+"""The layer backwards: the mirror of `forward`. Each gradient is written over its activation as soon as that is done with.
+
+Letters as in `forward`. A gradient travels in a buffer with room behind it, so that [dY | s dY B] is one operand.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels import norm, rotary
+from halfbyte.kernels.glu import glu_backward
+from halfbyte.layers.fused import forward as stages
+from halfbyte.layers.fused import products
+from halfbyte.layers.fused.forward import Activations, Call, buffer
+from halfbyte.layers.fused.gradients import Gradients
+from halfbyte.layers.fused.parts import Norm
+from halfbyte.layers.fused.products import Projection
+
+
+def backward(call: Call, a: Activations, grad: Tensor, gradients: Gradients, want_x: bool) -> Tensor | None:
+    """Gradient of the layer's input `[T, H]` (None if unwanted) from that of its output; A's and B's go to `gradients`.
+
+    Consumes `a`: nothing in it is what its name says afterwards.
+    """
+    p, norms = call.parts, call.parts.structure.norms
+    stages.fill(call, a)
+    d_source = _mlp(call, a, grad, gradients)
+    if norms.parallel:
+        d_out = _branch(call, grad, p.after_attention, a.attended_raw, a.attended_rstd, a.attended_mean, p.out)
+        d_normed = _attention(call, a, d_out, gradients, want_x)
+        return _parallel_input(call, a, grad, d_source, d_normed) if want_x and d_normed is not None else None
+    d_mid = buffer(p.out, grad, p.out.rows)
+    _through_norm(p.before_mlp, d_source, a.mid, a.mid_rstd, a.mid_mean, grad, d_mid[:, : p.out.rows])
+    a.mid = a.normed_mlp = None
+    d_out = d_mid
+    if p.after_attention is not None or p.structure.residual_multiplier != 1.0:
+        d_out = _branch(call, d_mid[:, : p.out.rows], p.after_attention, a.attended_raw, a.attended_rstd, a.attended_mean, p.out)
+        a.attended_raw = None
+    d_normed = _attention(call, a, d_out, gradients, want_x)
+    if not want_x or d_normed is None:
+        return None
+    dx = torch.empty_like(d_normed)
+    _through_norm(p.before_attention, d_normed, a.x, a.rstd, a.mean, d_mid[:, : p.out.rows], dx)
+    return dx
+
+
+def _parallel_input(call: Call, a: Activations, grad: Tensor, d_source: Tensor, d_normed: Tensor) -> Tensor:
+    """Both branches start at the layer's input: with a norm each, or with one for both."""
+    p = call.parts
+    dx = torch.empty_like(d_normed)
+    if p.before_mlp is None:
+        _through_norm(p.before_attention, d_normed.add_(d_source), a.x, a.rstd, a.mean, grad, dx)
+        return dx
+    between = torch.empty_like(dx)
+    _through_norm(p.before_mlp, d_source, a.x, a.mid_rstd, a.mid_mean, grad, between)
+    _through_norm(p.before_attention, d_normed, a.x, a.rstd, a.mean, between, dx)
+    return dx
+
+
+def _through_norm(
+    n: Norm | None, d_out: Tensor, x: Tensor | None, rstd: Tensor | None, mean: Tensor | None, add: Tensor | None, out: Tensor
+) -> None:
+    """out = dnormᵀ d_out + add; without a norm, d_out + add."""
+    if n is not None:
+        assert x is not None and rstd is not None
+        norm.norm_backward(d_out, x, rstd, mean, n.spec, n.weight, add, out)
+    elif add is None:
+        out.copy_(d_out)
+    else:
+        torch.add(d_out, add, out=out)
+
+
+def _branch(
+    call: Call, grad: Tensor, after: Norm | None, raw: Tensor | None, rstd: Tensor | None, mean: Tensor | None, p: Projection
+) -> Tensor:
+    """The gradient of a branch's last product in a buffer with room behind it: through the multiplier and the norm behind it."""
+    out = buffer(p, grad, p.rows)
+    d = out[:, : p.rows]
+    multiplier = call.parts.structure.residual_multiplier
+    if multiplier != 1.0:
+        torch.mul(grad, multiplier, out=d)
+        grad = d
+    if after is not None or grad is not d:
+        _through_norm(after, grad, raw, rstd, mean, None, d)
+    return out
+
+
+def _mlp(call: Call, a: Activations, grad: Tensor, gradients: Gradients) -> Tensor:
+    """The gradient `[T, H]` of the MLP's (normed) input."""
+    p = call.parts
+    assert a.inputs is not None
+    if p.after_mlp is not None and a.mlp_raw is None:
+        stages.down(call, a)
+    d_down = _branch(call, grad, p.after_mlp, a.mlp_raw, a.mlp_rstd, a.mlp_mean, p.down)
+    a.mlp_raw = None
+    dh = grad.new_empty(grad.shape[0], p.down.width)
+    gate, up = stages.gate_up(call, a.inputs)
+    products.input_gradient(p.down, d_down, dh, call.mask)
+    glu_backward(dh, gate, up, p.activation)  # dh is h now, gate and up are their gradients
+    products.adapter_gradients(p.down, d_down, dh, a.xa_down, gradients, call.mask)
+    del dh, d_down
+    d_source = grad.new_empty(grad.shape[0], p.inputs.width)
+    products.input_gradient(p.inputs, a.inputs, d_source, call.mask)
+    if p.inputs.rank:
+        products.adapter_gradients(p.inputs, a.inputs, stages.normed_mlp(call, a), a.xa_inputs, gradients, call.mask)
+    a.inputs = None
+    return d_source
+
+
+def _attention(call: Call, a: Activations, d_out: Tensor, gradients: Gradients, want_x: bool) -> Tensor | None:
+    """The gradient of the attention's (normed) input `[T, H]`, if wanted. d_out `[T, N + R]` of the output projection."""
+    p, s = call.parts, call.parts.structure
+    assert a.attended is not None and a.qkv is not None and a.method is not None
+    d_attended = torch.empty_like(a.attended)
+    products.input_gradient(p.out, d_out, d_attended, call.mask)
+    products.adapter_gradients(p.out, d_out, a.attended, a.xa_out, gradients, call.mask)
+    q, k, v = stages.heads(call, a)
+    shape = (-1, s.heads, s.head_size)
+    dq, dk, dv = a.method.backward(
+        d_attended.view(shape), q, k, v, a.attended.view(shape), a.residuals, call.documents, stages.scale_of(s), s.window, s.cap
+    )
+    a.attended, a.residuals = None, ()
+    d_qkv = _gathered(call, a, dq, dk, dv)
+    a.q = a.k = None
+    d_normed = d_out.new_empty(d_out.shape[0], p.qkv.width) if want_x else None
+    products.input_gradient(p.qkv, d_qkv, d_normed, call.mask)
+    if p.qkv.rank:
+        products.adapter_gradients(p.qkv, d_qkv, stages.normed(call, a), a.xa_qkv, gradients, call.mask)
+    a.qkv = None
+    return d_normed
+
+
+def _gathered(call: Call, a: Activations, dq: Tensor, dk: Tensor, dv: Tensor) -> Tensor:
+    """Gradients of q, k and v behind each other with room for the adapter, over the activations where those are not needed."""
+    p, s = call.parts, call.parts.structure
+    assert a.qkv is not None
+    if s.qk_norm == "none":
+        rotary.gather_backward(dq, dk, dv, call.cos, call.sin, s.rotation, a.qkv[:, : p.qkv.rows])
+        return a.qkv
+    q, k, _ = stages.split(s, a.qkv)
+    out = torch.empty_like(a.qkv)
+    assert p.q_norm is not None and p.k_norm is not None and a.q_rstd is not None and a.k_rstd is not None
+    if s.qk_norm == "head":
+        assert p.q_norm.weight is not None and p.k_norm.weight is not None
+        rotary.norm_gather_backward(
+            dq, dk, dv, q, k, a.q_rstd, a.k_rstd, p.q_norm.weight, p.k_norm.weight, p.q_norm.spec,
+            call.cos, call.sin, s.rotation, out[:, : p.qkv.rows],
+        )  # fmt: skip
+        return out
+    rotary.gather_backward(dq, dk, dv, call.cos, call.sin, s.rotation, out[:, : p.qkv.rows])
+    for n, x, rstd, d in zip((p.q_norm, p.k_norm), (q, k), (a.q_rstd, a.k_rstd), stages.split(s, out)[:2], strict=True):
+        norm.norm_backward(d.flatten(1), x.flatten(1), rstd, None, n.spec, n.weight, None, d.flatten(1))
+    return out

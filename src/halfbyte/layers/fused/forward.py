@@ -1,0 +1,248 @@
+"""The layer forwards, in stages. Each stage fills what is missing of `Activations`, so the same code recomputes in backward.
+
+Letters: T tokens, H hidden, N outputs of a group, R its ranks, F features of the MLP. A buffer `[T, K + R]` holds a group's input
+and room for XA behind it; `[T, N + R]` a group's output and room for what backward puts behind it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels import attention, norm, rotary
+from halfbyte.kernels.attention import Documents, Method
+from halfbyte.kernels.dropout import Dropout
+from halfbyte.kernels.glu import glu
+from halfbyte.layers.fused import products
+from halfbyte.layers.fused.keep import Keep
+from halfbyte.layers.fused.parts import LayerParts, Norm
+from halfbyte.layers.fused.products import Projection
+from halfbyte.layers.structure import Structure
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a layer is called with beside its input. cos, sin: `[T, r]` or None. mask: the dropout of the adapters' inputs."""
+
+    parts: LayerParts
+    keep: Keep
+    documents: Documents
+    cos: Tensor | None
+    sin: Tensor | None
+    mask: Dropout | None
+    in_place: bool
+
+
+@dataclass
+class Activations:
+    """What exists of a layer between forward and backward; None is not there (yet, or any more).
+
+    x `[T, H]`. normed, normed_mlp: `[T, H + R]`. qkv `[T, N + R]`: rotated in place, or before the q/k norm. q, k: what attention
+    read where a q/k norm stands before it. attended `[T, N_q]`. attended_raw, mlp_raw `[T, H]`: inputs of the norms behind the
+    branches. mid `[T, H]`. inputs `[T, N + R]`: gate and up. xa_*: XA `[T, R]` of the groups. rstd_*, mean_*: fp32 `[T]`.
+    """
+
+    x: Tensor | None = None
+    normed: Tensor | None = None
+    rstd: Tensor | None = None
+    mean: Tensor | None = None
+    qkv: Tensor | None = None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    q_rstd: Tensor | None = None
+    k_rstd: Tensor | None = None
+    attended: Tensor | None = None
+    residuals: tuple[Tensor, ...] = ()
+    method: Method | None = None
+    attended_raw: Tensor | None = None
+    attended_rstd: Tensor | None = None
+    attended_mean: Tensor | None = None
+    mid: Tensor | None = None
+    normed_mlp: Tensor | None = None
+    mid_rstd: Tensor | None = None
+    mid_mean: Tensor | None = None
+    inputs: Tensor | None = None
+    mlp_raw: Tensor | None = None
+    mlp_rstd: Tensor | None = None
+    mlp_mean: Tensor | None = None
+    xa_qkv: Tensor | None = None
+    xa_out: Tensor | None = None
+    xa_inputs: Tensor | None = None
+    xa_down: Tensor | None = None
+
+
+def forward(call: Call, x: Tensor) -> tuple[Tensor, Activations]:
+    """x `[T, H]` through the layer; and everything that was computed on the way."""
+    a = Activations(x=x)
+    fill(call, a)
+    return down(call, a), a
+
+
+def fill(call: Call, a: Activations) -> None:
+    """Computes what is missing of everything that backward reads, from the input on."""
+    if a.qkv is None:
+        _projected(call, a)
+    if a.attended is None:
+        s = call.parts.structure
+        q, k, v = heads(call, a)
+        a.method = attention.method(q, k, v, call.documents, scale_of(s), s.window, s.cap)
+        out, a.residuals = a.method.forward(q, k, v, call.documents, scale_of(s), s.window, s.cap)
+        a.attended = out.flatten(1)
+    if a.mid is None:
+        _mid(call, a)
+    if a.inputs is None:
+        _mlp_inputs(call, a)
+
+
+def drop(keep: Keep, a: Activations) -> None:
+    """Forgets what is not kept. XA and the norms' numbers a row are small and stay."""
+    if not keep.normed:
+        a.normed = a.normed_mlp = None
+    if not keep.qkv:
+        a.qkv = a.q = a.k = None
+    if not keep.attended:
+        a.attended, a.residuals = None, ()
+    if not keep.mid:
+        a.mid = a.attended_raw = None
+    if not keep.inputs:
+        a.inputs = a.mlp_raw = None
+
+
+def buffer(p: Projection, like: Tensor, width: int) -> Tensor:
+    """`[T, width + R]`."""
+    return like.new_empty(like.shape[0], width + p.rank)
+
+
+def scale_of(s: Structure) -> float:
+    """The factor of q kᵀ."""
+    return s.scaling if s.scaling is not None else float(s.head_size) ** -0.5
+
+
+def kept_tail(xa: Tensor | None) -> Tensor | None:
+    """A copy of XA of its own, so that it outlives the buffer it stands in."""
+    return None if xa is None else xa.clone()
+
+
+def through(n: Norm | None, x: Tensor, delta: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """residual = x + delta, out = norm(residual); a copy where there is no norm. Returns residual, rstd, mean."""
+    if n is not None:
+        return norm.add_norm(x, delta, n.spec, n.weight, n.bias, out)
+    residual = x if delta is None else x + delta
+    out.copy_(residual)
+    return residual, None, None
+
+
+def normed(call: Call, a: Activations) -> Tensor:
+    """The attention's input `[T, H + R]`, computed if it is not there."""
+    if a.normed is None:
+        p = call.parts
+        assert a.x is not None
+        a.normed = buffer(p.qkv, a.x, p.qkv.width)
+        _, a.rstd, a.mean = through(p.before_attention, a.x, None, a.normed[:, : p.qkv.width])
+    return a.normed
+
+
+def _projected(call: Call, a: Activations) -> None:
+    p, s = call.parts, call.parts.structure
+    source = normed(call, a)
+    a.qkv = buffer(p.qkv, source, p.qkv.rows)
+    xa = products.forward(p.qkv, source, a.qkv[:, : p.qkv.rows], call.mask)
+    a.xa_qkv = kept_tail(xa)
+    q, k, _ = split(call.parts.structure, a.qkv)
+    if s.qk_norm == "none":
+        rotary.rotate(q, k, call.cos, call.sin, s.rotation)
+        return
+    assert p.q_norm is not None and p.k_norm is not None and p.q_norm.weight is not None and p.k_norm.weight is not None
+    if s.qk_norm == "head":
+        found = rotary.norm_rotate(q, k, p.q_norm.weight, p.k_norm.weight, p.q_norm.spec, call.cos, call.sin, s.rotation)
+        a.q, a.k, a.q_rstd, a.k_rstd = found
+        return
+    a.q, a.k = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k))
+    _, a.q_rstd, _ = through(p.q_norm, q.flatten(1), None, a.q.flatten(1))
+    _, a.k_rstd, _ = through(p.k_norm, k.flatten(1), None, a.k.flatten(1))
+    rotary.rotate(a.q, a.k, call.cos, call.sin, s.rotation)
+
+
+def split(s: Structure, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views `[T, heads, d]` of q, k and v in a buffer `[T, N + R]`."""
+    at = s.heads * s.head_size
+    width = s.kv_heads * s.head_size
+    q, k, v = qkv[:, :at], qkv[:, at : at + width], qkv[:, at + width : at + 2 * width]
+    return q.unflatten(1, (-1, s.head_size)), k.unflatten(1, (-1, s.head_size)), v.unflatten(1, (-1, s.head_size))  # type: ignore[no-untyped-call]
+
+
+def heads(call: Call, a: Activations) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as attention reads them."""
+    assert a.qkv is not None
+    q, k, v = split(call.parts.structure, a.qkv)
+    return q if a.q is None else a.q, k if a.k is None else a.k, v
+
+
+def _mid(call: Call, a: Activations) -> None:
+    """The residual between the branches (for parallel branches: input plus attention), and the norm behind it in the same pass."""
+    p, s = call.parts, call.parts.structure
+    assert a.x is not None and a.attended is not None
+    delta = torch.empty_like(a.x)
+    xa = products.forward(p.out, a.attended, delta, call.mask)
+    a.xa_out = xa
+    if p.after_attention is not None:
+        a.attended_raw = delta
+        delta = torch.empty_like(a.x)
+        _, a.attended_rstd, a.attended_mean = through(p.after_attention, a.attended_raw, None, delta)
+    if s.residual_multiplier != 1.0:
+        delta.mul_(s.residual_multiplier)
+    if s.norms.parallel:
+        a.mid = delta.add_(a.x)
+        return
+    a.normed_mlp = buffer(p.inputs, a.x, p.inputs.width)
+    a.mid, a.mid_rstd, a.mid_mean = through(p.before_mlp, a.x, delta, a.normed_mlp[:, : p.inputs.width])
+
+
+def normed_mlp(call: Call, a: Activations) -> Tensor:
+    """The MLP's input `[T, H + R]`, computed if it is not there.
+
+    Where parallel branches share a norm it is a copy, since the room behind the attention's input is taken.
+    """
+    if a.normed_mlp is not None:
+        return a.normed_mlp
+    p = call.parts
+    parallel = p.structure.norms.parallel
+    shared = parallel and p.before_mlp is None
+    source = normed(call, a)[:, : p.inputs.width] if shared else a.x if parallel else a.mid
+    assert source is not None
+    a.normed_mlp = buffer(p.inputs, source, p.inputs.width)
+    _, a.mid_rstd, a.mid_mean = through(p.before_mlp, source, None, a.normed_mlp[:, : p.inputs.width])
+    return a.normed_mlp
+
+
+def _mlp_inputs(call: Call, a: Activations) -> None:
+    p = call.parts
+    source = normed_mlp(call, a)
+    a.inputs = buffer(p.inputs, source, p.inputs.rows)
+    a.xa_inputs = kept_tail(products.forward(p.inputs, source, a.inputs[:, : p.inputs.rows], call.mask))
+
+
+def gate_up(call: Call, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Views of gate and up `[T, F]`; up is None in an MLP without a gate."""
+    f = call.parts.down.width
+    return inputs[:, :f], inputs[:, f : 2 * f] if call.parts.structure.gated else None
+
+
+def down(call: Call, a: Activations) -> Tensor:
+    """The layer's output `[T, H]`."""
+    p, s = call.parts, call.parts.structure
+    assert a.inputs is not None and a.mid is not None
+    h = buffer(p.down, a.inputs, p.down.width)
+    gate, up = gate_up(call, a.inputs)
+    glu(gate, up, p.activation, h[:, : p.down.width])
+    delta = torch.empty_like(a.mid)
+    a.xa_down = kept_tail(products.forward(p.down, h, delta, call.mask))
+    if p.after_mlp is not None:
+        a.mlp_raw = delta
+        delta = torch.empty_like(a.mid)
+        _, a.mlp_rstd, a.mlp_mean = through(p.after_mlp, a.mlp_raw, None, delta)
+    if s.residual_multiplier != 1.0:
+        delta.mul_(s.residual_multiplier)
+    return delta.add_(a.mid)

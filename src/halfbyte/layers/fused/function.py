@@ -1,0 +1,50 @@
+"""The layer as one node of autograd.
+
+Saved through autograd, so that an overwritten tensor is an error and never a wrong gradient: the input, the adapters, the stored
+weights. The activations between are the node's own (`Activations`): backward writes over them, so it runs once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import ModelError
+from halfbyte.layers.fused import host
+from halfbyte.layers.fused.backward import backward
+from halfbyte.layers.fused.forward import Activations, Call, drop, forward
+from halfbyte.layers.fused.gradients import Gradients
+
+
+class Layer(torch.autograd.Function):
+    """(x `[T, H]`, call, learning parameters, stored tensors) -> output `[T, H]`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: Call, learning: int, *tensors: Tensor) -> Tensor:
+        """tensors: the `learning` parameters that learn, then stored weights."""
+        out, a = forward(call, x)
+        drop(call.keep, a)
+        ctx.away = host.send(x) if call.keep.offload else None
+        a.x = None
+        ctx.call, ctx.activations, ctx.learning = call, a, learning
+        ctx.save_for_backward(None if call.keep.offload else x, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, *tensors = ctx.saved_tensors
+        a: Activations | None = ctx.activations
+        if a is None:
+            raise ModelError(
+                "a fused layer's backward ran twice; it writes over what it kept",
+                hint="run forward again, or switch the fused layers off (layers.fused.remove)",
+                code="model.backward-twice",
+            )
+        ctx.activations = None
+        a.x = x if ctx.away is None else ctx.away.fetch()
+        gradients = Gradients(ctx.call.in_place)
+        dx = backward(ctx.call, a, grad, gradients, ctx.needs_input_grad[0])
+        found = [gradients.found.get(id(t)) for t in tensors[: ctx.learning]]
+        return dx, None, None, *found, *[None] * (len(tensors) - ctx.learning)

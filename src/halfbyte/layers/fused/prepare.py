@@ -1,0 +1,82 @@
+"""Putting the fused path under the adopted layers of a model, and taking it away."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from halfbyte.layers import probe
+from halfbyte.layers.decoder import DecoderLayer
+from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, Keep
+from halfbyte.layers.fused.layer import Fused
+from halfbyte.layers.fused.prove import prove
+from halfbyte.layers.structure import NotUnderstood, Structure
+
+log = logging.getLogger("halfbyte")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """layers: how many run fused. left: reason by path of those that do not."""
+
+    layers: int
+    left: dict[str, str] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """One line for people."""
+        total = self.layers + len(self.left)
+        reasons = "; ".join(sorted(set(self.left.values())))
+        return f"{self.layers} of {total} fused" + (f" (left: {reasons})" if reasons else "")
+
+
+def prepare(model: PreTrainedModel, keep: Keep = EVERYTHING, *, in_place: bool = False) -> Preparation:
+    """Every adopted layer that can runs fused from now on, in the dtype of the model's activations.
+
+    in_place: gradients of A and B are added to `parameter.grad`, which must exist (`optim.flat.flatten`), and never pass through
+    autograd. A layer that recomputes by `layers.recompute` stops doing so: `keep` decides.
+    """
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, DecoderLayer)}
+    dtype = next(p.dtype for p in model.get_input_embeddings().parameters())
+    left: dict[str, str] = {}
+    built: dict[str, Fused] = {}
+    for path, layer in layers.items():
+        try:
+            built[path] = Fused(layer, layer.structure, dtype, keep, in_place)
+        except NotUnderstood as reason:
+            left[path] = str(reason)
+    left |= _disproved(model, {path: layers[path] for path in built}, dtype)
+    for path in built.keys() - left.keys():
+        layers[path].fused = built[path]
+        layers[path].gradient_checkpointing = False
+    done = Preparation(len(layers) - len(left), left)
+    log.info("decoder layers: %s", done.summary())
+    return done
+
+
+def _disproved(model: PreTrainedModel, layers: dict[str, DecoderLayer], dtype: torch.dtype) -> dict[str, str]:
+    """The layers of a kind whose proof fails, with the reason. One proof a kind: layers of one structure differ in numbers only."""
+    first: dict[Structure, str] = {}
+    for path, layer in layers.items():
+        first.setdefault(layer.structure, path)
+    calls = probe.capture_calls(model, [layers[path] for path in first.values()]) if first else {}
+    reasons: dict[Structure, str] = {}
+    for structure, path in first.items():
+        layer = layers[path]
+        if layer not in calls:
+            reasons[structure] = "the model's forward does not reach it"
+            continue
+        try:
+            prove(layer, Fused(layer, structure, dtype, INPUTS, in_place=False), calls[layer])
+        except NotUnderstood as reason:
+            reasons[structure] = str(reason)
+    return {path: reasons[layer.structure] for path, layer in layers.items() if layer.structure in reasons}
+
+
+def remove(model: PreTrainedModel) -> None:
+    """Every layer runs its modules again."""
+    for module in model.modules():
+        if isinstance(module, DecoderLayer):
+            module.fused = None
