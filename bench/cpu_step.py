@@ -48,7 +48,7 @@ from halfbyte.layers.decoded import held
 from halfbyte.objectives import sft
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.config import OptimConfig
-from halfbyte.optim.flat import clip, flatten, gradient_norm
+from halfbyte.optim.flat import flatten
 from halfbyte.train import choices
 
 RESULTS = Path(__file__).parent / "results" / "cpu_step.json"
@@ -101,12 +101,11 @@ def ours(base: Base, setup: Setup, rank: int) -> tuple[Step, Any]:
     base.model.train()
 
     def step() -> float:
-        flat.grads.zero_()
         hidden = forward.hidden_states(base.model, ids.reshape(1, -1), positions, bounds)
         loss = sft.loss(hidden, labels.reshape(1, -1), output, int((labels != -100).sum()))
         loss.backward()
-        clip(flat, gradient_norm(flat), CLIP)
-        optimizer.step(LR, torch.zeros(()))
+        optimizer.clip(loss.detach(), torch.ones(()), CLIP)
+        optimizer.step(LR)
         return loss.item()
 
     return step, adapter

@@ -99,7 +99,7 @@ def ours(args: argparse.Namespace) -> tuple[Any, Any, int]:
     recompute.set_recompute(base.model, args.recompute)
     base.model.train()
     flat = flat_buffers.flatten(adapter.parameters())
-    optimizer = AdamW(flat, OptimConfig())
+    optimizer, one = AdamW(flat, OptimConfig()), torch.ones((), device="cuda")
     output = head.find(base.model)
     rows, tokens = args.rows, args.tokens
     positions = torch.arange(tokens, device="cuda").repeat(rows)[None]
@@ -109,13 +109,11 @@ def ours(args: argparse.Namespace) -> tuple[Any, Any, int]:
         ids = torch.randint(0, KNOWN_TOKENS, (1, rows * tokens), device="cuda")
         labels = ids.roll(-1)
         labels[0, tokens - 1 :: tokens] = -100
-        flat.grads.zero_()
         hidden = forward.hidden_states(base.model, ids, positions, bounds)
         loss = sft.loss(hidden, labels, output, rows * (tokens - 1))
         loss.backward()
-        norm = flat_buffers.gradient_norm(flat)
-        flat_buffers.clip(flat, norm, 1.0)
-        optimizer.step(1e-4, 1.0 - torch.isfinite(norm).float())
+        optimizer.clip(loss.detach(), one, 1.0)
+        optimizer.step(1e-4)
         return loss.detach()
 
     return base.model, step, flat.numel

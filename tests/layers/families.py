@@ -18,8 +18,8 @@ from halfbyte.layers import swap
 from halfbyte.layers.linear import Linear4bit
 from support import tiny_model
 
-ADOPTED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "phi3")
-LEFT = ("falcon", "gpt_neox", "gemma2")
+ADOPTED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "phi3", "gemma2")
+LEFT = ("falcon", "gpt_neox")
 NF4 = Format("nf4", 64, True)
 
 

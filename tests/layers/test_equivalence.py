@@ -102,6 +102,32 @@ def test_a_sliding_window_is_kept_in_packed_rows_and_in_generation(family: str) 
     assert torch.equal(ours.generate(ids, **settings), plain.generate(ids, **settings))
 
 
+@pytest.mark.parametrize("window", [24, 5])
+def test_a_soft_cap_is_kept_in_packed_rows_and_in_generation(window: int) -> None:
+    """Gemma 2: scores capped, every other layer with a window; against transformers' eager attention, example by example."""
+    changes = {"attn_logit_softcapping": 0.05, "sliding_window": window, "query_pre_attn_scalar": 1}
+    ours, plain = pair("gemma2", None, **changes)
+    assert _is_adopted(ours)
+    adapter, reference = with_adapters(ours, plain)
+    lengths = (4, 17, 1, 9)
+    ids, positions, cu_seqlens = row(lengths)
+    hidden = forward.hidden_states(ours, ids, positions, cu_seqlens)
+    inner = reference.base_model.model.base_model
+    expected = torch.cat([inner(input_ids=part, use_cache=False).last_hidden_state for part in ids.split(lengths, 1)], 1)
+    torch.testing.assert_close(hidden, expected, atol=2e-5, rtol=1e-4)
+    weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(4))
+    (hidden * weight).sum().backward()
+    (expected * weight).sum().backward()
+    theirs = peft_gradients(reference)
+    for name, parameter, _ in adapter.parameters():
+        assert (parameter.grad - theirs[name]).abs().max() <= 1e-4 * theirs[name].abs().max().clamp_min(1e-6), name
+    uncapped, other = pair("gemma2", None, **changes | {"attn_logit_softcapping": None})
+    with_adapters(uncapped, other)
+    assert (forward.hidden_states(uncapped, ids, positions, cu_seqlens) - hidden).abs().max() > 1e-3  # the cap mattered
+    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(ours.generate(ids, **settings), reference.generate(input_ids=ids, **settings))
+
+
 def test_hidden_states_are_still_recorded() -> None:
     plain = tiny_model("llama")
     ours = tiny_model("llama")

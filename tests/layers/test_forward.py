@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbyte.errors import ModelError
-from halfbyte.layers import attention, forward, swap
+from halfbyte.errors import ModelError, RecipeError
+from halfbyte.kernels.attention import Documents, Wanted
+from halfbyte.layers import forward, swap
 from layers.families import ADOPTED, LEFT, pair, row
 from support import tiny_model
 
@@ -37,9 +38,25 @@ def test_a_leaking_mask_is_refused(monkeypatch: pytest.MonkeyPatch, dtype: torch
 def test_leaking_boundaries_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("qwen3")
     swap.adopt(model)
-    monkeypatch.setattr(attention, "lengths_of", lambda boundaries: (boundaries[-1],))
+    of = Documents.of
+
+    def one_document(cu_seqlens: Tensor, device: torch.device, tokens: int, wanted: Wanted) -> Documents:
+        return of(cu_seqlens[[0, -1]], device, tokens, wanted)
+
+    monkeypatch.setattr(Documents, "of", one_document)
     with pytest.raises(ModelError, match="not isolated"):
         forward.prove_isolation(model)
+
+
+def test_a_method_that_is_asked_for_and_cannot_run_is_an_error() -> None:
+    for name, why in (("llama", "it needs CUDA, not cpu"), ("falcon", "under a dense mask")):
+        model = tiny_model(name)
+        if name == "llama":
+            swap.adopt(model)
+        with pytest.raises(RecipeError, match=f"`attention: flash` cannot run here: .*{why}"):
+            forward.hidden_states(model, *row((9, 3)), "flash")
+        if name == "llama":
+            forward.hidden_states(model, *row((9, 3)), "sdpa")
 
 
 def test_a_model_that_takes_no_packed_row_is_refused() -> None:

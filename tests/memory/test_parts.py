@@ -13,6 +13,8 @@ from halfbyte.formats.packed import Format
 from halfbyte.layers import swap
 from halfbyte.memory.parts import Part, activations, parts
 from halfbyte.memory.shapes import shapes, skeleton
+from halfbyte.optim.adamw import AdamW
+from halfbyte.optim.config import OptimConfig
 from halfbyte.optim.flat import flatten
 from halfbyte.recipe import recipe_from
 from support import QWEN3_8B, SMOLLM2, tiny_config, tiny_model
@@ -68,6 +70,9 @@ def test_what_learns_is_exact(adapter: dict[str, Any]) -> None:
     found = named(parts(tiny_config(), recipe))
     assert found["adapter"].bytes == found["gradients"].bytes == flat.values.nbytes
     assert found["optimizer"].bytes == 2 * flat.values.nbytes
+    small = named(parts(tiny_config(), recipe_of(adapter=adapter, optim={"bits": 8})))["optimizer"]
+    moments = AdamW(flat, OptimConfig(bits=8)).moments
+    assert small.bytes == sum(t.nbytes for t in vars(moments).values())
 
 
 def test_full_fine_tuning_counts_masters() -> None:

@@ -1,9 +1,10 @@
-"""AdamW over flat groups: the paper's formula in float64, skipped steps, decay of matrices only, LoRA+."""
+"""AdamW over flat groups: the paper's formula in float64, clipping, skipped steps, decay of matrices only, LoRA+, 8 bits."""
 
 from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import nn
 
@@ -14,6 +15,13 @@ from halfbyte.optim.scaling import GROWTH_EVERY, LossScale
 
 NO, YES = torch.zeros(()), torch.ones(())
 ROLES = ("lora_a", "lora_b", "dense", "no_decay")
+
+
+def take(optimizer: AdamW, lr: float, *, largest: float = 0.0, loss: float = 1.0) -> torch.Tensor:
+    """One step on the gradients in the buffer; returns loss, norm, found_inf, scale."""
+    report = optimizer.clip(torch.tensor(loss), torch.ones(()), largest)
+    optimizer.step(lr)
+    return report
 
 
 def group_of_four() -> Flat:
@@ -42,7 +50,7 @@ def test_it_is_the_papers_formula_per_role() -> None:
     grads = [torch.randn(flat.grads.shape, generator=generator) for _ in range(5)]
     for grad in grads:
         flat.grads.copy_(grad)
-        optimizer.step(1e-2, NO)
+        take(optimizer, 1e-2)
     at = 0
     for g in flat.groups:
         mine = [grad[at : at + len(g.values)] for grad in grads]
@@ -53,30 +61,71 @@ def test_it_is_the_papers_formula_per_role() -> None:
         torch.testing.assert_close(g.values.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_found_inf_leaves_values_moments_and_count_untouched() -> None:
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize(("fault", "loss"), [(float("nan"), 1.0), (float("inf"), 1.0), (0.5, float("nan"))])
+def test_what_is_not_finite_leaves_values_moments_and_count_untouched(bits: int, fault: float, loss: float) -> None:
     flat = group_of_four()
-    optimizer = AdamW(flat, OptimConfig())
+    optimizer = AdamW(flat, OptimConfig(bits=bits))  # type: ignore[arg-type]
     flat.grads.fill_(0.5)
-    optimizer.step(1e-2, NO)
+    assert float(take(optimizer, 1e-2)[2]) == 0.0
     values, state = flat.values.clone(), {k: v.clone() for k, v in optimizer.state_dict().items()}
-    flat.grads.fill_(float("nan"))
-    optimizer.step(1e-2, YES)
+    flat.grads.fill_(0.5)
+    flat.grads[5] = fault
+    assert float(take(optimizer, 1e-2, loss=loss)[2]) == 1.0
     assert torch.equal(flat.values, values)
     assert all(torch.equal(v, state[k]) for k, v in optimizer.state_dict().items())
-    assert float(optimizer.count["dense"]) == 1
+    assert float(optimizer.state_dict()["count"]) == 1
+    assert not flat.grads.any()
 
 
-def test_state_round_trips_bit_for_bit() -> None:
+def test_clipping_is_torchs_and_the_loss_scale_divides() -> None:
+    for largest in (0.0, 0.5, 1e6):
+        ends = []
+        for scale in (1.0, 1024.0):
+            flat = group_of_four()
+            optimizer = AdamW(flat, OptimConfig(eps=1e-2))
+            copies = [nn.Parameter(values.clone()) for values in flat.named().values()]
+            gradients = torch.randn(4, 300, generator=torch.Generator().manual_seed(4))
+            for copy, group, gradient in zip(copies, flat.groups, gradients, strict=True):
+                copy.grad = gradient.clone()
+                group.view(group.grads, group.segments[0]).copy_(gradient * scale)
+            norm = torch.nn.utils.clip_grad_norm_(copies, largest or float("inf"))
+            torch.optim.AdamW(copies, lr=1e-2, eps=1e-2, weight_decay=0.0).step()
+            _, found, _, at = optimizer.clip(torch.zeros(()), torch.tensor(scale), largest)
+            optimizer.step(1e-2)
+            torch.testing.assert_close(found, norm)
+            assert float(at) == scale
+            ends.append(torch.cat([v.flatten() for v in flat.named().values()]))
+            torch.testing.assert_close(ends[-1], torch.cat([c.detach().flatten() for c in copies]))
+        torch.testing.assert_close(ends[0], ends[1])
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_state_round_trips_bit_for_bit(bits: int) -> None:
     one, other = group_of_four(), group_of_four()
-    first, second = AdamW(one, OptimConfig()), AdamW(other, OptimConfig())
+    first, second = (AdamW(flat, OptimConfig(bits=bits)) for flat in (one, other))  # type: ignore[arg-type]
     one.grads.normal_(generator=torch.Generator().manual_seed(3))
-    first.step(1e-2, NO)
+    take(first, 1e-2)
     other.values.copy_(one.values)
     second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
     for flat, optimizer in ((one, first), (other, second)):
         flat.grads.fill_(0.25)
-        optimizer.step(1e-2, NO)
+        take(optimizer, 1e-2)
     assert all(torch.equal(values, other.named()[name]) for name, values in one.named().items())
+
+
+def test_8_bit_states_are_saved_as_they_are() -> None:
+    optimizer = AdamW(group_of_four(), OptimConfig(bits=8))
+    optimizer.flat.grads.fill_(0.5)
+    take(optimizer, 1e-2)
+    state = optimizer.state_dict()
+    kinds = ("first", "second", "first_scales", "second_scales")
+    assert set(state) == {"count", *(f"{kind}.{role}" for kind in kinds for role in ROLES)}
+    for role in ROLES:
+        assert state[f"first.{role}"].dtype == torch.uint8 and state[f"first.{role}"].shape == (300,)
+        assert state[f"first_scales.{role}"].shape == (2,)
+        torch.testing.assert_close(state[f"first_scales.{role}"], torch.full((2,), 0.05))
+        torch.testing.assert_close(state[f"second_scales.{role}"], torch.full((2,), 0.00025))
 
 
 def test_the_loss_scale_halves_on_overflow_grows_after_clean_steps_and_stays_in_bounds() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -87,9 +87,15 @@ class Rows:
 
 
 def build(
-    output: Path, microbatch: int = 2, steps: int = 7, seed: int = 0, compute: torch.dtype = torch.float32, **changes: Any
+    output: Path,
+    microbatch: int = 2,
+    steps: int = 7,
+    seed: int = 0,
+    compute: torch.dtype = torch.float32,
+    bits: Literal[32, 8] = 32,
+    **changes: Any,
 ) -> Parts:
-    """A run of `steps` optimizer steps in `output`; `changes` go to its TrainConfig."""
+    """A run of `steps` optimizer steps in `output`, moments in `bits`; `changes` go to its TrainConfig."""
     config = TrainConfig(**{**QUIET, "seed": seed, **changes})
     model = tiny_model("gpt2", resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
     named = [(n, p, "dense" if p.ndim > 1 else "no_decay") for n, p in model.named_parameters()]
@@ -114,7 +120,7 @@ def build(
         restore=restore,
         answer=lambda prompt: f"{prompt}?",
         flat=flat,
-        optimizer=AdamW(flat, OptimConfig(weight_decay=0.1)),
+        optimizer=AdamW(flat, OptimConfig(weight_decay=0.1, bits=bits)),
         scale=LossScale.create(compute, torch.device("cpu")),
         loader=Rows(seed),
         evals={"held-out": Rows(seed + 1, rows=5)},

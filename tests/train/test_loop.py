@@ -70,6 +70,25 @@ def test_an_interrupted_run_ends_like_one_that_was_not(tmp_path: Path, looks: in
     assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
 
 
+def test_a_run_with_8_bit_moments_resumes_bit_for_bit(tmp_path: Path) -> None:
+    whole, broken = rig.build(tmp_path / "whole", bits=8), rig.build(tmp_path / "broken", bits=8)
+    rig.run(whole)
+    assert whole.optimizer.moments.first.dtype == torch.uint8
+    with pytest.raises(Interrupted):
+        rig.run(broken, StopAfter(9))
+    resumed = rig.build(tmp_path / "broken", bits=8)
+    rig.run(resumed)
+    assert_same(whole, resumed)
+    assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
+
+
+def test_a_dropped_window_leaves_no_gradient(tmp_path: Path) -> None:
+    parts = rig.build(tmp_path, microbatch=1)
+    with pytest.raises(Interrupted):
+        rig.run(parts, StopAfter(7))  # in the middle of a window
+    assert not parts.flat.grads.any()
+
+
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, broken = rig.build(tmp_path / "whole", log_every=3), rig.build(tmp_path / "broken", log_every=3)
     rig.run(whole)

@@ -1,20 +1,15 @@
 """The attention function "halfbyte", plugged into transformers' public registry: packed rows without a dense mask.
 
 Why: a packed row holds many examples that must not see each other. A dense mask costs tokens² bytes and the fast kernels;
-detecting boundaries from position ids leaks under several settings. Here the boundaries are an explicit argument,
-`cu_seqlens`, and every example is causal on its own. The method is chosen by `choose`, logged once with its reason.
-Cost: the document loop is one kernel launch an example; the variable-length kernel and the batched form are one launch a row.
+detecting boundaries from position ids leaks under several settings. Here the boundaries are an explicit argument, `documents`,
+and every example is causal on its own. How it runs is chosen in `halfbyte.kernels.attention`; rows without boundaries
+(generation, padded batches) and attention dropout run on torch's own attention.
 
-Letters: B rows, S tokens, H query heads, G key/value heads, d head size, D documents, W sliding window.
+Letters: B rows, S tokens, H query heads, G key/value heads, d head size, W sliding window.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-import itertools
-import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,58 +19,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from halfbyte.errors import ModelError
+from halfbyte.kernels.attention import Documents, attend
+from halfbyte.kernels.attention.reference import banded, capped, repeat
 
 NAME = "halfbyte"
-log = logging.getLogger("halfbyte")
 
 # What would change the mathematics and is not built: a value other than None is refused, never dropped.
-REFUSED = ("softcap", "s_aux", "position_bias", "head_mask")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How attention runs (`sdpa`, `sdpa-batched`, `varlen`, `sdpa-loop`) and why."""
-
-    name: str
-    reason: str
-
-
-def choose(
-    device: str, dtype: torch.dtype, lengths: tuple[int, ...] | None, dropout: float, window: int | None, head_size: int
-) -> Choice:
-    """The method for packed rows; `lengths` are the documents' tokens when they are known on the host, without the empty ones."""
-    if lengths is not None and len(set(lengths)) == 1:
-        return Choice("sdpa-batched", f"all {len(lengths)} documents have {lengths[0]} tokens")
-    if device == "cuda":
-        obstacle = _varlen_obstacle(dtype, dropout, window, head_size)
-        if obstacle is None:
-            return Choice("varlen", "documents of several lengths, 16-bit, on CUDA")
-        return Choice("sdpa-loop", f"no variable-length kernel: {obstacle}")
-    return Choice("sdpa-loop", f"documents of several lengths on {device}")
-
-
-@functools.lru_cache
-def _varlen_parameters() -> frozenset[str]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-def _varlen_obstacle(dtype: torch.dtype, dropout: float, window: int | None, head_size: int) -> str | None:
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it needs 16 bits, not {dtype}"
-    if dropout:
-        return "it has no dropout"
-    if head_size % 8 or head_size > 256:
-        return f"head size {head_size}"
-    if window is not None and "window_size" not in _varlen_parameters():
-        return "this torch's has no sliding window"
-    return None
-
-
-@functools.lru_cache
-def _announce(choice: Choice) -> None:
-    log.info("attention: %s (auto: %s)", choice.name, choice.reason)
+REFUSED = ("s_aux", "position_bias", "head_mask")
 
 
 def attention(
@@ -87,6 +37,8 @@ def attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    documents: Documents | None = None,
     cu_seqlens: Tensor | None = None,
     boundaries: tuple[int, ...] | None = None,
     longest: int | None = None,
@@ -94,31 +46,24 @@ def attention(
 ) -> tuple[Tensor, None]:
     """query `[B, H, S, d]`, key and value `[B, G, S', d]`; returns `[B, S, H, d]` and no weights.
 
-    cu_seqlens: int32 `[D+1]`, 0 first and S last, B = 1: the packed form; `attention_mask` is then a mere marker and ignored.
-    boundaries: the same numbers on the host, if the caller has them (saves a device sync). longest: tokens of the longest document.
-    Raises ModelError for an argument that would change the mathematics (soft cap, sinks, position bias).
+    documents: the packed form, B = 1; `attention_mask` is then a mere marker and ignored. Or as their parts: `cu_seqlens` int32
+    `[D+1]`, 0 first and S last; `boundaries`, the same on the host; `longest`, tokens of the longest. softcap: scores become
+    softcap · tanh(score / softcap). Raises ModelError for an argument that would change the mathematics (sinks, position bias).
     """
     for name in REFUSED:
         if others.get(name) is not None:
             raise ModelError(f"attention argument `{name}` is not built into the halfbyte attention", code="attention.argument")
-    if cu_seqlens is None:
+    if documents is None and cu_seqlens is not None:
+        documents = Documents(cu_seqlens, boundaries, longest if longest is not None else query.shape[2])
+    if documents is None:
         causal = bool(others["is_causal"]) if others.get("is_causal") is not None else bool(getattr(module, "is_causal", True))
-        return _plain(query, key, value, attention_mask, dropout, scaling, sliding_window, causal), None
-    if sliding_window is not None and sliding_window >= (longest if longest is not None else query.shape[2]):
-        sliding_window = None
-    return _packed(query, key, value, dropout, scaling, sliding_window, cu_seqlens, boundaries, longest), None
-
-
-def _repeat(x: Tensor, heads: int) -> Tensor:
-    """`[B, G, S, d]` -> `[B, H, S, d]`."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
-def banded(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """bool `[queries, keys]`: causal, at most `window` keys back; the last query sees the last key."""
-    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
-    allowed = distance >= 0
-    return allowed if window is None else allowed & (distance < window)
+        return _plain(query, key, value, attention_mask, dropout, scaling, sliding_window, softcap, causal), None
+    if dropout:
+        return _dropped(query, key, value, documents, dropout, scaling, sliding_window, softcap), None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    return attend(q, k, v, documents, scale, sliding_window, softcap).unsqueeze(0), None
 
 
 def _plain(
@@ -129,73 +74,39 @@ def _plain(
     dropout: float,
     scaling: float | None,
     window: int | None,
+    cap: float | None,
     causal: bool,
 ) -> Tensor:
     """Unpacked rows: prefill, decoding with a cache, or one document; the mask, if any, already holds the window."""
     queries, keys = query.shape[2], key.shape[2]
-    if mask is None and causal and ((window is not None and keys > window) or 1 < queries < keys):
+    key, value = repeat(key, query.shape[1]), repeat(value, query.shape[1])
+    needed = cap is not None or (window is not None and keys > window) or 1 < queries < keys
+    if mask is None and causal and needed:
         mask = banded(queries, keys, window, query.device)
-    key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
+    if cap is not None:
+        if dropout:
+            raise ModelError("attention dropout together with a soft cap is not built", code="attention.argument")
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        return capped(query, key, value, mask, scale, cap).transpose(1, 2).contiguous()
     is_causal = causal and mask is None and queries > 1
     out = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scaling)
     return out.transpose(1, 2).contiguous()
 
 
-def _packed(
+def _dropped(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    documents: Documents,
     dropout: float,
     scaling: float | None,
     window: int | None,
-    cu_seqlens: Tensor,
-    boundaries: tuple[int, ...] | None,
-    longest: int | None,
+    cap: float | None,
 ) -> Tensor:
-    lengths = None if boundaries is None else lengths_of(boundaries)
-    choice = choose(query.device.type, query.dtype, lengths, dropout, window, query.shape[-1])
-    _announce(choice)
-    if choice.name == "varlen":
-        return _varlen(query, key, value, scaling, window, cu_seqlens, longest or query.shape[2])
-    if lengths is None:
-        lengths = lengths_of(tuple(cu_seqlens.tolist()))
-    key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
-    if choice.name == "sdpa-batched":
-        shape = (query.shape[1], len(lengths), lengths[0], query.shape[-1])
-        q, k, v = (x[0].reshape(shape).transpose(0, 1) for x in (query, key, value))
-        return _plain(q, k, v, None, dropout, scaling, window, True).flatten(0, 1).unsqueeze(0)
-    pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)  # type: ignore[no-untyped-call]
-    return torch.cat([_plain(q, k, v, None, dropout, scaling, window, True) for q, k, v in pieces], dim=1)
-
-
-def lengths_of(boundaries: tuple[int, ...]) -> tuple[int, ...]:
-    """Tokens of each document, empty ones left out."""
-    return tuple(b - a for a, b in itertools.pairwise(boundaries) if b > a)
-
-
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, cu_seqlens: Tensor, longest: int
-) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    known = _varlen_parameters()
-    options: dict[str, Any] = {}
-    if "scale" in known:
-        options["scale"] = scaling
-    elif scaling is not None:
-        query = query * (scaling * query.shape[-1] ** 0.5)
-    if "window_size" in known:
-        options["window_size"] = (-1 if window is None else window - 1, 0)
-    else:
-        options["is_causal"] = True
-    if "enable_gqa" in known:
-        options["enable_gqa"] = query.shape[1] != key.shape[1]
-    else:
-        key, value = _repeat(key, query.shape[1]), _repeat(value, query.shape[1])
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
-    assert isinstance(out, Tensor)
-    return out.unsqueeze(0)
+    """Packed rows with attention dropout, which no method has: document by document through torch's own."""
+    lengths = list(documents.read_lengths())
+    pieces = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)  # type: ignore[no-untyped-call]
+    return torch.cat([_plain(q, k, v, None, dropout, scaling, window, cap, True) for q, k, v in pieces], dim=1)
 
 
 def register() -> None:

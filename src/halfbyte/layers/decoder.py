@@ -54,7 +54,7 @@ class DecoderLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
         return type(self).__name__
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
-        """hidden_states `[B, S, hidden]`; further arguments as the adopted layer takes them, and `cu_seqlens` for packed rows."""
+        """hidden_states `[B, S, hidden]`; further arguments as the adopted layer takes them, and `documents` for packed rows."""
         call = dict(zip(self.structure.arguments, args, strict=False)) | kwargs
         if call.get("encoder_hidden_states") is not None:
             raise ModelError("cross-attention is not built into the generic decoder layer", code="model.cross-attention")
@@ -104,6 +104,8 @@ class DecoderLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
             dropout=s.attention_dropout if self.training else 0.0,
             scaling=s.scaling,
             sliding_window=s.window,
+            softcap=s.cap,
+            documents=call.get("documents"),
             cu_seqlens=call.get("cu_seqlens"),
             boundaries=call.get("boundaries"),
             longest=call.get("longest"),

@@ -1,6 +1,6 @@
 """The forward pass over packed rows, up to the last hidden state; and the proof that examples in a row do not see each other.
 
-Two routes. A model that runs on the "halfbyte" attention gets the document boundaries (`cu_seqlens`) and no mask. Any other
+Two routes. A model that runs on the "halfbyte" attention gets the boundaries (`documents`) and no mask. Any other
 gets a dense block-diagonal mask, 2 tokens² bytes in 16 bits. The key/value cache is always off here.
 """
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halfbyte.errors import ModelError
+from halfbyte.errors import ModelError, RecipeError
+from halfbyte.kernels.attention import Documents, Wanted
 from halfbyte.layers import attention
 
 
@@ -19,27 +20,30 @@ def uses_boundaries(model: PreTrainedModel) -> bool:
     return bool(model.config._attn_implementation == attention.NAME)
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+def hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, wanted: Wanted = "auto"
+) -> Tensor:
     """The last hidden state `[1, S, hidden]` before the output head, of one packed row.
 
     input_ids, position_ids: int64 `[1, S]`. cu_seqlens: int32 `[D+1]`, 0 first, S last, repeats allowed (empty documents); best
-    given on the CPU, where its values are read without a device sync.
+    given on the CPU, where its values are read without a device sync. wanted: the method that the recipe asks for.
+    Raises RecipeError where that cannot run.
     """
     assert input_ids.shape[0] == 1, "packed rows run as [1, S]"
     tokens = input_ids.shape[1]
-    boundaries = tuple(cu_seqlens.tolist()) if cu_seqlens.device.type == "cpu" else None
-    longest = max(attention.lengths_of(boundaries)) if boundaries else tokens
+    documents = Documents.of(cu_seqlens, input_ids.device, tokens, wanted)
     if uses_boundaries(model):
         # A mask of rank 4 is taken as prepared by transformers and handed through: nothing dense is built.
-        extra = {
-            "attention_mask": torch.empty((1, 1, 0, 0), device=input_ids.device),
-            "cu_seqlens": cu_seqlens.to(input_ids.device),
-            "boundaries": boundaries,
-            "longest": longest,
-        }
+        extra = {"attention_mask": torch.empty((1, 1, 0, 0), device=input_ids.device), "documents": documents}
     else:
-        _refuse_window(model, longest)
-        extra = {"attention_mask": block_mask(cu_seqlens.to(input_ids.device), tokens, _dtype_of(model))}
+        if wanted != "auto":
+            raise RecipeError(
+                f"`attention: {wanted}` cannot run here: {type(model).__name__} runs packed rows under a dense mask",
+                hint="set `attention: auto`",
+                code="attention.obstacle",
+            )
+        _refuse_window(model, documents.longest)
+        extra = {"attention_mask": block_mask(documents.cu_seqlens, tokens, _dtype_of(model))}
     out = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra)
     last: Tensor = out.last_hidden_state
     return last

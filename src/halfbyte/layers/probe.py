@@ -3,7 +3,7 @@
 How: the model's own forward tells how it calls its layers (arguments, rotary tables). A copy of the layer (packed weights
 shared, the rest in fp32) runs twice under that call: as the original with transformers' eager attention and an explicit mask,
 and as the generic layer, once with the same mask and once with document boundaries. What the original hands to its attention
-function (scale, window) is observed, not guessed. Cost: one layer in fp32 for each kind of layer in the model.
+function (scale, window, soft cap) is observed, not guessed. Cost: one layer in fp32 for each kind of layer in the model.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from halfbyte.kernels.attention import Documents
+from halfbyte.kernels.attention.reference import banded
 from halfbyte.layers import attention
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.structure import ROTATIONS, NotUnderstood, Structure
@@ -69,8 +71,8 @@ def _prove(original: nn.Module, structure: Structure, call: dict[str, Any]) -> S
     device = next(p.device for p in original.parameters())
     x = torch.randn(call.pop("hidden_states").shape, generator=torch.Generator().manual_seed(0)).to(device)
     structure = _observe(original, structure, x, call)
-    causal = attention.banded(TOKENS, TOKENS, structure.window, device)
-    cu_seqlens = torch.tensor([0, 5, TOKENS, TOKENS], dtype=torch.int32, device=device)
+    causal = banded(TOKENS, TOKENS, structure.window, device)
+    documents = Documents.of(torch.tensor([0, 5, TOKENS, TOKENS], dtype=torch.int32), device, TOKENS)
     document = (torch.arange(TOKENS, device=device) >= 5).int()
     packed = causal & (document[:, None] == document[None, :])
     _set_attention(original, "eager")
@@ -81,7 +83,7 @@ def _prove(original: nn.Module, structure: Structure, call: dict[str, Any]) -> S
         candidate = replace(structure, rotation=rotation)
         ours = DecoderLayer(original, candidate).eval()
         got = _output(ours(x, **call | {"attention_mask": _additive(causal)}))
-        got_packed = _output(ours(x, **call | {"cu_seqlens": cu_seqlens, "boundaries": (0, 5, TOKENS, TOKENS)}))
+        got_packed = _output(ours(x, **call | {"documents": documents}))
         errors[rotation] = max(_error(got, expected, x), _error(got_packed, expected_packed, x))
         if errors[rotation] <= TOLERANCE:
             return candidate
@@ -89,7 +91,7 @@ def _prove(original: nn.Module, structure: Structure, call: dict[str, Any]) -> S
 
 
 def _observe(original: nn.Module, structure: Structure, x: Tensor, call: dict[str, Any]) -> Structure:
-    """Scale and window as the original hands them to its attention function; and whether it returns a tuple."""
+    """Scale, window and soft cap as the original hands them to its attention function; and whether it returns a tuple."""
     seen: list[dict[str, Any]] = []
 
     def observer(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> tuple[Tensor, None]:
@@ -110,6 +112,7 @@ def _observe(original: nn.Module, structure: Structure, x: Tensor, call: dict[st
         structure,
         scaling=seen[0].get("scaling"),
         window=seen[0].get("sliding_window"),
+        cap=seen[0].get("softcap"),
         rotation="half" if rotates and has_tables else "none",
         returns_tuple=isinstance(out, tuple),
     )

@@ -17,9 +17,10 @@ from transformers import PretrainedConfig
 
 from halfbyte.config import Recipe
 from halfbyte.kernels.cross_entropy import CHUNK_BYTES
-from halfbyte.memory.shapes import Shapes, shapes, skeleton
+from halfbyte.memory.shapes import SEGMENT, Shapes, shapes, skeleton
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
+"""What is stored and kept; with fp8 only the large products are made in e4m3."""
 CONTEXT = {"cuda": 560 << 20, "cpu": 620 << 20}
 """What is there before the model: CUDA context and library workspaces; on a CPU, Python with its libraries (measured)."""
 
@@ -98,10 +99,14 @@ def weights(s: Shapes, recipe: Recipe) -> list[Part]:
 
 
 def learning(s: Shapes, recipe: Recipe) -> list[Part]:
-    """What learns, its gradients and Adam's two moments, all fp32 in flat buffers: exact."""
+    """What learns and its gradients, fp32 in flat buffers, and Adam's two moments: exact."""
     n = 4 * s.padded
     own = [] if recipe.adapter.kind == "none" else [Part("adapter", n, f"{s.trained:,} numbers in fp32")]
-    return [*own, Part("gradients", n, "fp32"), Part("optimizer", 2 * n, "AdamW's two moments in fp32")]
+    if recipe.optim.bits == 8:
+        moments = Part("optimizer", 2 * (s.padded + 4 * s.padded // SEGMENT), "AdamW's two moments in 8 bits")
+    else:
+        moments = Part("optimizer", 2 * n, "AdamW's two moments in fp32")
+    return [*own, Part("gradients", n, "fp32"), moments]
 
 
 def activations(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype) -> list[Part]:

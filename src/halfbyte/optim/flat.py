@@ -101,18 +101,6 @@ def _group(role: str, members: Sequence[tuple[str, nn.Parameter]], values: Tenso
     return group
 
 
-def gradient_norm(flat: Flat) -> Tensor:
-    """The 2-norm of the whole gradient, fp32 scalar on the device; inf or NaN when any element is."""
-    norm: Tensor = torch.linalg.vector_norm(flat.grads)
-    return norm
-
-
-def clip(flat: Flat, norm: Tensor, largest: float) -> None:
-    """Scale the whole gradient in place so that its norm is at most `largest` (0: never)."""
-    if largest > 0:
-        flat.grads.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
-
-
 def _padded(size: int) -> int:
     return -(-size // SEGMENT) * SEGMENT
 

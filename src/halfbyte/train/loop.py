@@ -17,6 +17,7 @@ from halfbyte.train.step import (
     Outcome,
     backward,
     clip_gradient,
+    drop,
     forward,
     mixed,
     objective,
@@ -63,6 +64,7 @@ def one_step(parts: Parts, state: State, stop: Stop) -> Outcome | None:
     total = None
     for part in split(parts, batch, state.step):
         if stop:
+            drop(parts)
             return None
         with mixed(parts):
             hidden = forward(parts, part)

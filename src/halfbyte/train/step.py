@@ -16,7 +16,6 @@ from torch import Tensor
 
 from halfbyte.errors import TrainingError
 from halfbyte.objectives import sft
-from halfbyte.optim.flat import clip, gradient_norm
 from halfbyte.optim.schedule import learning_rate
 from halfbyte.train.state import Batch, Microbatch, Parts, State
 
@@ -40,8 +39,8 @@ def seed_step(parts: Parts, step: int) -> None:
 
 
 def split(parts: Parts, batch: Batch, step: int) -> Iterator[Microbatch]:
-    """The batch's microbatches in order; the adapter's dropout masks are numbered before each."""
-    parts.flat.grads.zero_()
+    """The batch's microbatches in order; the adapter's dropout masks are numbered before each. Gradients start at zero: the
+    optimizer's step, or `drop`, leaves them so."""
     for number, part in enumerate(batch.microbatches(parts.microbatch)):
         parts.dropout(parts.config.seed, step, number * parts.microbatch)
         yield part
@@ -70,21 +69,22 @@ def backward(parts: Parts, loss: Tensor) -> Tensor:
     return loss.detach()
 
 
+def drop(parts: Parts) -> None:
+    """Forget an unfinished window's gradient."""
+    parts.flat.grads.zero_()
+
+
 def clip_gradient(parts: Parts, loss: Tensor) -> Tensor:
-    """Unscale and clip the gradient in place. Returns `[4]`: loss, norm before clipping, found_inf, loss scale."""
-    flat, scale = parts.flat, parts.scale
-    if scale.moving:
-        flat.grads.div_(scale.scale)
-    norm = gradient_norm(flat)
-    found_inf = 1.0 - (torch.isfinite(norm) & torch.isfinite(loss)).float()
-    clip(flat, norm, parts.config.clip)
-    return torch.stack([loss, norm, found_inf, scale.scale])
+    """Measure the gradient for the step, which unscales and clips it. Returns `[4]`: loss, norm before clipping, found_inf, loss
+    scale."""
+    return parts.optimizer.clip(loss, parts.scale.scale, parts.config.clip)
 
 
 def optimizer_step(parts: Parts, state: State, values: Tensor, batch: Batch) -> Outcome:
-    """One AdamW step at the schedule's rate, untouched where the gradient is not finite; the position moves on in any case."""
+    """One AdamW step at the schedule's rate, untouched where the gradient is not finite; the gradient is zero after it, and the
+    position moves on, in any case."""
     lr = learning_rate(state.step, parts.total_steps, parts.config)
-    parts.optimizer.step(lr, values[2])
+    parts.optimizer.step(lr)
     parts.scale.update(values[2])
     state.step += 1
     state.trained_tokens += batch.trained_tokens

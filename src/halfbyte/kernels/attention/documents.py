@@ -1,7 +1,7 @@
 """Where one document ends and the next begins in a packed row: built once a microbatch, read by every layer.
 
 Why an object: what follows from the boundaries (equal lengths or not, a block mask, the obstacle of a kernel) is the same for
-all layers, so it is worked out once and kept here. Cost: 4 bytes a document on the device, and what a method caches.
+all layers, so it is worked out once and kept here. Cost: 4 bytes a document on the device, and what a method keeps.
 
 Letters: T tokens of the microbatch, D documents.
 """
@@ -37,9 +37,16 @@ class Documents:
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, device: torch.device, tokens: int, wanted: Wanted = "auto") -> Documents:
-        """From boundaries on the CPU (then they are known on the host too) or on the device (then they are not)."""
-        boundaries = tuple(cu_seqlens.tolist()) if cu_seqlens.device.type == "cpu" else None
-        longest = tokens if boundaries is None else max((b - a for a, b in itertools.pairwise(boundaries)), default=0)
+        """From boundaries on the CPU, without the empty documents; or on the device, as they are and unread.
+
+        Why without: FlashAttention's backward pads every document by 128 rows of fp32, an empty one too.
+        """
+        if cu_seqlens.device.type != "cpu":
+            return cls(cu_seqlens, None, tokens, wanted)
+        boundaries = tuple(dict.fromkeys(cu_seqlens.tolist()))
+        longest = max((b - a for a, b in itertools.pairwise(boundaries)), default=0)
+        if len(boundaries) < len(cu_seqlens):
+            cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
         return cls(cu_seqlens.to(device, torch.int32, non_blocking=True), boundaries, longest, wanted)
 
     @cached_property
@@ -51,15 +58,19 @@ class Documents:
 
     @cached_property
     def equal(self) -> int | None:
-        """How many documents there are when all have the same length, and none is empty in between; else None."""
+        """How many documents there are when all have the same length; else None."""
         lengths = self.lengths
         return len(lengths) if lengths and min(lengths) == max(lengths) else None
 
     def read_lengths(self) -> tuple[int, ...]:
         """`lengths`, waiting for the device where they are not on the host."""
-        return self.lengths or self.keep(
-            "lengths", lambda: Documents.of(self.cu_seqlens.cpu(), torch.device("cpu"), 0).lengths or ()
-        )
+        if self.lengths is not None:
+            return self.lengths
+        return self.keep("lengths", lambda: Documents.of(self.cu_seqlens.cpu(), torch.device("cpu"), 0).lengths or ())
+
+    def window(self, window: int | None) -> int | None:
+        """None for a window that no document is longer than."""
+        return None if window is None or window >= self.longest else window
 
     def keep(self, key: Any, build: Callable[[], Value]) -> Value:
         """What `build` returns, built at the first call with this key and kept as long as the documents."""

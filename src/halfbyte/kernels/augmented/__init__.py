@@ -23,6 +23,7 @@ from torch import Tensor
 
 from halfbyte.formats.packed import Packed
 from halfbyte.kernels.augmented import reference
+from halfbyte.kernels.dispatch import twin
 from halfbyte.kernels.lora_linear.members import Member
 
 __all__ = ["Group"]
@@ -36,10 +37,11 @@ class Group:
 
     members: weights `[N_i, K]` of one width K. rows: N. width: K. rank: R, 0 when nobody has an adapter.
     row_slices: a member's rows in S. rank_slices: a member's columns right of K and rows below N; None without an adapter.
+    plan: what the Triton twin keeps between calls.
     The members' tensors may be written in place (an optimizer's update); when one moves to other memory, that is noticed.
     """
 
-    __slots__ = ("_held", "_plan", "members", "rank", "rank_slices", "row_slices", "rows", "width")
+    __slots__ = ("_held", "float8", "members", "plan", "rank", "rank_slices", "row_slices", "rows", "width")
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = tuple(members)
@@ -54,7 +56,8 @@ class Group:
         self.rows: int = rows
         self.rank: int = -(-rank // PADDED_TO) * PADDED_TO
         self._held: Tensor | None = None
-        self._plan: object = None
+        self.plan: object = None
+        self.float8: object = None  # the plan of `kernels.fp8`
 
     @property
     def device(self) -> torch.device:
@@ -66,12 +69,19 @@ class Group:
         """S `[N + R, K + R]` in `dtype`: fresh, or the held one with s*B and A brought up to date."""
         if self._held is not None:
             assert self._held.dtype == dtype, f"held in {self._held.dtype}, asked for {dtype}"
-            reference.write_adapters(self, self._held)
+            self._write(self._held, weights=False)
             return self._held
         out = torch.empty(self.rows + self.rank, self.width + self.rank, dtype=dtype, device=self.device)
-        reference.write_weights(self, out)
-        reference.write_adapters(self, out)
+        self._write(out, weights=True)
         return out
+
+    def _write(self, out: Tensor, weights: bool) -> None:
+        if twin(out.device) == "fused":
+            from halfbyte.kernels.augmented import fused
+
+            fused.write(self, out, weights)
+        else:
+            reference.write(self, out, weights)
 
     def hold(self, dtype: torch.dtype) -> Tensor:
         """Allocates and fills S now; from here on `matrix(dtype)` returns this one and rewrites s*B and A only.
@@ -86,6 +96,7 @@ class Group:
                 m if isinstance(m.weight, Packed) else replace(m, weight=view)
                 for m, view in zip(self.members, self.views(), strict=True)
             )
+            self.plan = None
         assert self._held.dtype == dtype, f"held in {self._held.dtype}, asked for {dtype}"
         return self._held
 

@@ -13,11 +13,9 @@ if TYPE_CHECKING:
     from halfbyte.kernels.augmented import Group
 
 
-def write_weights(group: Group, out: Tensor) -> None:
-    """W `[N, K]` into `out[:N, :K]`."""
-    for m, rows in zip(group.members, group.row_slices, strict=True):
-        weight = decode(m.weight, out.dtype) if isinstance(m.weight, Packed) else m.weight.detach()
-        out[rows, : group.width].copy_(weight)
+def write_weight(weight: Packed | Tensor, out: Tensor) -> None:
+    """A member's weight into its rows `[N_i, K]` of S."""
+    out.copy_(decode(weight, out.dtype) if isinstance(weight, Packed) else weight.detach())
 
 
 def write_adapters(group: Group, out: Tensor) -> None:
@@ -31,3 +29,11 @@ def write_adapters(group: Group, out: Tensor) -> None:
         if m.lora is not None:
             beside[rows, ranks] = (m.lora.scale * m.lora.b.detach().float()).to(out.dtype)
             below[ranks] = m.lora.a.detach().to(out.dtype)
+
+
+def write(group: Group, out: Tensor, weights: bool) -> None:
+    """W (if `weights`), s*B and A into `out` `[N + R, K + R]`."""
+    if weights:
+        for m, rows in zip(group.members, group.row_slices, strict=True):
+            write_weight(m.weight, out[rows, : group.width])
+    write_adapters(group, out)

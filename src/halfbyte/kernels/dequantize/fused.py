@@ -12,6 +12,8 @@ Letters: N = rows, K = elements a row, G = groups a row, R = spans a tile, S = w
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,22 +21,12 @@ from torch import Tensor
 
 from halfbyte.formats.packed import NESTED_BLOCK, Packed, matrix_shape
 from halfbyte.kernels.dequantize.levels import levels, nested_levels
+from halfbyte.kernels.dequantize.words import INTERPRETED, TILING, Tiling, columns_of_tile, decode_tile, suits, table, to_dtype
+
+__all__ = ["INTERPRETED", "decode", "to_dtype"]
 
 TILE = 4096
 """Weights a program decodes."""
-
-
-INTERPRETED = triton.knobs.runtime.interpret
-
-
-@triton.jit
-def to_dtype(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """fp32 rounded to nearest, ties to even. Triton's interpreter truncates to bf16 (3.6), so there it is done on the bits."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(dtype)
 
 
 @triton.jit
@@ -98,18 +90,89 @@ def _eight_bit(out, codes, scales, K, tiles, TILE: tl.constexpr, INTERPRETED: tl
     tl.store(out + row * K + k, to_dtype(q * tl.load(scales + row), out.dtype.element_ty, INTERPRETED), mask=k < K)
 
 
-def decode(packed: Packed, out: Tensor) -> None:
+@triton.jit(do_not_specialize=["codes", "scales", "nested_scales", "nested_offset", "zeros", "N", "K", "tiles"])
+def _words(
+    out, codes, scales, nested_scales, nested_offset, zeros, table, nested_levels, N, K, tiles,
+    ZERO: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr, LOOKUP: tl.constexpr, POLICY: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """One tile a program of a contiguous [N, K], `tiles` a row."""
+    program = tl.program_id(0).to(tl.uint32)
+    row_tile = program // tiles.to(tl.uint32)
+    row = row_tile.to(tl.int64) * ROWS
+    column = (program - row_tile * tiles.to(tl.uint32)).to(tl.int32) * COLUMNS
+    first = row * (K // 8 * 8) + column
+    decode_tile(
+        out + first, codes.to(tl.pointer_type(tl.int32)), scales, nested_scales, nested_offset, zeros, table, nested_levels,
+        first, K, K, tl.minimum(N - row, ROWS).to(tl.int32), K - column,
+        ZERO, NESTED, BLOCK, ROWS, COLUMNS, EVEN, LOOKUP, POLICY, INTERPRETED,
+    )  # fmt: skip
+
+
+_runs: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+"""By all that a compiled `_words` and its grid depend on: what launches it, and its last arguments."""
+
+
+def _decode_words(packed: Packed, out: Tensor, rows: int, width: int, tiling: Tiling) -> None:
+    """The fast way. A Triton launch costs 30 us of looking up what to run; the second of its kind goes straight to it."""
+    fmt = packed.format
+    index = out.get_device()
+    key = (fmt, rows, width, out.dtype, index, tiling)
+    known = _runs.get(key)
+    scales = packed.scales if fmt.nested else packed.scales.view(torch.float32)
+    stored = (
+        packed.codes, scales,
+        packed.nested_scales.view(torch.float32) if fmt.nested else scales,
+        packed.nested_offset.view(torch.float32) if fmt.nested else scales,
+        scales if fmt.zero == "none" else packed.zeros.view(torch.float32),
+    )  # fmt: skip
+    if known is not None:
+        launch, rest = known
+        launch(out, *stored, *rest)
+        return
+    device = str(out.device)
+    columns = columns_of_tile(width, tiling.columns)
+    tile_rows = tiling.weights // columns
+    tiles = triton.cdiv(width, columns)
+    levels_16 = table(fmt, device)
+    numbers = (levels_16, nested_levels(device) if fmt.nested else levels_16, rows, width, tiles)
+    constants = {
+        "ZERO": fmt.zero, "NESTED": fmt.nested, "BLOCK": fmt.block, "ROWS": tile_rows, "COLUMNS": columns,
+        "EVEN": width % columns == 0, "LOOKUP": tiling.lookup, "POLICY": tiling.policy, "INTERPRETED": INTERPRETED,
+    }  # fmt: skip
+    grid = (triton.cdiv(rows, tile_rows) * tiles, 1, 1)
+    compiled = _words[grid](out, *stored, *numbers, **constants, num_warps=tiling.warps, enable_fp_fusion=False)
+    if compiled is not None:
+        _runs[key] = (compiled[grid], (*numbers, *constants.values()))
+
+
+def decode(packed: Packed, out: Tensor, tiling: Tiling = TILING) -> None:
     """Writes the weight into `out` (contiguous, n elements, any float dtype)."""
     fmt, n = packed.format, packed.numel
     if n == 0:
         return
+    codebook = fmt.kind in ("nf4", "fp4")
+    rows, width = (n // 2048, 2048) if codebook and n % 2048 == 0 else matrix_shape(packed.shape)
+    if suits(fmt, width) and packed.codes.data_ptr() % 4 == 0 and out.data_ptr() % 16 == 0:
+        _decode_words(packed, out, rows, width, tiling)
+    elif fmt.kind == "int8":
+        _decode_eight(packed, out)
+    else:
+        _decode_four(packed, out)
+
+
+def _decode_eight(packed: Packed, out: Tensor) -> None:
+    rows, width = matrix_shape(packed.shape)
+    tile = min(triton.next_power_of_2(width), TILE)
+    tiles = triton.cdiv(width, tile)
+    scales = packed.scales.view(torch.float32)
+    _eight_bit[(rows * tiles,)](out, packed.codes, scales, width, tiles, TILE=tile, INTERPRETED=INTERPRETED)
+
+
+def _decode_four(packed: Packed, out: Tensor) -> None:
+    """Any width, any even block, any alignment."""
+    fmt, n = packed.format, packed.numel
     scales = packed.scales if fmt.nested else packed.scales.view(torch.float32)
-    if fmt.kind == "int8":
-        rows, width = matrix_shape(packed.shape)
-        tile = min(triton.next_power_of_2(width), TILE)
-        tiles = triton.cdiv(width, tile)
-        _eight_bit[(rows * tiles,)](out, packed.codes, scales, width, tiles, TILE=tile, INTERPRETED=INTERPRETED)
-        return
     codebook = fmt.kind in ("nf4", "fp4")
     rows, width = (1, n) if codebook else matrix_shape(packed.shape)
     groups = triton.cdiv(width, fmt.block)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from halfbyte.kernels.dispatch import twin
 from halfbyte.kernels.glu import reference
 from halfbyte.kernels.glu.reference import Activation
 
@@ -19,9 +20,19 @@ __all__ = ["Activation", "glu", "glu_backward"]
 
 def glu(gate: Tensor, up: Tensor | None, activation: Activation, out: Tensor) -> None:
     """out = act(gate) * up; without `up`, act(gate). `out` may be the memory of `gate` or `up`."""
-    reference.glu(gate, up, activation, out)
+    if twin(gate.device) == "fused":
+        from halfbyte.kernels.glu import fused
+
+        fused.glu(gate, up, activation, out)
+    else:
+        reference.glu(gate, up, activation, out)
 
 
 def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, activation: Activation) -> None:
     """In place: dh becomes h = act(gate) * up, gate becomes d gate, up becomes d up."""
-    reference.glu_backward(dh, gate, up, activation)
+    if twin(dh.device) == "fused":
+        from halfbyte.kernels.glu import fused
+
+        fused.glu_backward(dh, gate, up, activation)
+    else:
+        reference.glu_backward(dh, gate, up, activation)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from halfbyte.kernels.dispatch import twin
 from halfbyte.kernels.norm import reference
 from halfbyte.kernels.norm.reference import NormSpec
 
@@ -24,6 +25,10 @@ def add_norm(
 
     weight, bias: `[H]` of any float dtype, or None. rstd, mean: fp32 `[T]`, mean None for kind rms.
     """
+    if twin(x.device) == "fused":
+        from halfbyte.kernels.norm import fused
+
+        return fused.add_norm(x, delta, spec, weight, bias, out)
     return reference.add_norm(x, delta, spec, weight, bias, out)
 
 
@@ -38,4 +43,9 @@ def norm_backward(
     out: Tensor,
 ) -> None:
     """out = (d norm / d residual)ᵀ d_out + add. `out` may be the memory of `d_out` or `add`; the weight is taken as frozen."""
-    reference.norm_backward(d_out, residual, rstd, mean, spec, weight, add, out)
+    if twin(d_out.device) == "fused":
+        from halfbyte.kernels.norm import fused
+
+        fused.norm_backward(d_out, residual, rstd, mean, spec, weight, add, out)
+    else:
+        reference.norm_backward(d_out, residual, rstd, mean, spec, weight, add, out)

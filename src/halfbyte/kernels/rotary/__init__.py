@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from halfbyte.kernels.dispatch import twin
 from halfbyte.kernels.norm.reference import NormSpec
 from halfbyte.kernels.rotary import reference
 from halfbyte.kernels.rotary.reference import Rotation
@@ -21,14 +22,24 @@ __all__ = ["Rotation", "gather_backward", "norm_gather_backward", "norm_rotate",
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor | None, sin: Tensor | None, rotation: Rotation, inverse: bool = False) -> None:
     """Turns q `[T, Hq, d]` and k `[T, Hk, d]` in place; `inverse` applies the transposed map (backward)."""
-    reference.rotate(q, k, cos, sin, rotation, inverse)
+    if twin(q.device) == "fused":
+        from halfbyte.kernels.rotary import fused
+
+        fused.rotate(q, k, cos, sin, rotation, inverse)
+    else:
+        reference.rotate(q, k, cos, sin, rotation, inverse)
 
 
 def gather_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor | None, sin: Tensor | None, rotation: Rotation, out: Tensor
 ) -> None:
     """out `[T, (Hq + 2 Hk) d]` (rows of any stride) = [dq turned back | dk turned back | dv]."""
-    reference.gather_backward(dq, dk, dv, cos, sin, rotation, out)
+    if twin(dq.device) == "fused":
+        from halfbyte.kernels.rotary import fused
+
+        fused.gather_backward(dq, dk, dv, cos, sin, rotation, out)
+    else:
+        reference.gather_backward(dq, dk, dv, cos, sin, rotation, out)
 
 
 def norm_rotate(
@@ -45,6 +56,10 @@ def norm_rotate(
 
     The outputs are fresh and contiguous; rstd is fp32 `[T, heads]`.
     """
+    if twin(q.device) == "fused":
+        from halfbyte.kernels.rotary import fused
+
+        return fused.norm_rotate(q, k, q_weight, k_weight, spec, cos, sin, rotation)
     return reference.norm_rotate(q, k, q_weight, k_weight, spec, cos, sin, rotation)
 
 
@@ -65,4 +80,9 @@ def norm_gather_backward(
     out: Tensor,
 ) -> None:
     """`gather_backward` through the norm too; q and k are the inputs of `norm_rotate`. `out` must not be their memory."""
-    reference.norm_gather_backward(dq, dk, dv, q, k, q_rstd, k_rstd, q_weight, k_weight, spec, cos, sin, rotation, out)
+    if twin(dq.device) == "fused":
+        from halfbyte.kernels.rotary import fused
+
+        fused.norm_gather_backward(dq, dk, dv, q, k, q_rstd, k_rstd, q_weight, k_weight, spec, cos, sin, rotation, out)
+    else:
+        reference.norm_gather_backward(dq, dk, dv, q, k, q_rstd, k_rstd, q_weight, k_weight, spec, cos, sin, rotation, out)

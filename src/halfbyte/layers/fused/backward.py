@@ -11,11 +11,10 @@ from torch import Tensor
 from halfbyte.kernels import norm, rotary
 from halfbyte.kernels.glu import glu_backward
 from halfbyte.layers.fused import forward as stages
-from halfbyte.layers.fused import products
 from halfbyte.layers.fused.forward import Activations, Call, buffer
 from halfbyte.layers.fused.gradients import Gradients
 from halfbyte.layers.fused.parts import Norm
-from halfbyte.layers.fused.products import Projection
+from halfbyte.layers.fused.projection import Projection, adapter_gradients
 
 
 def backward(call: Call, a: Activations, grad: Tensor, gradients: Gradients, want_x: bool) -> Tensor | None:
@@ -96,14 +95,14 @@ def _mlp(call: Call, a: Activations, grad: Tensor, gradients: Gradients) -> Tens
     a.mlp_raw = None
     dh = grad.new_empty(grad.shape[0], p.down.width)
     gate, up = stages.gate_up(call, a.inputs)
-    products.input_gradient(p.down, d_down, dh, call.mask)
+    call.products.project_back(p.down.group, d_down, dh, call.mask)
     glu_backward(dh, gate, up, p.activation)  # dh is h now, gate and up are their gradients
-    products.adapter_gradients(p.down, d_down, dh, a.xa_down, gradients, call.mask)
+    adapter_gradients(p.down, d_down, dh, a.xa_down, gradients, call.mask)
     del dh, d_down
     d_source = grad.new_empty(grad.shape[0], p.inputs.width)
-    products.input_gradient(p.inputs, a.inputs, d_source, call.mask)
+    call.products.project_back(p.inputs.group, a.inputs, d_source, call.mask)
     if p.inputs.rank:
-        products.adapter_gradients(p.inputs, a.inputs, stages.normed_mlp(call, a), a.xa_inputs, gradients, call.mask)
+        adapter_gradients(p.inputs, a.inputs, stages.normed_mlp(call, a), a.xa_inputs, gradients, call.mask)
     a.inputs = None
     return d_source
 
@@ -113,8 +112,8 @@ def _attention(call: Call, a: Activations, d_out: Tensor, gradients: Gradients, 
     p, s = call.parts, call.parts.structure
     assert a.attended is not None and a.qkv is not None and a.method is not None
     d_attended = torch.empty_like(a.attended)
-    products.input_gradient(p.out, d_out, d_attended, call.mask)
-    products.adapter_gradients(p.out, d_out, a.attended, a.xa_out, gradients, call.mask)
+    call.products.project_back(p.out.group, d_out, d_attended, call.mask)
+    adapter_gradients(p.out, d_out, a.attended, a.xa_out, gradients, call.mask)
     q, k, v = stages.heads(call, a)
     shape = (-1, s.heads, s.head_size)
     dq, dk, dv = a.method.backward(
@@ -124,9 +123,9 @@ def _attention(call: Call, a: Activations, d_out: Tensor, gradients: Gradients, 
     d_qkv = _gathered(call, a, dq, dk, dv)
     a.q = a.k = None
     d_normed = d_out.new_empty(d_out.shape[0], p.qkv.width) if want_x else None
-    products.input_gradient(p.qkv, d_qkv, d_normed, call.mask)
+    call.products.project_back(p.qkv.group, d_qkv, d_normed, call.mask)
     if p.qkv.rank:
-        products.adapter_gradients(p.qkv, d_qkv, stages.normed(call, a), a.xa_qkv, gradients, call.mask)
+        adapter_gradients(p.qkv, d_qkv, stages.normed(call, a), a.xa_qkv, gradients, call.mask)
     a.qkv = None
     return d_normed
 

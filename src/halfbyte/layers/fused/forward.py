@@ -15,10 +15,10 @@ from halfbyte.kernels import attention, norm, rotary
 from halfbyte.kernels.attention import Documents, Method
 from halfbyte.kernels.dropout import Dropout
 from halfbyte.kernels.glu import glu
-from halfbyte.layers.fused import products
+from halfbyte.kernels.products import Products
 from halfbyte.layers.fused.keep import Keep
 from halfbyte.layers.fused.parts import LayerParts, Norm
-from halfbyte.layers.fused.products import Projection
+from halfbyte.layers.fused.projection import Projection
 from halfbyte.layers.structure import Structure
 
 
@@ -32,6 +32,7 @@ class Call:
     cos: Tensor | None
     sin: Tensor | None
     mask: Dropout | None
+    products: Products
     in_place: bool
 
 
@@ -115,6 +116,11 @@ def buffer(p: Projection, like: Tensor, width: int) -> Tensor:
     return like.new_empty(like.shape[0], width + p.rank)
 
 
+def project(call: Call, p: Projection, x: Tensor, out: Tensor) -> Tensor | None:
+    """Y of a group into `out`; XA `[T, R]`."""
+    return call.products.project(p.group, x, out, p.bias, call.mask)
+
+
 def scale_of(s: Structure) -> float:
     """The factor of q kᵀ."""
     return s.scaling if s.scaling is not None else float(s.head_size) ** -0.5
@@ -148,7 +154,7 @@ def _projected(call: Call, a: Activations) -> None:
     p, s = call.parts, call.parts.structure
     source = normed(call, a)
     a.qkv = buffer(p.qkv, source, p.qkv.rows)
-    xa = products.forward(p.qkv, source, a.qkv[:, : p.qkv.rows], call.mask)
+    xa = project(call, p.qkv, source, a.qkv[:, : p.qkv.rows])
     a.xa_qkv = kept_tail(xa)
     q, k, _ = split(call.parts.structure, a.qkv)
     if s.qk_norm == "none":
@@ -185,7 +191,7 @@ def _mid(call: Call, a: Activations) -> None:
     p, s = call.parts, call.parts.structure
     assert a.x is not None and a.attended is not None
     delta = torch.empty_like(a.x)
-    xa = products.forward(p.out, a.attended, delta, call.mask)
+    xa = project(call, p.out, a.attended, delta)
     a.xa_out = xa
     if p.after_attention is not None:
         a.attended_raw = delta
@@ -221,7 +227,7 @@ def _mlp_inputs(call: Call, a: Activations) -> None:
     p = call.parts
     source = normed_mlp(call, a)
     a.inputs = buffer(p.inputs, source, p.inputs.rows)
-    a.xa_inputs = kept_tail(products.forward(p.inputs, source, a.inputs[:, : p.inputs.rows], call.mask))
+    a.xa_inputs = kept_tail(project(call, p.inputs, source, a.inputs[:, : p.inputs.rows]))
 
 
 def gate_up(call: Call, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -238,7 +244,7 @@ def down(call: Call, a: Activations) -> Tensor:
     gate, up = gate_up(call, a.inputs)
     glu(gate, up, p.activation, h[:, : p.down.width])
     delta = torch.empty_like(a.mid)
-    a.xa_down = kept_tail(products.forward(p.down, h, delta, call.mask))
+    a.xa_down = kept_tail(project(call, p.down, h, delta))
     if p.after_mlp is not None:
         a.mlp_raw = delta
         delta = torch.empty_like(a.mid)

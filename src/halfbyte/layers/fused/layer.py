@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from halfbyte.formats.packed import Packed
 from halfbyte.kernels.attention import Documents
+from halfbyte.kernels.products import Products
 from halfbyte.layers.fused import forward as stages
 from halfbyte.layers.fused import parts as reading
 from halfbyte.layers.fused.forward import Call
@@ -21,11 +23,12 @@ from halfbyte.layers.structure import Structure
 class Fused:
     """Runs one adopted layer. keep: what stays for backward. in_place: gradients go into `parameter.grad` (fp32, allocated)."""
 
-    def __init__(self, layer: nn.Module, structure: Structure, dtype: torch.dtype, keep: Keep, in_place: bool) -> None:
-        self.keep, self.in_place, self.dtype = keep, in_place, dtype
+    def __init__(
+        self, layer: nn.Module, structure: Structure, dtype: torch.dtype, keep: Keep, products: Products, in_place: bool
+    ) -> None:
+        self.keep, self.products, self.in_place, self.dtype = keep, products, in_place, dtype
         self.modules = reading.modules_of(layer, structure)
         self.parts = reading.read(layer, structure, dtype)
-        self.layer = [layer]  # in a list: the layer holds us, and a module may not hold itself
 
     def run(self, hidden: Tensor, call: dict[str, Any]) -> Tensor | None:
         """The layer's output `[B, S, H]`; None for a call that it does not serve (a cache, a dense mask, another dtype)."""
@@ -33,13 +36,15 @@ class Fused:
         if documents is None or hidden.dtype != self.dtype:
             return None
         groups = [reading.operands(modules) for modules in self.modules]
-        if reading.key_of(groups) != self.parts.key:
-            self.parts = reading.read(self.layer[0], self.parts.structure, self.dtype)
+        key = reading.key_of(groups)
+        if key != self.parts.key:
+            qkv, out, inputs, down = reading.projections(groups, self.dtype)
+            self.parts = replace(self.parts, qkv=qkv, out=out, inputs=inputs, down=down, key=key)
         members = [o for group in groups for o in group]
         x = hidden.reshape(-1, hidden.shape[-1])
         cos, sin = tables(x.shape[0], None if self.parts.structure.rotation == "none" else call["position_embeddings"])
         mask = next((o.dropout for o in members if o.dropout is not None), None)
-        made = Call(self.parts, self.keep, documents, cos, sin, mask, self.in_place)
+        made = Call(self.parts, self.keep, documents, cos, sin, mask, self.products, self.in_place)
         return self._apply(x, made, members).view(hidden.shape)
 
     def _apply(self, x: Tensor, call: Call, members: list[Operand]) -> Tensor:

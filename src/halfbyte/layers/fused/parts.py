@@ -17,7 +17,7 @@ from halfbyte.kernels.glu import Activation
 from halfbyte.kernels.lora_linear.members import Member
 from halfbyte.kernels.norm import NormSpec
 from halfbyte.kernels.norm import reference as norm_reference
-from halfbyte.layers.fused.products import Projection
+from halfbyte.layers.fused.projection import Projection
 from halfbyte.layers.linear import Operand, operand_of
 from halfbyte.layers.operands import supports_operand
 from halfbyte.layers.structure import NotUnderstood, Structure
@@ -108,9 +108,14 @@ def read(layer: nn.Module, s: Structure, dtype: torch.dtype) -> LayerParts:
         for name in (places.before_attention, places.after_attention, places.before_mlp, places.after_mlp)
     ]
     qk = [read_norm(attention.get_submodule(n)) if s.qk_norm != "none" else None for n in ("q_norm", "k_norm")]
-    built = [Projection.of([Member(o.weight, o.bias, o.lora) for o in group], dtype) for group in groups]
+    built = projections(groups, dtype)
     activation = read_activation(getattr(layer.get_submodule(s.mlp), s.activation))
     return LayerParts(s, activation, key_of(groups), *norms, *qk, *built)  # type: ignore[arg-type]
+
+
+def projections(groups: list[list[Operand]], dtype: torch.dtype) -> list[Projection]:
+    """q/k/v, output, gate/up and down, of their operands."""
+    return [Projection.of([Member(o.weight, o.bias, o.lora) for o in group], dtype) for group in groups]
 
 
 @torch.no_grad()

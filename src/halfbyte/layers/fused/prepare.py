@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
+from halfbyte.kernels.products import Augmented, Products
 from halfbyte.layers import probe
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, Keep
@@ -32,22 +33,26 @@ class Preparation:
         return f"{self.layers} of {total} fused" + (f" (left: {reasons})" if reasons else "")
 
 
-def prepare(model: PreTrainedModel, keep: Keep = EVERYTHING, *, in_place: bool = False) -> Preparation:
+def prepare(
+    model: PreTrainedModel, keep: Keep = EVERYTHING, products: Products | None = None, *, in_place: bool = False
+) -> Preparation:
     """Every adopted layer that can runs fused from now on, in the dtype of the model's activations.
 
-    in_place: gradients of A and B are added to `parameter.grad`, which must exist (`optim.flat.flatten`), and never pass through
-    autograd. A layer that recomputes by `layers.recompute` stops doing so: `keep` decides.
+    products: how groups multiply (default: in the activations' dtype). in_place: gradients of A and B are added to
+    `parameter.grad`, which must exist (`optim.flat.flatten`), and never pass through autograd. A layer that recomputes by
+    `layers.recompute` stops doing so: `keep` decides.
     """
+    products = products or Augmented()
     layers = {path: m for path, m in model.named_modules() if isinstance(m, DecoderLayer)}
     dtype = next(p.dtype for p in model.get_input_embeddings().parameters())
     left: dict[str, str] = {}
     built: dict[str, Fused] = {}
     for path, layer in layers.items():
         try:
-            built[path] = Fused(layer, layer.structure, dtype, keep, in_place)
+            built[path] = Fused(layer, layer.structure, dtype, keep, products, in_place)
         except NotUnderstood as reason:
             left[path] = str(reason)
-    left |= _disproved(model, {path: layers[path] for path in built}, dtype)
+    left |= _disproved(model, {path: layers[path] for path in built}, dtype, products)
     for path in built.keys() - left.keys():
         layers[path].fused = built[path]
         layers[path].gradient_checkpointing = False
@@ -56,7 +61,7 @@ def prepare(model: PreTrainedModel, keep: Keep = EVERYTHING, *, in_place: bool =
     return done
 
 
-def _disproved(model: PreTrainedModel, layers: dict[str, DecoderLayer], dtype: torch.dtype) -> dict[str, str]:
+def _disproved(model: PreTrainedModel, layers: dict[str, DecoderLayer], dtype: torch.dtype, products: Products) -> dict[str, str]:
     """The layers of a kind whose proof fails, with the reason. One proof a kind: layers of one structure differ in numbers only."""
     first: dict[Structure, str] = {}
     for path, layer in layers.items():
@@ -69,7 +74,7 @@ def _disproved(model: PreTrainedModel, layers: dict[str, DecoderLayer], dtype: t
             reasons[structure] = "the model's forward does not reach it"
             continue
         try:
-            prove(layer, Fused(layer, structure, dtype, INPUTS, in_place=False), calls[layer])
+            prove(layer, Fused(layer, structure, dtype, INPUTS, products, in_place=False), calls[layer])
         except NotUnderstood as reason:
             reasons[structure] = str(reason)
     return {path: reasons[layer.structure] for path, layer in layers.items() if layer.structure in reasons}

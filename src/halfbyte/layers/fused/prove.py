@@ -24,7 +24,7 @@ def prove(layer: DecoderLayer, fused: Fused, captured: dict[str, Any]) -> None:
     """Raises NotUnderstood where the two disagree. captured: how the model calls the layer (`probe.capture_calls`)."""
     call = {name: value for name, value in captured.items() if name != "args"}
     call |= dict(zip(("hidden_states", *layer.structure.arguments), captured["args"], strict=False))
-    hidden: Tensor = call.pop("hidden_states")
+    hidden: Tensor = call.pop("hidden_states").detach()
     call["attention_mask"] = None
     tokens = hidden.shape[1]
     middle = tokens // 3
@@ -32,20 +32,21 @@ def prove(layer: DecoderLayer, fused: Fused, captured: dict[str, Any]) -> None:
     call["cu_seqlens"] = torch.tensor(call["boundaries"], dtype=torch.int32, device=hidden.device)
     call["longest"] = tokens - middle
     grad = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
-    before, layer.fused = layer.fused, None
-    expected = _run(layer, hidden, call, grad)
-    layer.fused = fused
+    before = layer.fused, layer.gradient_checkpointing
     try:
+        layer.fused, layer.gradient_checkpointing = None, False
+        expected = _run(layer, hidden, call, grad)
+        layer.fused = fused
         got = _run(layer, hidden, call, grad)
     finally:
-        layer.fused = before
+        layer.fused, layer.gradient_checkpointing = before
     tolerance = TOLERANCE.get(hidden.dtype, TOLERANCE_16)
     for name, ours in got.items():
-        theirs = expected[name].float()
+        ours, theirs = ours.float(), expected[name].float()
         # What the layer adds to its input; gradients of a fresh adapter's A are zero because its B is.
-        base = hidden.float() if name == "output" else torch.zeros_like(theirs)
-        error = float((ours.float() - theirs).norm() / (theirs - base).norm().clamp_min(1e-20))
-        if not error <= tolerance and float((ours.float() - theirs).norm()) > 0:
+        base = hidden.detach().float() if name == "output" else torch.zeros_like(theirs)
+        error = float((ours - theirs).norm() / (theirs - base).norm().clamp_min(1e-20))
+        if not error <= tolerance:
             raise NotUnderstood(f"the fused {name} differs from the modules' by {error:.2g}")
 
 

@@ -1,0 +1,233 @@
+"""The loss on a CUDA GPU against its own two products alone: first the proof, then time and peak memory. Under a minute.
+
+    python bench/loss_gpu.py --out DIR         # writes DIR/loss_gpu.jsonl and DIR/loss_gate.json
+    python bench/loss_gpu.py --table FILE      # such a file as Markdown
+
+The gate is `tests/kernels/checks_loss.py` on this GPU: if a check is red nothing is reported and the exit code is 1. The bare products
+are those of the labelled rows alone, in one piece and in the same chunks, on the same numbers (the second one reads a real gradient);
+every ratio compares things measured in turn in one run. Peak is of the allocator, besides inputs and the gradient `[T, H]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from halfbyte.formats.packed import Format  # noqa: E402
+from halfbyte.formats.quantize import quantize  # noqa: E402
+from halfbyte.kernels.cross_entropy import Extras, Head, cross_entropy, fused  # noqa: E402
+from halfbyte.kernels.cross_entropy.parts import IGNORE, PLAIN, Task, Wants  # noqa: E402
+from kernels import checks_loss  # noqa: E402
+
+CASES = (("8B, half labelled", 16384, 8192, 128256, 4096), ("8B, all labelled", 8192, 8192, 128256, 4096), ("135M, all labelled", 8192, 8192, 49152, 576))
+ROWS = (256, 512, 768, 1024, 1536, 2048)
+TUNINGS = {
+    "2048x8 16w": fused.Tuning(),
+    "2048x8 16w, no hints": fused.Tuning(keep=False),
+    "2048x8 16w, 2 stages": fused.Tuning(stages=2),
+    "2048x8 16w, 3 stages": fused.Tuning(stages=3),
+    "2048x8 32w": fused.Tuning(warps=32),
+    "2048x8 32w, 3 stages": fused.Tuning(warps=32, stages=3),
+    "4096x8 32w": fused.Tuning(lanes=4096, warps=32),
+    "1024x8 16w": fused.Tuning(lanes=1024),
+    "1024x8 8w": fused.Tuning(lanes=1024, warps=8),
+    "1024x8 32w, 3 stages": fused.Tuning(lanes=1024, warps=32, stages=3),
+}
+
+
+def times(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each, measured in turn, so that a GPU that warms up slows all alike."""
+    events = {
+        name: [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        for name in functions
+    }
+    for f in functions.values():
+        f()
+    for i in range(repeats):
+        for name, f in functions.items():
+            events[name][i][0].record()
+            f()
+            events[name][i][1].record()
+    torch.cuda.synchronize()
+    return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in events.items()}
+
+
+def example(tokens: int, labelled: int, vocabulary: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (after a norm: of size one), weight, labels; logits of a trained model's size."""
+    hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(vocabulary, width, device="cuda", dtype=torch.bfloat16) * (2.5 / width**0.5)
+    labels = torch.randint(0, vocabulary, (tokens,), device="cuda")
+    labels[torch.randperm(tokens, device="cuda")[labelled:]] = IGNORE
+    return hidden, weight, labels
+
+
+def bare(h: Tensor, weight: Tensor, d: Tensor, size: int) -> Callable[[], None]:
+    """The two products on the labelled rows h `[n, H]`, `size` rows at a time; d `[c, V]`: one chunk of a real gradient."""
+    z = torch.empty(size, len(weight), dtype=h.dtype, device=h.device)
+    out = torch.empty_like(h)
+
+    def run() -> None:
+        for start in range(0, len(h), size):
+            part = h[start : start + size]
+            torch.mm(part, weight.T, out=z[: len(part)])
+            torch.mm(d[: len(part)], weight, out=out[start : start + size])
+
+    return run
+
+
+def gradient(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> Tensor:
+    """A real gradient of the logits, `[rows, V]`."""
+    d = torch.mm(hidden[:rows], weight.T)
+    task = Task(hidden[:rows], labels[:rows].clamp_min(0), Head(weight), PLAIN, Wants(True, False, False), rows, 0)
+    fused.softmax_(d, d, task.labels, torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.int32, device="cuda"), task)
+    return d
+
+
+def peak(f: Callable[[], Any]) -> float:
+    """MiB that f takes at its peak beyond what is there before it."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    f()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def bench_kernel(report: Callable[..., None]) -> None:
+    """The kernel alone on chunks of 1,024 rows in turn, as after a GEMM: bytes read once and written once over the time."""
+    rows, vocabulary = 1024, 128256
+    hidden, weight, labels = example(rows, rows, vocabulary, 4096)
+    chunks = [torch.mm(hidden, weight.T) for _ in range(3)]
+    losses, hits = torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.int32, device="cuda")
+    task = Task(hidden, labels, Head(weight), PLAIN, Wants(True, False, False), rows, 0)
+    work = torch.empty_like(chunks[0])
+
+    def one(tuning: fused.Tuning) -> Callable[[], None]:
+        def run() -> None:
+            for z in chunks:
+                fused.softmax_(z, work, labels, losses, hits, task, tuning)
+
+        return run
+
+    functions: dict[str, Callable[[], Any]] = {name: one(tuning) for name, tuning in TUNINGS.items()}
+    functions["copy"] = lambda: [work.copy_(z) for z in chunks]
+    ms = times(functions, 10)
+    for name, tuning in TUNINGS.items():
+        here = ms[name] / len(chunks)
+        report(what="kernel", name=name, **asdict(tuning), us=round(1e3 * here, 1), gb_per_s=round(2 * work.nbytes / here / 1e6),
+               of_copy=round(ms["copy"] / ms[name], 3))  # fmt: skip
+
+
+def bench_case(report: Callable[..., None], case: str, tokens: int, labelled: int, vocabulary: int, width: int) -> None:
+    """Time and peak of the loss by method and chunk, against the bare products."""
+    hidden, weight, labels = example(tokens, labelled, vocabulary, width)
+    hidden.requires_grad_()
+    head, kept = Head(weight), labels != IGNORE
+    h = hidden.detach()[kept]
+    d = gradient(h, weight, labels[kept], labelled)
+
+    def step(rows: int = 0, method: str = "chunked", extras: Extras = PLAIN, this: Head = head) -> Callable[[], Any]:
+        size = rows * 2 * vocabulary or None
+
+        def run() -> Any:
+            loss, _ = cross_entropy(hidden, labels, this, labelled=labelled, chunk_bytes=size, method=method, extras=extras)  # type: ignore[arg-type]
+            return torch.autograd.grad(loss, hidden)
+
+        return run
+
+    functions: dict[str, Callable[[], Any]] = {"bare": bare(h, weight, d, labelled)}
+    for rows in ROWS:
+        functions[f"bare {rows}"] = bare(h, weight, d, rows)
+        functions[f"chunked {rows}"] = step(rows)
+    functions["default"] = step()
+    functions["exact"] = step(method="exact")
+    functions["tiled"] = step(method="tiled")
+    functions["smoothing and z"] = step(extras=Extras(0.1, 1e-4))
+    for fmt in (Format("nf4", 64, nested=True), Format("int8")):
+        functions[f"{fmt.kind} head"] = step(this=Head(quantize(weight, fmt, name="bench")))
+    ms = times(functions, 5 if width > 1000 else 10)
+    flop = 4 * labelled * vocabulary * width
+    del d
+    for name, f in functions.items():
+        extra = None if name.startswith("bare") else round(peak(f) - hidden.nbytes / 2**20, 1)
+        report(what="loss", case=case, tokens=tokens, labelled=labelled, vocabulary=vocabulary, width=width, name=name,
+               ms=round(ms[name], 3), of_bare=round(ms[name] / ms["bare"], 4), tflops=round(flop / ms[name] / 1e9),
+               extra_mib=extra)  # fmt: skip
+
+
+def bench_bits(report: Callable[..., None]) -> None:
+    """Two runs of the whole layer: the same bits?"""
+    hidden, weight, labels = example(3000, 1500, 128256, 1024)
+    hidden.requires_grad_()
+    found = []
+    for _ in range(2):
+        loss, correct = cross_entropy(hidden, labels, Head(weight), labelled=1500, method="chunked")
+        found.append([loss.detach(), correct, *torch.autograd.grad(loss, hidden)])
+    report(what="bits", equal=all(torch.equal(a, b) for a, b in zip(*found, strict=True)))
+
+
+def markdown(results: Path) -> str:
+    """Times over the bare products, and the memory, case by case."""
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    text = ["| case | | ms | of the bare products | TFLOP/s | MiB |", "| --- | --- | ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        if row["what"] == "loss":
+            extra = "" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}"
+            text.append(f"| {row['case']} | {row['name']} | {row['ms']:.2f} | {row['of_bare']:.3f} | {row['tflops']} | {extra} |")
+    return "\n".join(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path)
+    where.add_argument("--table", type=Path)
+    options = parser.parse_args()
+    if options.table:
+        print(markdown(options.table))
+        return 0
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    found = checks_loss.run("cuda")
+    (out / "loss_gate.json").write_text(json.dumps(found, indent=1))
+    red = {name: text for name, text in found.items() if text}
+    print(f"gate: {len(found) - len(red)} of {len(found)} checks green", flush=True)
+    for name, text in red.items():
+        print(f"RED {name}\n{text}")
+    if red:
+        print("no figures: a kernel that is wrong has no speed")
+        return 1
+    with (out / "loss_gpu.jsonl").open("w") as file:
+
+        def report(**fields: Any) -> None:
+            file.write(json.dumps(fields) + "\n")
+            file.flush()
+            print(json.dumps(fields), flush=True)
+
+        import triton
+
+        report(what="machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__)
+        torch.manual_seed(0)
+        bench_kernel(report)
+        bench_bits(report)
+        for case in CASES:
+            bench_case(report, *case)
+            torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""`adamw`: clip and step (arXiv 1711.05101) over every trainable parameter at once, moments in 32 or in 8 bits.
+
+    norm = |g| / loss scale;   f = min(1, largest / (norm + 1e-6)) / loss scale;   g <- f g
+    m <- b1 m + (1 - b1) g;    v <- b2 v + (1 - b2) g g
+    x <- (1 - lr decay) x - (lr / (1 - b1^t)) m / (sqrt(v) / sqrt(1 - b2^t) + eps);    g <- 0
+
+Why its own: one launch instead of one a group, the clipped gradient never goes back to memory, and the next step's zeroing
+costs no pass of its own. The step's finite flag, count and corrections are computed and read on the device; where the loss or
+the norm is not finite, nothing but the gradient (which becomes 0) changes. Same input, same bits: sums have a fixed order.
+Cost: 36 bytes moved a parameter with 32-bit moments, 24 with 8-bit ones; kept: 8 bytes, or 2.03.
+
+8 bits (arXiv 2110.02861): blocks of 256 elements of the flat buffer share an fp32 scale, their largest magnitude; m uses the signed
+dynamic map, v the unsigned one; the nearest level, a tie takes the lower; a negative m too small for a level of its own keeps
+its sign (code 126, not 127, which is 0), as bitsandbytes' CUDA kernel does. The update itself uses m and v before rounding.
+
+Letters: n = elements with padding, B = n / 256 blocks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from halfbyte.formats.dynamic8 import dynamic_map
+from halfbyte.kernels.adamw import cpu, reference
+from halfbyte.kernels.adamw.parts import BLOCK, LARGEST_PARTS, PARTIALS, Moments, Part, Rule, Scratch
+from halfbyte.kernels.dispatch import twin
+
+__all__ = ["BLOCK", "Moments", "Part", "Rule", "Scratch", "measure", "moments", "scratch", "step"]
+
+
+def moments(values: Tensor, bits: int) -> Moments:
+    """Moments of zero for the flat buffer `values` `[n]`; bits: 32 or 8."""
+    if bits == 32:
+        return Moments(torch.zeros_like(values), torch.zeros_like(values))
+    assert bits == 8 and values.numel() % BLOCK == 0
+    first, second = (
+        torch.full(values.shape, int((dynamic_map(signed) == 0).nonzero()), dtype=torch.uint8, device=values.device)
+        for signed in (True, False)
+    )
+    scales = values.new_zeros(2, values.numel() // BLOCK)
+    return Moments(first, second, scales[0], scales[1])
+
+
+def scratch(rule: Rule, device: torch.device) -> Scratch:
+    """What a run keeps between `measure` and `step`."""
+    assert 0 < len(rule.parts) <= LARGEST_PARTS
+    logs = [math.log(beta) if beta else -math.inf for beta in (rule.beta1, rule.beta2)]
+    return Scratch(
+        count=torch.zeros((), device=device),
+        scalars=torch.zeros(5, device=device),
+        logs=torch.tensor(logs, dtype=torch.float64, device=device),
+        partials=torch.zeros(PARTIALS, device=device),
+    )
+
+
+def measure(grads: Tensor, loss: Tensor, scale: Tensor, largest: float, kept: Scratch) -> Tensor:
+    """What the next `step` needs to know of the gradient; changes neither it nor the count.
+
+    grads: fp32 `[n]`, of loss * scale. loss, scale: fp32 scalars on the device. largest: norm to clip to, 0 is never.
+    Returns fp32 `[4]`: loss, norm before clipping, 1 where one of them is not finite (else 0), scale.
+    """
+    if twin(grads.device) == "fused":
+        from halfbyte.kernels.adamw import fused
+
+        return fused.measure(grads, loss, scale, largest, kept)
+    return reference.measure(grads, loss, scale, largest, kept)
+
+
+def step(values: Tensor, grads: Tensor, state: Moments, lr: float, rule: Rule, kept: Scratch) -> None:
+    """One step with what `measure` found: updates values `[n]`, moments and count, and zeroes grads `[n]`."""
+    which = twin(values.device)
+    if which == "fused":
+        from halfbyte.kernels.adamw import fused
+
+        fused.step(values, grads, state, lr, rule, kept)
+    elif which == "cpu" and state.first_scales is None:
+        cpu.step(values, grads, state, lr, rule, kept)
+    else:
+        reference.step(values, grads, state, lr, rule, kept)

@@ -1,0 +1,120 @@
+"""`fp8`: the products of a group of frozen weights in e4m3, forward and for the gradient of the input, adapters beside them.
+
+    forward     [X | XA] · [W | s*B]ᵀ        W [N, K]  -> e4m3 [N, K + 3R], a scale a row
+    backward    [dY | s dY B] · [W ; A]      W transposed -> e4m3 [K, N + 3R], a scale a span of columns of W (Hopper multiplies
+                                             fp8 only along the contiguous dimension of both operands)
+
+Why: the tensor cores of sm_89 and newer do twice the fp8 products of bf16 ones, and a 4-bit weight decodes to one byte as easily as
+to two. Activations and gradients take one scale a row (token), found on the fly. The adapter stays as exact as in bf16: its small
+product XA is made in bf16, and enters the large one as pairs of e4m3, high + low, in three columns a rank.
+Why e4m3 for gradients too: with a scale a row the range of e5m2 is not needed, and its error is twice as large (docs/LOG.md).
+Cost: a relative error of some 3 % an operand, which averages out over the inner dimension; a pass over X and dY unless the kernel
+in front writes `Rows` itself. (N + R)-like scratch of one byte a weight.
+
+Twins: Triton on CUDA; the reference elsewhere, which emulates the arithmetic in fp32 (tests only: `compute: fp8` needs a GPU).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels.dispatch import twin
+from halfbyte.kernels.fp8 import plan, reference
+from halfbyte.kernels.fp8.parts import E4M3, Rows, Weight
+
+if TYPE_CHECKING:
+    from halfbyte.kernels.augmented import Group
+
+__all__ = ["E4M3", "Rows", "Weight", "backward_weight", "forward_weight", "quantize_rows", "why_not"]
+
+why_not = plan.why_not
+
+
+def quantize_rows(x: Tensor, out8: Tensor, scale: Tensor) -> None:
+    """x `[T, K]` (rows strided) to e4m3 `out8` `[T, K]` (rows strided) and fp32 `scale` `[T, 1]`: x is about out8 * scale.
+
+    scale = amax(row) / 448, so nothing saturates; a row that is not finite stays so. One launch, one read.
+    """
+    if twin(x.device) == "fused":
+        from halfbyte.kernels.fp8 import fused
+
+        fused.quantize_rows(x, out8, scale)
+    else:
+        reference.quantize_rows(x, out8, scale)
+
+
+def quantize_both(x: Tensor, small: Tensor, rows: Rows) -> None:
+    """x `[T, K]` and what the adapter made of it, small `[T, R]` (XA, or s dY B), into `rows`, one launch, nothing saturates."""
+    if twin(x.device) == "fused":
+        from halfbyte.kernels.fp8 import fused
+
+        fused.quantize_rows(x, rows.main, rows.scale, small)
+    else:
+        reference.quantize_both(x, small, rows)
+
+
+def fill_tail(rows: Rows, small: Tensor) -> None:
+    """The adapter's columns behind rows that were quantised without them: saturates where small is 16 times the row's largest."""
+    if twin(small.device) == "fused":
+        from halfbyte.kernels.fp8 import fused
+
+        fused.fill_tail(rows, small)
+    else:
+        reference.fill_tail(rows, small)
+
+
+def forward_weight(group: Group, dtype: torch.dtype) -> tuple[Weight, Tensor]:
+    """`[W | s*B]` in e4m3, `[N, K + 3R]`, and A `[R, K]` in `dtype`."""
+    found, device = plan.of(group), group.device
+    weight = Weight(group.rows, group.width, group.rank, device)
+    a = torch.empty(group.rank, group.width, dtype=dtype, device=device)
+    if twin(device) == "fused":
+        from halfbyte.kernels.fp8 import decode
+
+        decode.forward_weight(group, found, weight, a)
+    else:
+        reference.forward_weight(group, found, weight, a)
+    return weight, a
+
+
+def backward_weight(group: Group, dtype: torch.dtype) -> tuple[Weight, Tensor]:
+    """`[W ; A]` transposed in e4m3, `[K, N + 3R]`, and s*B `[N, R]` in `dtype`."""
+    found, device = plan.of(group), group.device
+    weight = Weight(group.width, group.rows, group.rank, device)
+    sb = torch.empty(group.rows, group.rank, dtype=dtype, device=device)
+    if twin(device) == "fused":
+        from halfbyte.kernels.fp8 import decode
+
+        decode.backward_weight(group, found, weight, sb)
+    else:
+        reference.backward_weight(group, found, weight, sb)
+    return weight, sb
+
+
+def forward_adapter(group: Group, dtype: torch.dtype) -> Tensor:
+    """A `[R, K]` alone."""
+    return reference.adapters(group)[1].to(dtype)
+
+
+def product(rows: Rows, weight: Weight, bias: Tensor | None, columns: int | None, out: Tensor) -> None:
+    """out `[T, outputs]` (rows strided) = rows · weightᵀ + bias; `columns`: how many of the inner ones, all by default."""
+    if out.is_cuda and twin(out.device) == "fused":
+        left, right = rows.data[:, :columns], weight.data[:, :columns]
+        torch.ops.aten._scaled_mm.out(
+            left, right.t(), rows.scale, weight.scale, bias, None, out.dtype, use_fast_accum=True, out=out
+        )
+    else:
+        reference.product(rows, weight, bias, columns, out)
+
+
+def can_compute(device: torch.device) -> str | None:
+    """Why `device` has no fp8 products, or None where it has."""
+    if device.type != "cuda":
+        return "fp8 products need an NVIDIA GPU of compute capability 8.9 or newer"
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        return f"fp8 products need compute capability 8.9 or newer, and {torch.cuda.get_device_name(device)} has {major}.{minor}"
+    return None

@@ -1,0 +1,215 @@
+"""The fused layer is the layer: outputs and every gradient equal transformers + PEFT, whatever is kept, dropped or shared."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from halfbyte.adapters import lora
+from halfbyte.adapters.config import AdapterConfig
+from halfbyte.errors import ModelError
+from halfbyte.formats.packed import Format
+from halfbyte.layers import forward, fused, recompute
+from halfbyte.layers.decoder import DecoderLayer
+from halfbyte.layers.fused import gradients
+from halfbyte.layers.fused.keep import Keep
+from halfbyte.optim.flat import flatten
+from layers.families import ADOPTED, NF4, pair, peft_gradients, row, with_adapters
+
+STILL = {"gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}}
+LENGTHS = (7, 16, 1, 10)
+KEEPS = [Keep(*flags) for flags in itertools.product((False, True), repeat=5)]
+
+
+def _hidden(model: torch.nn.Module) -> Tensor:
+    return forward.hidden_states(model, *row(LENGTHS))
+
+
+def _weight(hidden: Tensor) -> Tensor:
+    return torch.randn(hidden.shape, generator=torch.Generator().manual_seed(4))
+
+
+def _compare(adapter: lora.Adapter, theirs: dict[str, Tensor], tolerance: float = 1e-4) -> None:
+    assert {name for name, _, _ in adapter.parameters()} == set(theirs)
+    for name, parameter, _ in adapter.parameters():
+        assert parameter.grad is not None, name
+        assert (parameter.grad - theirs[name]).abs().max() <= tolerance * theirs[name].abs().max().clamp_min(1e-6), name
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("fmt", [pytest.param(NF4, id="nf4"), pytest.param(None, id="none")])
+@pytest.mark.parametrize("keep", [fused.EVERYTHING, fused.INPUTS], ids=["everything", "inputs"])
+@pytest.mark.parametrize("family", ADOPTED)
+def test_a_packed_row_equals_transformers_and_peft(family: str, keep: Keep, fmt: Format | None) -> None:
+    ours, plain = pair(family, fmt, **STILL.get(family, {}))
+    adapter, reference = with_adapters(ours, plain)
+    done = fused.prepare(ours, keep)
+    assert (done.layers, done.left) == (2, {})
+    hidden = _hidden(ours.train())
+    inner = reference.base_model.model.base_model
+    ids, _, _ = row(LENGTHS)
+    expected = torch.cat([inner(input_ids=part, use_cache=False).last_hidden_state for part in ids.split(LENGTHS, 1)], 1)
+    torch.testing.assert_close(hidden, expected, atol=2e-5, rtol=1e-4)
+    (hidden * _weight(hidden)).sum().backward()
+    (expected * _weight(hidden)).sum().backward()
+    _compare(adapter, peft_gradients(reference))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("family", ADOPTED)
+def test_unpacked_rows_too(family: str) -> None:
+    ours, plain = pair(family, NF4, **STILL.get(family, {}))
+    adapter, reference = with_adapters(ours, plain)
+    fused.prepare(ours)
+    ids = row((24,))[0].view(2, 12)
+    got = ours.train()(input_ids=ids, use_cache=False).logits
+    expected = reference(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+    weight = _weight(expected)
+    (got * weight).sum().backward()
+    (expected * weight).sum().backward()
+    _compare(adapter, peft_gradients(reference))
+
+
+def _llama(config: AdapterConfig, family: str = "llama") -> tuple[torch.nn.Module, lora.Adapter]:
+    model, _ = pair(family, NF4)
+    adapter = lora.attach(model, config, seed=1)
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            layer.lora_b.normal_(0, 0.1, generator=torch.Generator().manual_seed(layer.number))
+    adapter.set_dropout_state(5, 2, 0, tokens=17)
+    return model.train(), adapter
+
+
+def _gradients(model: torch.nn.Module, adapter: lora.Adapter) -> tuple[Tensor, dict[str, Tensor]]:
+    for _, p, _ in adapter.parameters():
+        p.grad = None
+    hidden = _hidden(model)
+    (hidden * _weight(hidden)).sum().backward()
+    return hidden.detach(), {name: p.grad for name, p, _ in adapter.parameters()}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdapterConfig(rank=4, dropout=0.3),
+        AdapterConfig(rank=4, targets=["q_proj", "v_proj", "up_proj"]),
+        AdapterConfig(rank=4, targets=["o_proj"]),
+        AdapterConfig(rank=20, rank_pattern={"k_proj": 3, "up_proj": 7}, alpha_pattern={"q_proj": 1.0}, rslora=True),
+        AdapterConfig(rank=5, dropout=0.5, targets=["k_proj", "down_proj"]),
+    ],
+    ids=["dropout", "some", "one", "patterns", "dropout-some"],
+)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_every_adapter_stays_on_the_path(family: str, config: AdapterConfig) -> None:
+    if family == "phi3" and isinstance(config.targets, list):
+        config = config.model_copy(update={"targets": ["qkv_proj", "down_proj"]})
+    model, adapter = _llama(config, family)
+    hidden, expected = _gradients(model, adapter)
+    assert fused.prepare(model).layers == 2
+    got_hidden, got = _gradients(model, adapter)
+    torch.testing.assert_close(got_hidden, hidden, atol=2e-5, rtol=1e-4)
+    for name, grad in expected.items():
+        assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
+
+
+@pytest.mark.parametrize("keep", KEEPS, ids=lambda k: "".join(str(int(v)) for v in (k.normed, k.qkv, k.attended, k.mid, k.inputs)))
+def test_whatever_is_kept_the_gradients_are_the_same_bits(keep: Keep) -> None:
+    model, adapter = _llama(AdapterConfig(rank=4, dropout=0.2), "qwen3")
+    fused.prepare(model)
+    hidden, expected = _gradients(model, adapter)
+    fused.prepare(model, keep)
+    got_hidden, got = _gradients(model, adapter)
+    assert torch.equal(got_hidden, hidden)
+    for name, grad in expected.items():
+        assert torch.equal(got[name], grad), name
+
+
+def test_gradients_in_place_are_added_to_the_flat_buffers() -> None:
+    model, adapter = _llama(AdapterConfig(rank=4))
+    fused.prepare(model)
+    _, expected = _gradients(model, adapter)
+    expected = {name: g.clone() for name, g in expected.items()}
+    flat = flatten(adapter.parameters())
+    fused.prepare(model, in_place=True)
+    for _ in range(2):
+        hidden = _hidden(model)
+        (hidden * _weight(hidden)).sum().backward()
+    for group in flat.groups:
+        for segment in group.segments:
+            found = group.view(group.grads, segment)
+            torch.testing.assert_close(found, 2 * expected[segment.name], atol=1e-5, rtol=1e-4)
+
+
+def test_neighbouring_gradients_are_one_product() -> None:
+    model, adapter = _llama(AdapterConfig(rank=4))
+    flatten(adapter.parameters())
+    layer = next(m for m in model.modules() if isinstance(m, DecoderLayer))
+    three = [layer.get_submodule(f"self_attn.{n}_proj").lora_a for n in "qkv"]
+    stacked = gradients.Gradients(in_place=True).stacked(three)
+    assert stacked is not None and stacked.shape == (12, 64) and stacked.data_ptr() == three[0].grad.data_ptr()
+    assert gradients.Gradients(in_place=True).stacked([three[0], three[2]]) is None
+    assert gradients.Gradients(in_place=False).stacked(three) is None
+
+
+def test_backward_twice_is_refused() -> None:
+    model, adapter = _llama(AdapterConfig(rank=4))
+    fused.prepare(model)
+    loss = _hidden(model).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(ModelError, match="ran twice"):
+        loss.backward()
+    del adapter
+
+
+def test_an_adapter_that_changed_between_forward_and_backward_is_found() -> None:
+    model, adapter = _llama(AdapterConfig(rank=4))
+    fused.prepare(model)
+    loss = _hidden(model).sum()
+    with torch.no_grad():
+        next(iter(adapter.layers.values())).lora_b.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_cannot_be_fused_is_left_and_named() -> None:
+    model, _ = pair("llama", NF4)
+    lora.attach(model, AdapterConfig(rank=4, modules_to_save=["input_layernorm"]), seed=1)
+    done = fused.prepare(model)
+    assert done.layers == 0 and all("learns beside the adapter" in reason for reason in done.left.values())
+    model, _ = pair("gpt2", None, resid_pdrop=0.1)
+    assert "dropout of the base" in fused.prepare(model).summary()
+
+
+def test_a_layer_that_disagrees_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = _llama(AdapterConfig(rank=4))
+    monkeypatch.setattr("halfbyte.layers.fused.backward.glu_backward", lambda dh, gate, up, activation: None)
+    done = fused.prepare(model)
+    assert done.layers == 0 and "differs from the modules'" in done.summary()
+
+
+def test_recompute_by_modules_stops_and_switching_off_brings_the_modules_back() -> None:
+    model, adapter = _llama(AdapterConfig(rank=4))
+    recompute.set_recompute(model, True)
+    fused.prepare(model, fused.INPUTS)
+    layers = [m for m in model.modules() if isinstance(m, DecoderLayer)]
+    assert not any(layer.gradient_checkpointing for layer in layers)
+    with adapter.enabled(False), torch.no_grad():
+        base = _hidden(model)
+    fused.remove(model)
+    assert all(layer.fused is None for layer in layers)
+    with adapter.enabled(False), torch.no_grad():
+        torch.testing.assert_close(base, _hidden(model), atol=2e-5, rtol=1e-4)
+
+
+def test_a_cache_and_a_dense_mask_go_through_the_modules() -> None:
+    model, _ = _llama(AdapterConfig(rank=4))
+    model.eval()
+    ids, _, _ = row((9,))
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **settings)
+    fused.prepare(model)
+    assert torch.equal(model.generate(ids, **settings), expected)
