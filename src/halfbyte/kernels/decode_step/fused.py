@@ -105,6 +105,15 @@ def _place(
 
 
 @triton.jit
+def _dot(a, b, INTERPRETED: tl.constexpr):
+    """a b in fp32; the interpreter (3.6) has no product of bf16."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
 def _attend(
     q, keys, values, position, partial, q_stride, places, scale, cap, window,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr,
@@ -132,7 +141,7 @@ def _attend(
         mask = seen[:, None] & (i < D)[None, :]
         k = tl.load(keys + at[:, None] + i[None, :], mask=mask, other=0.0)
         v = tl.load(values + at[:, None] + i[None, :], mask=mask, other=0.0)
-        scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
+        scores = _dot(query, tl.trans(k), INTERPRETED) * scale
         if CAP:
             scores = cap * (2 / (1 + tl.exp(-2 * scores / cap)) - 1)
         scores = tl.where(seen[None, :], scores * 1.4426950408889634, -float("inf"))
@@ -140,7 +149,7 @@ def _attend(
         p = tl.exp2(scores - new[:, None])
         fade = tl.exp2(top - new)
         total = total * fade + tl.sum(p, 1)
-        acc = acc * fade[:, None] + tl.dot(to_dtype(p, v.dtype, INTERPRETED), v, input_precision="ieee")
+        acc = acc * fade[:, None] + _dot(to_dtype(p, v.dtype, INTERPRETED), v, INTERPRETED)
         top = new
         start += KEYS
     out = partial + ((row * H + head) * SPLITS + split) * (D + 2)

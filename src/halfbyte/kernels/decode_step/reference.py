@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.norm import NormSpec, add_norm
+from halfbyte.kernels.norm.reference import wide
 from halfbyte.kernels.rotary.reference import Rotation, turned
 
 
@@ -36,7 +37,7 @@ def normalise(x: Tensor, spec: NormSpec, weight: Tensor | None, bias: Tensor | N
 
 
 def _normed(x: Tensor, spec: NormSpec | None, weight: Tensor | None) -> Tensor:
-    x = x.float()
+    x = wide(x)
     if spec is None:
         return x
     y = torch.empty_like(x)
@@ -63,8 +64,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, heads: Hea
     if heads.window is not None:
         seen &= place_P > position[:, None] - heads.window
     # Places that were never written may hold anything.
-    k, v = (torch.where(seen[:, :, None, None], t.float(), 0.0).repeat_interleave(heads.query // heads.kv, 2) for t in (keys, values))
-    scores = torch.einsum("mhd,mphd->mhp", q.float().unflatten(1, (heads.query, heads.size)), k) * heads.scale  # type: ignore[no-untyped-call]
+    k, v = (torch.where(seen[:, :, None, None], wide(t), 0.0).repeat_interleave(heads.query // heads.kv, 2) for t in (keys, values))
+    scores = torch.einsum("mhd,mphd->mhp", wide(q).unflatten(1, (heads.query, heads.size)), k) * heads.scale  # type: ignore[no-untyped-call]
     if heads.cap:
         scores = heads.cap * torch.tanh(scores / heads.cap)
     scores = scores.masked_fill(~seen[:, None], float("-inf"))

@@ -38,6 +38,14 @@ def multiply(
 
 def _decoded(product: Product, x: Tensor, out: Tensor, add: Tensor | None, multiplier: float) -> None:
     """By decoding: what the kernel does not take, in the dtype of x."""
+    only = product.members[0]
+    if len(product.members) == 1 and only.bias is None and only.lora is None and product.activation is None and multiplier == 1.0:
+        weight = decode(only.weight, x.dtype) if isinstance(only.weight, Packed) else only.weight.to(x.dtype)
+        if add is None:
+            torch.mm(x, weight.T, out=out)
+        else:
+            torch.addmm(add, x, weight.T, out=out)
+        return
     outputs = []
     for member in product.members:
         weight = decode(member.weight, x.dtype) if isinstance(member.weight, Packed) else member.weight.to(x.dtype)

@@ -319,7 +319,7 @@ def _low_rank(
     tl.atomic_add(counters + 1, 1, sem="release", scope="gpu")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "A_ROWS", "a_programs"])
 def _gemv(
     out, x, add, segments, pairs, nested_levels, a, xa, counters,
     M, K64, x_stride, out_stride, add_stride, multiplier, A_ROWS, a_programs,

@@ -43,7 +43,7 @@ def multiply(
     tiles = 2 if launch.paired else shape.tiles
     segments, programs = launch.segments[tiles]
     a_programs = launch.count * launch.rank // 16 * launch.slices
-    early = hopper(x.device)
+    early, fetch = hopper(x.device) and shape.early, hopper(x.device) and shape.fetch
     options: dict[str, Any] = {"num_warps": shape.warps, "num_stages": 1, "launch_pdl": early}
     if shape.registers is not None:
         options["maxnreg"] = shape.registers
@@ -57,6 +57,6 @@ def multiply(
         COLUMNS=x.shape[1], KIND=launch.kind, NESTED=launch.nested, PER=launch.per, ZERO=launch.zero, SEGMENTS=launch.count, PAIRED=launch.paired,
         ACT=activation or "none", ADD=add is not None, RANK=launch.rank, SLICES=launch.slices, RT=tiles,
         NT=1 if x.shape[0] <= 8 else 2, WARPS=shape.warps, HALF=HALVES[x.dtype], TABLE=ptx.table(shape.warps * 32),
-        BITS=BITS[launch.kind], PDL=early, PREFETCHED=early, INTERPRETED=fused.INTERPRETED, **options,
+        BITS=BITS[launch.kind], PDL=early, PREFETCHED=fetch, INTERPRETED=fused.INTERPRETED, **options,
     )  # fmt: skip
 

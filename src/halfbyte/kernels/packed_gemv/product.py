@@ -28,11 +28,16 @@ SLICE = 2048
 
 @dataclass(frozen=True)
 class Shape:
-    """How the kernel cuts the work. tiles: 16 rows of the weight each, a program. warps: of a program. registers: most a thread."""
+    """How the kernel cuts the work. tiles: 16 rows of the weight each, a program. warps: of a program. registers: most a thread.
+
+    fetch: weights into the L2 cache ahead of use. early: start before the launch before has ended. Both on sm_90 and newer only.
+    """
 
     tiles: int
     warps: int
     registers: int | None = None
+    fetch: bool = True
+    early: bool = True
 
 
 @dataclass(frozen=True)
