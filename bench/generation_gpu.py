@@ -2,7 +2,8 @@
 
     python bench/generation_gpu.py --out DIR             # gate, products, engine; JSON lines in DIR/generation_gpu.jsonl, flushed
     python bench/generation_gpu.py --out DIR --only gate|products|engine
-    python bench/generation_gpu.py --warm GROUP          # compiles one group's variants (the script starts these itself, in parallel)
+
+The script starts itself with `--part` for each piece of the gate and of the compiling, in parallel.
 
 The gate: kernels against float64 (`tests/kernels/checks_generation.py`), and the engine's greedy tokens equal to the model's own
 forward wherever that one's two likeliest tokens are apart. If it is red nothing is reported and the exit code is 1.
@@ -17,7 +18,6 @@ import json
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +53,8 @@ PACKED_SHAPES = {
 }  # fmt: skip
 DENSE_SHAPES = {"4 warps": Shape(1, 4), "8 warps": Shape(1, 8), "4 warps, no fetch": Shape(1, 4, None, False),
                 "4 warps, 80 registers": Shape(1, 4, 80)}  # fmt: skip
+ADDED = ("o", "down")
+"""Groups whose output is added to the residual."""
 ROWS = (1, 2, 4, 8, 16)
 PLACES = 2048
 Report = Callable[..., None]
@@ -68,11 +70,11 @@ def random_packed(n: int, k: int) -> Packed:
     return Packed(NESTED, (n, k), torch.bfloat16, codes, scales, outer, offset, torch.empty(0, dtype=torch.uint8, device="cuda"))
 
 
-def group(name: str, rank: int = 16) -> Product:
+def group(name: str, rank: int = 16, dense: bool = False) -> Product:
     rows, width, activation = GROUPS[name]
     members = []
     for n in rows:
-        if name == "head":
+        if name == "head" or dense:
             members.append(Member(torch.randn(n, width, device="cuda", dtype=torch.bfloat16) * 0.02, None, None))
             continue
         low = LowRank(torch.randn(rank, width, device="cuda") * 0.02, torch.randn(n, rank, device="cuda") * 0.02, 2.0)
@@ -111,7 +113,6 @@ def bench_products(report: Report) -> None:
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / replayed(lambda: target.copy_(source)) / 1e6
-    del source, target
     report(what="copy", gb_per_s=round(copy))
     for name in GROUPS:
         one = group(name)
@@ -119,25 +120,37 @@ def bench_products(report: Report) -> None:
         for label, shape in (DENSE_SHAPES if name == "head" else PACKED_SHAPES).items():
             for m in ROWS if label in ("8 warps", "4 warps") else (1, 16):
                 x = torch.randn(m, one.width, device="cuda", dtype=torch.bfloat16)
-                out = torch.empty(m, one.rows, device="cuda", dtype=torch.bfloat16)
+                out = torch.zeros(m, one.rows, device="cuda", dtype=torch.bfloat16)
+                add = out if name in ADDED else None
 
-                def all_of_them(shape: Shape = shape, x: Tensor = x, out: Tensor = out, copies: list[Product] = copies) -> None:
+                def all_of_them(
+                    shape: Shape = shape, x: Tensor = x, out: Tensor = out, add: Any = add, copies: Any = copies
+                ) -> None:
                     for product in copies:
-                        multiply(product, x, out, shape=shape)
+                        multiply(product, x, out, add, shape=shape)
 
                 us = replayed(all_of_them) / len(copies) * 1e3
                 rate = stored(one) / us / 1e3
-                report(what="product", group=name, rows=m, shape=label, us=round(us, 2), gb_per_s=round(rate), of_copy=round(rate / copy, 3))
+                report(what="product", group=name, rows=m, shape=label, us=round(us, 2), gb_per_s=round(rate),
+                       of_copy=round(rate / copy, 3))  # fmt: skip
         del copies
+
+
+def run(name: str, product: Product, m: int, shape: Shape | None) -> None:
+    x = torch.randn(m, product.width, device="cuda", dtype=torch.bfloat16)
+    out = torch.zeros(m, product.rows, device="cuda", dtype=torch.bfloat16)
+    multiply(product, x, out, out if name in ADDED else None, shape=shape)
 
 
 def warm(name: str) -> None:
     """Compiles every variant of a group, into Triton's cache on disk."""
     product = group(name)
     for shape in (DENSE_SHAPES if name == "head" else PACKED_SHAPES).values():
-        for m in (1, 2, 16):
-            x = torch.randn(m, product.width, device="cuda", dtype=torch.bfloat16)
-            multiply(product, x, torch.empty(m, product.rows, device="cuda", dtype=torch.bfloat16), shape=shape)
+        for m in (1, 16):
+            run(name, product, m, shape)
+    if name != "head":
+        run(name, group(name, dense=True), 1, None)
+        run(name, group(name, rank=0), 1, None)
     torch.cuda.synchronize()
 
 
@@ -192,20 +205,38 @@ def gate_engine() -> None:
             assert same[clear.cpu()].all(), f"{int((~same & clear.cpu()).sum())} of {int(clear.sum())} clear tokens differ"
 
 
-def gate(out: Path) -> bool:
+def parts() -> dict[str, Callable[[], None]]:
+    """The gate's pieces by name."""
     from kernels import checks_generation as checks
 
+    found: dict[str, Callable[[], None]] = {"engine": gate_engine}
+    for dtype in (torch.bfloat16, torch.float32):
+        found[f"decode_step {dtype}"] = lambda dtype=dtype: checks.check_decode_step("cuda", (dtype,))
+    for number in range(len(checks.CASES)):
+        found[f"packed_gemv {number}"] = lambda number=number: checks.check_packed_gemv("cuda", (torch.bfloat16,), cases=(number,))
+    found["packed_gemv fp16"] = lambda: checks.check_packed_gemv("cuda", (torch.float16,), cases=(1, 2))
+    return found
+
+
+def together(names: list[str], limit: float = 150) -> dict[str, str]:
+    """Runs parts of this script as processes of their own, all at once; what each says if it fails, or "" """
+    started = time.perf_counter()
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, __file__, "--part", name], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        for name in names
+    }
     found = {}
-    for name, check in {**checks.CHECKS, "engine": lambda device: gate_engine()}.items():
-        started = time.perf_counter()
+    for name, process in running.items():
         try:
-            check("cuda")
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc(limit=-4)
-        print(f"gate {name}: {'RED' if found[name] else 'green'} ({time.perf_counter() - started:.1f} s)\n{found[name]}", flush=True)
-    (out / "generation_gate.json").write_text(json.dumps(found, indent=1))
-    return not any(found.values())
+            said = process.communicate(timeout=max(1.0, limit - (time.perf_counter() - started)))[1]
+            found[name] = "" if process.returncode == 0 else said[-3000:]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            found[name] = f"did not end within {limit} s"
+        print(f"{name}: {'RED' if found[name] else 'green'}, {time.perf_counter() - started:.0f} s\n{found[name]}", flush=True)
+    return found
 
 
 def as_cublas(engine: Engine) -> None:
@@ -215,7 +246,9 @@ def as_cublas(engine: Engine) -> None:
         weight = torch.cat([m.weight for m in product.members])  # type: ignore[misc]
         return Product((Member(weight, None, None),), None, product.width, weight.shape[0], None, "cuBLAS")
 
-    made = [replace(p, qkv=stacked(p.qkv), out=stacked(p.out), inputs=stacked(p.inputs), down=stacked(p.down)) for p in engine.products]
+    made = [
+        replace(p, qkv=stacked(p.qkv), out=stacked(p.out), inputs=stacked(p.inputs), down=stacked(p.down)) for p in engine.products
+    ]
     engine.products = made
     engine.head = stacked(engine.head)
     rows = len(engine.b.token)
@@ -262,8 +295,8 @@ def profile(engine: Engine, label: str, report: Report) -> None:
         if event.device_type == torch.autograd.DeviceType.CUDA:
             table.setdefault(event.name[:60], []).append(event.time_range.elapsed_us())
     for name, times in sorted(table.items(), key=lambda item: -sum(item[1]))[:16]:
-        report(what="token", weights=label, kernel=name, launches=len(times) // 4, us=round(sum(times) / 4, 1), least=round(min(times), 1),
-               most=round(max(times), 1))  # fmt: skip
+        figures = {"us": round(sum(times) / 4, 1), "least": round(min(times), 1), "most": round(max(times), 1)}
+        report(what="token", weights=label, kernel=name, launches=len(times) // 4, **figures)
 
 
 def bench_engine(report: Report) -> None:
@@ -301,18 +334,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", choices=("gate", "products", "engine"))
-    parser.add_argument("--warm", choices=tuple(GROUPS))
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(0)
-    if options.warm:
-        warm(options.warm)
+    if options.part in GROUPS:
+        warm(options.part)
+        return 0
+    if options.part:
+        parts()[options.part]()
         return 0
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
     wanted = (options.only,) if options.only else ("gate", "products", "engine")
-    helpers = []
-    if "products" in wanted:
-        helpers = [subprocess.Popen([sys.executable, __file__, "--warm", name], stderr=subprocess.DEVNULL) for name in GROUPS]
     lines = (out / "generation_gpu.jsonl").open("w")
 
     def report(**fields: Any) -> None:
@@ -320,20 +353,17 @@ def main() -> int:
         print(json.dumps(fields), flush=True)
 
     report(what="machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__)
-    if not gate(out):
+    warming = list(GROUPS) if "products" in wanted or "engine" in wanted else []
+    found = together([*parts(), *warming])
+    (out / "generation_gate.json").write_text(json.dumps(found, indent=1))
+    if any(found.values()):
         print("no figures: a kernel that is wrong has no speed")
-        for helper in helpers:
-            helper.kill()
         return 1
-    if "engine" in wanted and not helpers:
+    if "engine" in wanted:
         bench_engine(report)
-    for helper in helpers:
-        helper.wait(timeout=200)
+        torch.cuda.empty_cache()
     if "products" in wanted:
         bench_products(report)
-    if "engine" in wanted and helpers:
-        torch.cuda.empty_cache()
-        bench_engine(report)
     return 0
 
 

@@ -45,7 +45,9 @@ def test_kernels_interpreted() -> None:
     environment = os.environ | {
         "TRITON_INTERPRET": "1", "HALFBYTE_KERNELS": "fused", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}",
     }  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.stdout.strip() == "right", done.stderr
 
 

@@ -1,8 +1,8 @@
 """The token engine: a prompt goes through the model once, then every token is one replay of a CUDA graph.
 
 Why: for a single row a token costs reading the weights once, 0.9 ms for 8B packed weights on an H200; everything else (thousands of
-launches, a cache that grows, a look at every token) has to disappear beside that. So buffers are static, positions and tokens stay on
-the device, the choice of a token is part of the graph, and the host looks at tokens a few at a time while the next ones are made.
+launches, a cache that grows, a look at every token) has to disappear beside that. So buffers are static, positions and tokens stay
+on the device, the choice of a token is part of the graph, and the host looks at tokens a few at a time while the next ones are made.
 On a CPU the same step runs without a graph on the references: that is how it is tested.
 Cost: the cache, 2 layers G d numbers a token of room; 16-bit copies of the adapter, 2 r (K + N) bytes a weight.
 """
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from halfbyte.generate.reading import read
 from halfbyte.generate.step import Products, buffers, logits, products, token_step
@@ -60,13 +61,12 @@ class Engine:
     def __init__(self, model: PreTrainedModel, rows: int, places: int, tokens: int, choose: Choose | None = None) -> None:
         assert 1 <= rows <= MOST_ROWS, f"{rows} rows"
         self.model, self.reading = model, read(model)
-        weight = self.reading.head.weight
-        self.dtype, self.device = weight.dtype, weight.device
-        self.embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+        self.embedding = next(model.get_input_embeddings().parameters())
+        self.dtype, self.device = self.embedding.dtype, self.embedding.device
         with torch.no_grad():
             self.products: list[Products] = [products(layer, self.dtype) for layer in self.reading.layers]
-            self.head = build([Member(weight, self.reading.head.bias, None)], self.dtype)
-            self.b = buffers(self.reading, self.products, rows, places, self.dtype)
+            self.head = build([Member(self.reading.head.weight, self.reading.head.bias, None)], self.dtype)
+            self.b = buffers(self.reading, self.products, rows, places, self.embedding)
         self.choose = choose or Choose(0.0, 1.0, 0, tokens, rows, self.device)
         self.number = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.history = torch.zeros(tokens + AT_A_TIME, rows, dtype=torch.int64, device=self.device)
@@ -89,6 +89,7 @@ class Engine:
             out = self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
             last.append(out.last_hidden_state[:, -1])
             for number, layer in enumerate(cache.layers):
+                assert isinstance(layer, CacheLayerMixin)
                 for part, kept in enumerate((layer.keys, layer.values)):
                     assert kept is not None and kept.shape[2] == len(prompt)
                     self.b.cache[number, part, row, : len(prompt)] = kept[0].transpose(0, 1)
@@ -113,7 +114,7 @@ class Engine:
         """Compiles what is new and records the step. Call it before `prefill`: it walks over the buffers."""
         if self.device.type != "cuda" or self.graph is not None:
             return
-        side = torch.cuda.Stream(self.device)
+        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             self.b.position.zero_()
@@ -123,7 +124,7 @@ class Engine:
         graph = torch.cuda.CUDAGraph()
         self.b.position.zero_()
         self.number.zero_()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         self.graph = graph
 
@@ -174,6 +175,6 @@ class Engine:
             return part.clone(), None
         host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
         host.copy_(part, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return host, event

@@ -1,7 +1,7 @@
 """What a model is between its token ids and its logits, read for the token step: embedding, layers, last norm, head, rotary tables.
 
-Everything is shown on a probe of 12 tokens, never taken from names alone: that the first layer reads a multiple of the embedding, that
-every layer turns by the same tables, that the last norm makes the last hidden state. What does not fit is a reason (NotUnderstood)
+Everything is shown on a probe of 12 tokens, never taken from names alone: that the first layer reads a multiple of the embedding,
+that every layer turns by the same tables, that the last norm makes the last hidden state. What does not fit is a reason (NotUnderstood)
 to answer through transformers instead. Cost: two short forward passes, once a model.
 """
 
@@ -55,18 +55,19 @@ class Reading:
     rotary: nn.Module | None
 
 
-_READ: weakref.WeakKeyDictionary[PreTrainedModel, Reading] = weakref.WeakKeyDictionary()
+_READ: weakref.WeakKeyDictionary[PreTrainedModel, tuple[tuple[int, ...], Reading]] = weakref.WeakKeyDictionary()
 
 
 def read(model: PreTrainedModel) -> Reading:
-    """The reading of `model`, made once. Raises NotUnderstood with the reason why the token step cannot run it."""
+    """The reading of `model`, made once for the parameters it has. Raises NotUnderstood: why the token step cannot run it."""
+    key = tuple(id(p) for p in model.parameters())
     found = _READ.get(model)
-    if found is None:
+    if found is None or found[0] != key:
         try:
-            found = _READ[model] = _read(model)
+            found = _READ[model] = (key, _read(model))
         except ModelError as error:
             raise NotUnderstood(error.message) from error
-    return found
+    return found[1]
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ def _read(model: PreTrainedModel) -> Reading:
 
 @dataclass
 class _Seen:
-    """inputs: hidden states before each layer. calls: their keyword arguments. output: of the last layer. hidden: the model's last."""
+    """inputs: hidden states before each layer. calls: their arguments. output: of the last layer. hidden: the model's last."""
 
     inputs: list[Tensor]
     calls: list[dict[str, Any]]
@@ -104,7 +105,7 @@ class _Seen:
 
 
 def _ids(model: PreTrainedModel) -> Tensor:
-    return torch.arange(TOKENS, device=model.get_input_embeddings().weight.device)[None] + 1
+    return torch.arange(TOKENS, device=next(model.get_input_embeddings().parameters()).device)[None] + 1
 
 
 def _observed(model: PreTrainedModel, layers: list[DecoderLayer]) -> _Seen:
@@ -181,4 +182,4 @@ def _layer(layer: DecoderLayer) -> Layer:
     )  # fmt: skip
     activation = read_activation(getattr(layer.get_submodule(s.mlp), s.activation))
     full = (qk[0], qk[1]) if s.qk_norm == "full" else None
-    return Layer(layer, numbers, activation, *norms, full)  # type: ignore[arg-type]
+    return Layer(layer, numbers, activation, norms[0], norms[1], norms[2], norms[3], full)

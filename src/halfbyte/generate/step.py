@@ -68,10 +68,9 @@ def products(layer: Layer, dtype: torch.dtype) -> Products:
     )  # fmt: skip
 
 
-def buffers(reading: Reading, made: list[Products], rows: int, places: int, dtype: torch.dtype) -> Buffers:
+def buffers(reading: Reading, made: list[Products], rows: int, places: int, embedding: Tensor) -> Buffers:
     """Static memory for `rows` rows of at most `places` tokens."""
-    weight = reading.head.weight
-    device = weight.device
+    device, dtype, hidden = embedding.device, embedding.dtype, embedding.shape[1]
     first = reading.layers[0].heads
     kinds = {(layer.heads.kv, layer.heads.size) for layer in reading.layers}
     assert len(kinds) == 1, "layers of different key heads"
@@ -82,7 +81,7 @@ def buffers(reading: Reading, made: list[Products], rows: int, places: int, dtyp
     def empty(*shape: int, like: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=like, device=device)
 
-    hidden, queries = weight.shape[1], max(layer.heads.query for layer in reading.layers)
+    queries = max(layer.heads.query for layer in reading.layers)
     cos, sin = (None, None) if reading.rotary is None else tables(reading.rotary, places, dtype, device)
     inner = max(p.down.width for p in made)
     return Buffers(
@@ -90,7 +89,7 @@ def buffers(reading: Reading, made: list[Products], rows: int, places: int, dtyp
         torch.zeros(rows, dtype=torch.int64, device=device), torch.zeros(rows, dtype=torch.int64, device=device),
         empty(rows, hidden), empty(rows, hidden), empty(rows, max(p.qkv.rows for p in made)), empty(rows, queries * first.size),
         empty(rows, queries * first.size), empty(rows, hidden), empty(rows, max(p.inputs.rows for p in made)), empty(rows, inner),
-        empty(rows, queries, pieces, first.size + 2, like=torch.float32), empty(rows, weight.shape[0]),
+        empty(rows, queries, pieces, first.size + 2, like=torch.float32), empty(rows, reading.head.weight.shape[0]),
     )  # fmt: skip
 
 

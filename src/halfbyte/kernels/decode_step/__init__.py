@@ -29,7 +29,9 @@ def normalise(x: Tensor, spec: NormSpec, weight: Tensor | None, bias: Tensor | N
     fused.normalise(x, spec, weight, bias, out)
 
 
-def place(qkv: Tensor, position: Tensor, heads: Heads, cos: Tensor | None, sin: Tensor | None, q: Tensor, keys: Tensor, values: Tensor) -> None:
+def place(
+    qkv: Tensor, position: Tensor, heads: Heads, cos: Tensor | None, sin: Tensor | None, q: Tensor, keys: Tensor, values: Tensor
+) -> None:
     """Norms and turns the heads of qkv `[M, (H + 2 G) d]`: queries into q `[M, H d]`, keys and values into the cache at `position`.
 
     position: int64 `[M]`. cos, sin: `[P, r]`. keys, values: `[M, P, G, d]`, of one layer.

@@ -13,14 +13,15 @@ Letters: N rows of the weight, K columns, M rows of x; a tile is 16 rows; g = la
 """
 
 # Kernels are typed by Triton, whose decorator is not.
-# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+# Tuples that grow in unrolled loops change their type.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from halfbyte.kernels.dequantize.fused import INTERPRETED, to_dtype
+from halfbyte.kernels.dequantize.fused import to_dtype
 from halfbyte.kernels.packed_gemv import ptx
 
 LOOKUP = tl.constexpr(ptx.LOOKUP)
@@ -58,7 +59,7 @@ def _merge(low, high, INTERPRETED: tl.constexpr):
 def _product(acc, a, b, HALF: tl.constexpr):
     """acc + A B: a is (row g, row g + 8) twice, b the same columns of row g of x; acc is (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)."""
     return tl.inline_asm_elementwise(
-        MMA_BF16 if HALF == tl.bfloat16 else MMA_FP16, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        MMA_BF16 if tl.bfloat16 == HALF else MMA_FP16, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
         [a[0], a[1], a[2], a[3], b[0], b[1], acc[0], acc[1], acc[2], acc[3]],
         dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
     )  # fmt: skip
@@ -214,7 +215,7 @@ def _columns(
                 none = (tl.zeros((WARPS * 32,), tl.float32),) * 4
                 ones = none
                 if ZERO != "none":
-                    one = tl.full((WARPS * 32,), 0x3F803F80 if HALF == tl.bfloat16 else 0x3C003C00, tl.uint32)
+                    one = tl.full((WARPS * 32,), 0x3F803F80 if tl.bfloat16 == HALF else 0x3C003C00, tl.uint32)
                     ones = _block(none, (one,) * 8, (one,) * 8, xs, WARPS, HALF, INTERPRETED)
                 new = ()
                 for f in tl.static_range(RT):

@@ -10,11 +10,11 @@ import functools
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from halfbyte.kernels.dequantize.levels import nested_levels
+from halfbyte.kernels.dequantize.fused import INTERPRETED
 from halfbyte.kernels.packed_gemv import fused, ptx
 from halfbyte.kernels.packed_gemv.product import Launch, Shape
 
@@ -47,7 +47,7 @@ def multiply(
     options: dict[str, Any] = {"num_warps": shape.warps, "num_stages": 1, "launch_pdl": early}
     if shape.registers is not None:
         options["maxnreg"] = shape.registers
-    if fused.INTERPRETED:
+    if INTERPRETED:
         options = {}
     assert x.stride(0) % 8 == 0 or x.shape[0] == 1, "rows of x start at multiples of 16 bytes"
     fused._gemv[(a_programs + programs,)](
@@ -57,6 +57,5 @@ def multiply(
         COLUMNS=x.shape[1], KIND=launch.kind, NESTED=launch.nested, PER=launch.per, ZERO=launch.zero, SEGMENTS=launch.count, PAIRED=launch.paired,
         ACT=activation or "none", ADD=add is not None, RANK=launch.rank, SLICES=launch.slices, RT=tiles,
         NT=1 if x.shape[0] <= 8 else 2, WARPS=shape.warps, HALF=HALVES[x.dtype], TABLE=ptx.table(shape.warps * 32),
-        BITS=BITS[launch.kind], PDL=early, PREFETCHED=fetch, INTERPRETED=fused.INTERPRETED, **options,
+        BITS=BITS[launch.kind], PDL=early, PREFETCHED=fetch, INTERPRETED=INTERPRETED, **options,
     )  # fmt: skip
-

@@ -16,7 +16,8 @@ TABLE_BYTES = 32768
 LOOKUP = (
     "{ .reg .b32 p, q, r, s; "
     + " ".join(
-        f"prmt.b32 {v}, $4, 0, {0x4440 + i:#x}; mad.lo.u32 {v}, {v}, 128, $5; ld.shared.b32 ${i}, [{v}];" for i, v in enumerate("pqrs")
+        f"prmt.b32 {v}, $4, 0, {0x4440 + i:#x}; mad.lo.u32 {v}, {v}, 128, $5; ld.shared.b32 ${i}, [{v}];"
+        for i, v in enumerate("pqrs")
     )
     + " }"
 )

@@ -18,8 +18,9 @@ def activated(z: Tensor, activation: Activation) -> Tensor:
         return functional.gelu(z, approximate="tanh")
     if activation == "relu2":
         return functional.relu(z).square()
-    act = {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}[activation]
-    return act(z)
+    if activation == "silu":
+        return functional.silu(z)
+    return functional.gelu(z) if activation == "gelu" else functional.relu(z)
 
 
 def multiply(product: Product, x: Tensor, out: Tensor, add: Tensor | None, multiplier: float) -> None:
