@@ -101,7 +101,8 @@ def check_decode_step(device: str, dtypes: tuple[torch.dtype, ...] = (torch.bflo
         _check_norm(device, dtype)
         for rotation, turns, spec, window, cap in (
             ("half", 16, None, None, None), ("interleaved", 16, NormSpec("rms", 1e-6, 1.0), 5, None),
-            ("interleaved-halves", 8, None, 100, 2.0), ("none", 0, None, 5, 2.0), ("half", 8, NormSpec("layer", 1e-5, 0.0), None, None),
+            ("interleaved-halves", 8, None, 100, 2.0), ("none", 0, None, 5, 2.0),
+            ("half", 8, NormSpec("layer", 1e-5, 0.0), None, None),
         ):  # fmt: skip
             _check_heads(device, dtype, Heads(6, 2, 16, 0.3, window, cap, rotation, spec), turns)  # type: ignore[arg-type]
 

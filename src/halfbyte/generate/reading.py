@@ -1,8 +1,8 @@
 """What a model is between its token ids and its logits, read for the token step: embedding, layers, last norm, head, rotary tables.
 
 Everything is shown on a probe of 12 tokens, never taken from names alone: that the first layer reads a multiple of the embedding,
-that every layer turns by the same tables, that the last norm makes the last hidden state. What does not fit is a reason (NotUnderstood)
-to answer through transformers instead. Cost: two short forward passes, once a model.
+that every layer turns by the same tables, that the last norm makes the last hidden state. What does not fit is a reason
+(NotUnderstood) to answer through transformers instead. Cost: two short forward passes, once a model.
 """
 
 from __future__ import annotations

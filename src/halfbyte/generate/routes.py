@@ -1,7 +1,8 @@
-"""Two ways from a prompt to tokens: the token engine on a GPU, transformers' `generate` for the rest. Said once a model, with the reason.
+"""Two ways from a prompt to tokens: the token engine on a GPU, transformers' `generate` for the rest. Said once a model, with the
+reason.
 
-Both stop at the same tokens and, when the most likely token is taken, say the same; drawn tokens depend on the seed alone on
-each way, and differ between them.
+Both stop at the same tokens and, when the most likely token is taken, say the same; drawn tokens depend on the seed alone on each
+way, and differ between them.
 """
 
 from __future__ import annotations

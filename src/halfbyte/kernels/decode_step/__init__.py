@@ -1,8 +1,9 @@
 """What stands between the products of one token step: norm, rotation into the cache, attention over it. Few rows, small launches.
 
-Why apart from training's kernels: a step of one token is bound by how fast its launches follow each other, so here the rotation also
-norms heads and writes the cache, attention cuts the cache into pieces so that every multiprocessor has one, and on sm_90 each launch
-starts while the one before it ends. Positions are read on the device: a step is the same launches for every token, in one CUDA graph.
+Why apart from training's kernels: a step of one token is bound by how fast its launches follow each other, so here the rotation
+also norms heads and writes the cache, attention cuts the cache into pieces so that every multiprocessor has one, and on sm_90 each
+launch starts while the one before it ends. Positions are read on the device: a step is the same launches for every token, in one
+CUDA graph.
 
 Letters: M rows, P places of the cache, S pieces, H query heads, G key/value heads, d head size, r elements of a head that turn.
 """

@@ -1,4 +1,5 @@
-"""The Triton twins. Attention is cut along the cache: every piece keeps its maximum, its sum and its output, and a second launch joins them.
+"""The Triton twins. Attention is cut along the cache: every piece keeps its maximum, its sum and its output, and a second launch
+joins them.
 
 Each launch lets the next one start at once and waits for the one before it where it first reads what that wrote (`gdc_wait`).
 """
@@ -42,7 +43,8 @@ def _unit(x, inside, n, eps, LAYER: tl.constexpr):
 @triton.jit
 def _normalise(
     x, weight, bias, out, n, x_stride, out_stride, eps, offset,
-    LAYER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+    LAYER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One row a program."""
     i = tl.arange(0, BLOCK)

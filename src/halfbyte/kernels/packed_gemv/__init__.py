@@ -1,10 +1,10 @@
 """Products of a packed group with few rows of x (generation): each weight is read once, at the speed of memory.
 
-    out [M, N] = add + multiplier * f(x [M, K] W^T + bias + s B (A x)),   M <= 16
+out [M, N] = add + multiplier * f(x [M, K] W^T + bias + s B (A x)),   M <= 16
 
-Why apart from training's products: there a weight is decoded into a buffer and multiplied by cuBLAS, which costs 8.5 times the bytes
-of the packed weight; for a single token the bytes are the whole cost. q, k and v, or gate, up and the activation, are one launch,
-the adapter unmerged in it. What the kernel cannot take (`Product.why_not`) is decoded and multiplied as in training.
+Why apart from training's products: there a weight is decoded into a buffer and multiplied by cuBLAS, which costs 8.5 times the
+bytes of the packed weight; for a single token the bytes are the whole cost. q, k and v, or gate, up and the activation, are one
+launch, the adapter unmerged in it. What the kernel cannot take (`Product.why_not`) is decoded and multiplied as in training.
 """
 
 from __future__ import annotations

@@ -1,19 +1,21 @@
-"""The Triton twin: every weight is read once, decoded through shared memory, and multiplied on the tensor cores for up to 16 rows of x.
+"""The Triton twin: every weight is read once, decoded through shared memory, and multiplied on the tensor cores for up to 16 rows
+of x.
 
-Why so: at the rate at which an H200 reads 4-bit weights, a multiprocessor has fewer than five instructions a weight. A byte holds two
-codes and one look-up yields both levels as a register of two 16-bit numbers, which is what a tensor core's operand is: about two
-instructions a weight in all, for one row of x or for eight. So that no data moves between threads, the kernel is written by
+Why so: at the rate at which an H200 reads 4-bit weights, a multiprocessor has fewer than five instructions a weight. A byte holds
+two codes and one look-up yields both levels as a register of two 16-bit numbers, which is what a tensor core's operand is: about
+three instructions a weight in all, for one row of x or for eight. So that no data moves between threads, the kernel is written by
 lane: arrays have one element a thread, in the order of threads. The columns of a product may be summed in any order, so lane t of
-four takes 16 neighbouring codes of a block of 64 (8 bytes) where the tensor core would have them interleaved, and x alike.
-A block's scale multiplies its partial sum in fp32, once. An adapter's A is 16-bit rows multiplied by the first programs of the
-launch; the others add B (A x) last, when a counter says that it is there. Programs are numbered as they start (a ticket), so whoever
-is waited for is running.
+four takes 16 neighbouring codes of a block of 64 (8 bytes) where the tensor core would have them interleaved, and x alike. A
+block's scale multiplies its partial sum in fp32, once. An adapter's A is 16-bit rows multiplied by the first programs of the
+launch; the others add B (A x) last, when a counter says that it is there. Programs are numbered as they start (a ticket), so
+whoever is waited for is running.
 
 Letters: N rows of the weight, K columns, M rows of x; a tile is 16 rows; g = lane / 4 is a row of the tile, t = lane % 4.
 """
 
 # Kernels are typed by Triton, whose decorator is not.
-# Tuples that grow in unrolled loops change their type.
+# Tuples grow in unrolled loops, and Triton knows no `(*tuple, element)`.
+# ruff: noqa: RUF005
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ QUAD = tl.constexpr(ptx.QUAD)
 MERGE = tl.constexpr(ptx.MERGE)
 PREFETCH = tl.constexpr(ptx.PREFETCH)
 FIELDS = 12
-"""Of a segment's row: codes, scales, nested scales, offset, zeros, bias, B (addresses); first row, rows, first output, first tile, A row."""
+"""Of a segment's line: codes, scales, nested scales, offset, zeros, bias, B (addresses); first row, rows, first output, first tile,
+first row of A."""
 
 
 @triton.jit
@@ -57,7 +60,7 @@ def _merge(low, high, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _product(acc, a, b, HALF: tl.constexpr):
-    """acc + A B: a is (row g, row g + 8) twice, b the same columns of row g of x; acc is (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)."""
+    """acc + A B. a: rows g, g + 8, twice; b: the same columns of row g of x; acc: (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)."""
     return tl.inline_asm_elementwise(
         MMA_BF16 if tl.bfloat16 == HALF else MMA_FP16, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
         [a[0], a[1], a[2], a[3], b[0], b[1], acc[0], acc[1], acc[2], acc[3]],
@@ -324,9 +327,9 @@ def _low_rank(
 def _gemv(
     out, x, add, segments, pairs, nested_levels, a, xa, counters,
     M, K64, x_stride, out_stride, add_stride, multiplier, A_ROWS, a_programs,
-    COLUMNS: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr, SEGMENTS: tl.constexpr, PAIRED: tl.constexpr,
-    ACT: tl.constexpr, ADD: tl.constexpr, RANK: tl.constexpr, SLICES: tl.constexpr, RT: tl.constexpr, NT: tl.constexpr,
-    WARPS: tl.constexpr, HALF: tl.constexpr, TABLE: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr, PREFETCHED: tl.constexpr,
+    COLUMNS: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr, SEGMENTS: tl.constexpr,
+    PAIRED: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, RANK: tl.constexpr, SLICES: tl.constexpr, RT: tl.constexpr,
+    NT: tl.constexpr, WARPS: tl.constexpr, HALF: tl.constexpr, TABLE: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr, PREFETCHED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out = add + multiplier * (x W^T + bias + B (A x)), or act(first) * second of two segments' outputs (PAIRED)."""

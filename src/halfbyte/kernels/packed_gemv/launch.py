@@ -13,8 +13,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from halfbyte.kernels.dequantize.levels import nested_levels
 from halfbyte.kernels.dequantize.fused import INTERPRETED
+from halfbyte.kernels.dequantize.levels import nested_levels
 from halfbyte.kernels.packed_gemv import fused, ptx
 from halfbyte.kernels.packed_gemv.product import Launch, Shape
 
@@ -54,8 +54,8 @@ def multiply(
         out, x, out if add is None else add, segments, launch.pairs, nested_levels(str(x.device)), launch.a, launch.xa,
         launch.counters, x.shape[0], x.shape[1] // 64, x.stride(0), out.stride(0), out.stride(0) if add is None else add.stride(0),
         float(multiplier), launch.a.shape[0], a_programs,
-        COLUMNS=x.shape[1], KIND=launch.kind, NESTED=launch.nested, PER=launch.per, ZERO=launch.zero, SEGMENTS=launch.count, PAIRED=launch.paired,
-        ACT=activation or "none", ADD=add is not None, RANK=launch.rank, SLICES=launch.slices, RT=tiles,
+        COLUMNS=x.shape[1], KIND=launch.kind, NESTED=launch.nested, PER=launch.per, ZERO=launch.zero, SEGMENTS=launch.count,
+        PAIRED=launch.paired, ACT=activation or "none", ADD=add is not None, RANK=launch.rank, SLICES=launch.slices, RT=tiles,
         NT=1 if x.shape[0] <= 8 else 2, WARPS=shape.warps, HALF=HALVES[x.dtype], TABLE=ptx.table(shape.warps * 32),
         BITS=BITS[launch.kind], PDL=early, PREFETCHED=fetch, INTERPRETED=INTERPRETED, **options,
     )  # fmt: skip

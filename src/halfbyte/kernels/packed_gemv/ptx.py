@@ -1,7 +1,7 @@
 """The few instructions that Triton has no words for, as text; each has a plain twin for the interpreter, beside its call.
 
-table      fills 32 KiB of shared memory with 256 pairs of levels, each 32 times, so that lane l finds every pair in bank l: a look-up
-           never conflicts with its neighbours'. Returns the table's address.
+table      fills 32 KiB of shared memory with 256 pairs of levels, each 32 times, so that lane l finds every pair in bank l: its
+           look-ups never conflict with its neighbours'. Returns the table's address.
 lookup     four bytes of codes to four registers of two 16-bit levels each: byte out, address, load: three instructions a pair.
 mma        one tensor-core product of 16 rows by 16 columns of the weight by 8 rows of x.
 quad       a value of one of the four lanes that share a row.
