@@ -189,7 +189,7 @@ def variants(flat: Flat, report: Report) -> None:
         arguments = (flat.values, flat.grads, optimizer.moments, LR, optimizer.rule, optimizer.kept)
         steps: dict[str, Step] = {
             f"{rows} {warps}": functools.partial(fused.step, *arguments, rows, warps)
-            for rows, warps in ((1, 1), (1, 2), (2, 2), (4, 4), (2, 4), (4, 8), (8, 8))
+            for rows, warps in ((1, 1), (1, 2), (1, 8), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8))
         }
         for name, ms in medians(steps, 10).items():
             rows, warps = map(int, name.split())

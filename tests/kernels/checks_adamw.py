@@ -87,7 +87,7 @@ def check_norm_and_clip(device: str) -> None:
             as_wrong_as_honest("norm", norm, torch.linalg.vector_norm(grads) / scale, truth)
             assert (float(loss), float(found_inf), float(at)) == (2.5, 0.0, scale)
             factor = (min(1.0, largest / (float(truth) + 1e-6)) if largest else 1.0) / scale
-            expected = [factor, 0.0, 1 / (1 - 0.9), math.sqrt(1 - 0.999), 1.0]
+            expected = [factor, 0.0, 1 / (1 - 0.9), 1 / math.sqrt(1 - 0.999), 1.0]
             torch.testing.assert_close(kept.scalars.cpu(), torch.tensor(expected), rtol=2e-6, atol=0)
             assert torch.equal(grads, before) and float(kept.count) == 0
 

@@ -101,7 +101,7 @@ def test_the_exported_adapter_is_the_trained_one(files: Path, tmp_path: Path) ->
         ("format=none",),
         ("format=int4", "adapter.modules_to_save=[lm_head]"),
         ("format=none", "adapter.kind=none", "train.lr=1e-3"),
-        ("compute=bf16", "memory.recompute=on"),
+        ("compute=bf16", "memory.recompute=on", "optim.bits=8"),
         ("format=none", "adapter.kind=none", "compute=bf16", "train.lr=1e-3"),
         ("optim.lora_plus=4", "optim.weight_decay=0.1", "adapter.bias=all", "adapter.rslora=true"),
     ],

@@ -3,10 +3,10 @@
 Products and sums are not contracted, quotients and roots are rounded to nearest, so that moments, scales, codes and weights are
 the reference's bits. Tiles run from the end of the buffer: what `measure` read last is in the L2 cache and is read first.
 
-8-bit codes are not searched for (eight dependent loads): inside a decade the levels of the dynamic maps are evenly spaced, so a
-logarithm and a product give a code that is the right one or one too low, and one comparison with a threshold decides. The first
-threshold of a decade lies 0.14 to 0.2 of a spacing above its start, and candidates are taken half a spacing low, so the
-logarithm may be off by a tenth of a spacing, a thousand times what it is.
+8-bit codes are not searched for (eight dependent loads): inside a decade the levels of the dynamic maps are evenly spaced, so the
+decade and a product give a code that is the right one or one too low, and one comparison with a threshold decides. Candidates are
+taken half a spacing low and no threshold of a decade lies further than 0.2 from a whole number of spacings, so rounding, a
+thousandth of that at most, cannot matter.
 
 Letters: n = elements, B = blocks of 256, R = blocks a program.
 """
@@ -24,11 +24,12 @@ from torch import Tensor
 
 from halfbyte.formats.dynamic8 import dynamic_map
 from halfbyte.kernels.adamw.parts import BLOCK, LARGEST_PARTS, PARTIALS, Moments, Rule, Scratch
+from halfbyte.kernels.dequantize.fused import INTERPRETED
 
 SUM_TILE, SUM_WARPS = 4096, 8
-ROWS = {32: 4, 8: 4}
+ROWS = {32: 4, 8: 1}
 """R by bits."""
-WARPS = {32: 4, 8: 4}
+WARPS = {32: 4, 8: 1}
 
 
 @triton.jit
@@ -63,17 +64,22 @@ def _finish(report, scalars, partials, count, logs, loss, scale, largest, PARTIA
     tl.store(scalars, factor)
     tl.store(scalars + 1, found_inf)
     tl.store(scalars + 2, (1.0 / c1).to(tl.float32))
-    tl.store(scalars + 3, tl.sqrt(c2).to(tl.float32))
+    tl.store(scalars + 3, (1.0 / tl.sqrt(c2)).to(tl.float32))
     tl.store(scalars + 4, t)
 
 
 @triton.jit
 def _encode(x, thresholds, SIGNED: tl.constexpr):
     """Codes of x in [-1, 1] (int32); thresholds fp32 `[255]`, the i-th between levels i and i + 1."""
-    magnitude = tl.maximum(tl.abs(x), 1e-9)  # below the first threshold; a logarithm needs more than 0
-    decade = tl.minimum(tl.maximum(tl.floor(tl.log2(magnitude) * 0.30102999566), -7.0), -1.0)  # 10^decade <= magnitude
-    spacings = tl.exp2(decade + (7.0 if SIGNED else 8.0))  # levels in the decade: 1 to 64, or 2 to 128
-    place = (magnitude * tl.exp2((decade + 1.0) * -3.32192809489) - 0.1) * (spacings * (1 / 0.9))
+    magnitude = tl.abs(x)
+    first: tl.constexpr = 1.0 if SIGNED else 2.0
+    spacings = tl.full(x.shape, first, tl.float32)  # levels in the decade of magnitude: 1 to 64, or 2 to 128
+    factor = tl.full(x.shape, first * 1e6 / 0.9, tl.float32)  # one over the spacing
+    for i in tl.static_range(6):
+        above = magnitude >= 10.0 ** (i - 6)
+        spacings = tl.where(above, first * 2.0 ** (i + 1), spacings)
+        factor = tl.where(above, first * 2.0 ** (i + 1) * 10.0 ** (5 - i) / 0.9, factor)
+    place = magnitude * factor - spacings * (1 / 9)
     code = (tl.floor(place - 0.5) + spacings).to(tl.int32) + (127 if SIGNED else -1)
     if SIGNED:
         code = tl.where(x < 0, 253 - code, code)
@@ -92,9 +98,15 @@ def _decode(codes, scales, levels, at, row, inside):
 
 
 @triton.jit
-def _store_8(codes, scales, thresholds, moment, at, row, inside, SIGNED: tl.constexpr):
+def _store_8(codes, scales, thresholds, moment, at, row, inside, SIGNED: tl.constexpr, INTERPRETED: tl.constexpr):
     largest = tl.max(tl.abs(moment), 1)[:, None]
-    x = tl.div_rn(moment, tl.where(largest > 0, largest, 1.0))
+    below = tl.where(largest > 1e-38, largest, 1.0)
+    if INTERPRETED:  # its fused product and sum are rounded twice
+        x = moment / below
+    else:  # the rounded quotient from a reciprocal and what it lacks (Markstein): three operations, not ten and a branch
+        inverse = tl.div_rn(1.0, below)
+        x = moment * inverse
+        x = tl.fma(tl.fma(-x, below, moment), inverse, x)
     tl.store(codes + at, _encode(x, thresholds, SIGNED).to(tl.uint8), mask=inside)
     tl.store(scales + row, largest, mask=inside)
 
@@ -103,7 +115,7 @@ def _store_8(codes, scales, thresholds, moment, at, row, inside, SIGNED: tl.cons
 def _step(
     values, grads, first, second, first_scales, second_scales, tables, scalars, count, blocks,
     end0, end1, end2, rate0, rate1, rate2, rate3, keep0, keep1, keep2, keep3,
-    beta1, rest1, beta2, rest2, eps, BITS: tl.constexpr, R: tl.constexpr,
+    beta1, rest1, beta2, rest2, eps, BITS: tl.constexpr, R: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """R blocks. Four parts at most: part i ends at block `end i`, learns at `rate i` and keeps `keep i` of a weight."""
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -125,12 +137,12 @@ def _step(
             v = tl.load(second + at, mask=inside, other=0.0)
         m = m * beta1 + g * rest1
         v = v * beta2 + (g * rest2) * g
-        below = tl.div_rn(tl.sqrt_rn(v), tl.load(scalars + 3)) + eps
+        below = tl.sqrt_rn(v) * tl.load(scalars + 3) + eps
         tl.store(values + at, x * keep - tl.div_rn((rate * tl.load(scalars + 2)) * m, below), mask=inside)
         tl.store(grads + at, tl.zeros([R, 256], tl.float32), mask=inside)
         if BITS == 8:
-            _store_8(first, first_scales, tables + 512, m, at, row, inside, True)
-            _store_8(second, second_scales, tables + 768, v, at, row, inside, False)
+            _store_8(first, first_scales, tables + 512, m, at, row, inside, True, INTERPRETED)
+            _store_8(second, second_scales, tables + 768, v, at, row, inside, False, INTERPRETED)
         else:
             tl.store(first + at, m, mask=inside)
             tl.store(second + at, v, mask=inside)
@@ -180,5 +192,5 @@ def step(
         *[float(lr * part.rate) for part in parts],
         *[1 - lr * part.rate * part.decay for part in parts],
         rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2, rule.eps,
-        BITS=bits, R=rows, num_warps=warps or WARPS[bits], enable_fp_fusion=False,
+        BITS=bits, R=rows, INTERPRETED=INTERPRETED, num_warps=warps or WARPS[bits], enable_fp_fusion=False,
     )  # fmt: skip

@@ -45,8 +45,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class Scratch:
-    """count: fp32 scalar, steps done. scalars: fp32 `[5]`: factor of the gradient, found_inf, 1 / (1 - b1^t), sqrt(1 - b2^t), t.
-    logs: fp64 `[2]` of the betas. partials: fp32 `[PARTIALS]`."""
+    """count: fp32 scalar, steps done. scalars: fp32 `[5]`: factor of the gradient, found_inf, 1 / (1 - b1^t),
+    1 / sqrt(1 - b2^t), t. logs: fp64 `[2]` of the betas. partials: fp32 `[PARTIALS]`."""
 
     count: Tensor
     scalars: Tensor

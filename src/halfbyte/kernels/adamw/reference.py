@@ -22,7 +22,7 @@ def measure(grads: Tensor, loss: Tensor, scale: Tensor, largest: float, kept: Sc
     factor = ((largest / (norm + 1e-6)).clamp(max=1.0) if largest > 0 else 1.0) / scale
     t = kept.count + 1
     c1, c2 = (-torch.expm1(t.double() * kept.logs)).unbind()
-    kept.scalars.copy_(torch.stack([factor, found_inf, (1 / c1).float(), c2.sqrt().float(), t]))
+    kept.scalars.copy_(torch.stack([factor, found_inf, (1 / c1).float(), c2.rsqrt().float(), t]))
     return torch.stack([loss.float(), norm, found_inf, scale])
 
 
@@ -36,7 +36,7 @@ def step(values: Tensor, grads: Tensor, state: Moments, lr: float, rule: Rule, k
         m = rule.beta1 * m + (1 - rule.beta1) * g
         v = rule.beta2 * v + (1 - rule.beta2) * g * g
         rate = inverse * (lr * part.rate)
-        new = x * (1 - lr * part.rate * part.decay) - rate * m / (v.sqrt() / root + rule.eps)
+        new = x * (1 - lr * part.rate * part.decay) - rate * m / (v.sqrt() * root + rule.eps)
         values[tile] = torch.where(skip, x, new)
         _store(state, tile, m, v, skip)
     grads.zero_()
