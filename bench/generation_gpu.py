@@ -14,6 +14,7 @@ weights and adapters, read once. The baseline runs bf16 weights in the same engi
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -134,6 +135,32 @@ def bench_products(report: Report) -> None:
                 report(what="product", group=name, rows=m, shape=label, us=round(us, 2), gb_per_s=round(rate),
                        of_copy=round(rate / copy, 3))  # fmt: skip
         del copies
+
+
+def bench_bitsandbytes(report: Report) -> None:
+    """Its 4-bit product for one row, on the same shapes, where it is installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        report(what="bitsandbytes", left_out="not installed")
+        return
+    import bitsandbytes as bnb
+
+    for name, (rows, width, _) in GROUPS.items():
+        if name == "head":
+            continue
+        n = max(rows)
+        copies = []
+        for _ in range(max(2, 300_000_000 // (n * width // 2))):
+            weight = torch.randn(n, width, device="cuda", dtype=torch.bfloat16) * 0.02
+            copies.append(bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+        x = torch.randn(1, width, device="cuda", dtype=torch.bfloat16)
+
+        def all_of_them(x: Tensor = x, copies: Any = copies) -> None:
+            for codes, state in copies:
+                bnb.matmul_4bit(x, codes.t(), state)
+
+        us = replayed(all_of_them) / len(copies) * 1e3
+        report(what="bitsandbytes", version=bnb.__version__, rows=n, columns=width, us=round(us, 2),
+               gb_per_s=round(n * width * 0.516 / us / 1e3))  # fmt: skip
 
 
 def run(name: str, product: Product, m: int, shape: Shape | None) -> None:
@@ -364,6 +391,7 @@ def main() -> int:
         torch.cuda.empty_cache()
     if "products" in wanted:
         bench_products(report)
+        bench_bitsandbytes(report)
     return 0
 
 

@@ -81,10 +81,10 @@ def build(kernel, pointers, constants, warps):
     return triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32), options=options)
 
 def gemv(half, kind="four", nested=True, zero="none", segments=1, paired=False, rank=16, rows=1, bits=4, add=False):
-    pointers = dict(out="*" + half, x="*" + half, add="*" + half, a="*" + half, segments="*i64", pairs="*u32", nested_levels="*fp32",
-                    xa="*fp32", counters="*i64", multiplier="fp32")
+    pointers = dict(out="*" + half, x="*" + half, add="*" + half, a="*" + half, segments="*i64", pairs="*u32",
+                    nested_levels="*fp32", xa="*fp32", counters="*i64", multiplier="fp32")
     constants = dict(COLUMNS=4096, KIND=kind, NESTED=nested, PER=1, ZERO=zero, SEGMENTS=segments, PAIRED=paired,
-                     ACT="silu" if paired else "none", ADD=add, RANK=rank, SLICES=2, RT=2 if paired else 1, NT=rows, WARPS=8,
+                     RANK=rank, ACT="silu" if paired else "none", ADD=add, SLICES=2, RT=2 if paired else 1, NT=rows, WARPS=8,
                      HALF=tl.bfloat16 if half == "bf16" else tl.float16, TABLE=ptx.table(256), BITS=bits, PDL=hopper,
                      PREFETCHED=hopper, INTERPRETED=False)
     text = build(fused._gemv, pointers, constants, 8).asm["ptx"]
@@ -100,8 +100,9 @@ same = dict(PDL=hopper, INTERPRETED=False)
 for half in ("*bf16", "*fp32"):
     build(step._normalise, dict(x=half, weight=half, bias=half, out=half, eps="fp32", offset="fp32"),
           dict(LAYER=False, WEIGHT=True, BIAS=False, BLOCK=4096) | same, 8)
-    build(step._place, dict(qkv=half, position="*i64", q_weight=half, k_weight=half, cos=half, sin=half, q=half, keys=half, values=half,
-          eps="fp32", offset="fp32"), dict(H=32, G=8, D=128, BLOCK=128, ROTATION="half", NORM=True, LAYER=False) | same, 1)
+    build(step._place, dict(qkv=half, position="*i64", q_weight=half, k_weight=half, cos=half, sin=half, q=half, keys=half,
+          values=half, eps="fp32", offset="fp32"),
+          dict(H=32, G=8, D=128, BLOCK=128, ROTATION="half", NORM=True, LAYER=False) | same, 1)
     build(step._attend, dict(q=half, keys=half, values=half, position="*i64", partial="*fp32", scale="fp32", cap="fp32"),
           dict(H=32, G=8, D=128, BLOCK=128, QUERIES=16, SPLITS=32, KEYS=64, CAP=True, WINDOW=True) | same, 4)
     build(step._join, dict(partial="*fp32", out=half), dict(H=32, D=128, BLOCK=128, SPLITS=32) | same, 2)
@@ -112,7 +113,7 @@ print("compiled")
 @pytest.mark.cpu
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
-    """Ampere and Hopper: what the interpreter accepts, the compiler may refuse; and the text of other instructions is only here read."""
+    """Ampere and Hopper: what the interpreter accepts, the compiler may refuse; instructions given as text are read here only."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT / "src")}
     program = tmp_path / "build.py"

@@ -1,6 +1,6 @@
 """One token step over any adopted model, as launches on static buffers: what a CUDA graph captures and replays for every token.
 
-A layer of the usual kind is eight launches: norm, q/k/v with adapter, rotation into the cache, attention in two, output added to
+A layer of the usual kind is nine launches: norm, q/k/v with adapter, rotation into the cache, attention in two, output added to
 the residual, norm, gate/up with adapter and activation, down added to the residual. Other layers (norms after, parallel halves,
 fused gate and up) take the same pieces with a few more. Nothing here looks at a value: positions and tokens stay on the device.
 

@@ -329,8 +329,8 @@ def _gemv(
     M, K64, x_stride, out_stride, add_stride, multiplier, A_ROWS, a_programs,
     COLUMNS: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr, SEGMENTS: tl.constexpr,
     PAIRED: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, RANK: tl.constexpr, SLICES: tl.constexpr, RT: tl.constexpr,
-    NT: tl.constexpr, WARPS: tl.constexpr, HALF: tl.constexpr, TABLE: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr, PREFETCHED: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    NT: tl.constexpr, WARPS: tl.constexpr, HALF: tl.constexpr, TABLE: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
+    PREFETCHED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out = add + multiplier * (x W^T + bias + B (A x)), or act(first) * second of two segments' outputs (PAIRED)."""
     tid = tl.arange(0, WARPS * 32)

@@ -102,8 +102,8 @@ def _obstacle(members: tuple[Member, ...], dtype: torch.dtype) -> str:
         if weight.shape[1] % 64:
             return f"{weight.shape[1]} columns, no multiple of 64"
         if isinstance(weight, Tensor):
-            if not weight.is_contiguous() or weight.dtype != dtype:
-                return f"a weight of {weight.dtype} or transposed"
+            if not weight.is_contiguous() or weight.dtype != dtype or weight.data_ptr() % 16:
+                return f"a weight of {weight.dtype}, transposed, or not at a multiple of 16 bytes"
             continue
         block = weight.format.block
         if weight.format.kind != "int8" and (block % 64 or (weight.format.kind == "int4" and weight.shape[1] % block)):
