@@ -15,7 +15,7 @@ from halfbyte.formats.packed import Format
 from halfbyte.layers import forward, recompute
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused import gradients
-from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, Keep
+from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep
 from halfbyte.layers.fused.prepare import prepare, remove
 from halfbyte.optim.flat import flatten
 from layers.families import ADOPTED, NF4, pair, peft_gradients, row, with_adapters
@@ -117,7 +117,9 @@ def test_every_adapter_stays_on_the_path(family: str, config: AdapterConfig) -> 
         assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
 
 
-@pytest.mark.parametrize("keep", KEEPS, ids=lambda k: "".join(str(int(v)) for v in (k.normed, k.qkv, k.attended, k.mid, k.inputs)))
+@pytest.mark.parametrize(
+    "keep", [*KEEPS, OFFLOADED], ids=lambda k: "".join(str(int(v)) for v in (k.normed, k.qkv, k.attended, k.mid, k.inputs))
+)
 def test_whatever_is_kept_the_gradients_are_the_same_bits(keep: Keep) -> None:
     model, adapter = _llama(AdapterConfig(rank=4, dropout=0.2), "qwen3")
     prepare(model)

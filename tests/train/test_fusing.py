@@ -19,7 +19,7 @@ from halfbyte.train.finish import Result
 from halfbyte.train.run import train
 from support import chats, save_tiny, write_jsonl
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -124,16 +124,6 @@ def test_determinism_is_for_the_length_of_a_run(monkeypatch: pytest.MonkeyPatch)
     with deterministic(True):
         assert os.environ[VARIABLE] == ":16:8"
     assert os.environ[VARIABLE] == ":16:8"
-
-
-def test_offloading_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("halfbyte.machine.ram", lambda: fusing.machine.Device("CPU", 8 << 30, 16 << 30))
-    assert fusing.offloading("on", CUDA, False, 1).reason == "asked for"
-    assert str(fusing.offloading("auto", CPU, True, 1)) == "off (auto: the layers run in host memory)"
-    assert fusing.offloading("auto", CUDA, False, 1).value == "off"
-    on, off = (fusing.offloading("auto", CUDA, True, n << 30) for n in (4, 5))
-    assert str(on) == "on (auto: layer inputs take 4,096 MiB of host memory, 8,192 MiB are free)"
-    assert off.value == "off" and "more than 50% of that is not pinned" in off.reason
 
 
 def test_offloading_that_cannot_be_had_is_an_error() -> None:

@@ -111,8 +111,7 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Ba
         device,
         compute=chosen["compute"].value,
         recompute=chosen["recompute"].value == "on",
-        offload=recipe.memory.offload,
-        tokens=chosen["microbatch"].value * recipe.data.tokens,
+        offload=Choice("on" if plan.offloaded else "off", plan.offload),
         tell=report.tell,
     )
     for name in ("compute", "threads", "attention", "layers", "microbatch", "recompute", "offload", "decoded weights"):
