@@ -3,9 +3,9 @@
     python bench/loss_gpu.py --out DIR         # writes DIR/loss_gpu.jsonl and DIR/loss_gate.json
     python bench/loss_gpu.py --table FILE      # such a file as Markdown
 
-The gate is `tests/kernels/checks_loss.py` on this GPU: if a check is red nothing is reported and the exit code is 1. The bare products
-are those of the labelled rows alone, in one piece and in the same chunks, on the same numbers (the second one reads a real gradient);
-every ratio compares things measured in turn in one run. Peak is of the allocator, besides inputs and the gradient `[T, H]`.
+The gate is `tests/kernels/checks_loss.py` on this GPU: if a check is red nothing is reported and the exit code is 1. The bare
+products are those of the labelled rows alone, in one piece and in the same chunks, on the same numbers (the second one reads a real
+gradient); every ratio compares things measured in turn in one run. Peak is of the allocator, besides inputs and the gradient `[T, H]`.
 """
 
 from __future__ import annotations
@@ -27,23 +27,27 @@ from torch import Tensor  # noqa: E402
 
 from halfbyte.formats.packed import Format  # noqa: E402
 from halfbyte.formats.quantize import quantize  # noqa: E402
-from halfbyte.kernels.cross_entropy import Extras, Head, cross_entropy, fused  # noqa: E402
+from halfbyte.kernels.cross_entropy import Extras, Head, cross_entropy, fused, softmax, tiled  # noqa: E402
 from halfbyte.kernels.cross_entropy.parts import IGNORE, PLAIN, Task, Wants  # noqa: E402
 from kernels import checks_loss  # noqa: E402
 
-CASES = (("8B, half labelled", 16384, 8192, 128256, 4096), ("8B, all labelled", 8192, 8192, 128256, 4096), ("135M, all labelled", 8192, 8192, 49152, 576))
+CASES = (
+    ("8B, half labelled", 16384, 8192, 128256, 4096),
+    ("8B, all labelled", 8192, 8192, 128256, 4096),
+    ("135M, all labelled", 8192, 8192, 49152, 576),
+)
 ROWS = (256, 512, 768, 1024, 1536, 2048)
 TUNINGS = {
-    "2048x8 16w": fused.Tuning(),
-    "2048x8 16w, no hints": fused.Tuning(keep=False),
-    "2048x8 16w, 2 stages": fused.Tuning(stages=2),
-    "2048x8 16w, 3 stages": fused.Tuning(stages=3),
-    "2048x8 32w": fused.Tuning(warps=32),
-    "2048x8 32w, 3 stages": fused.Tuning(warps=32, stages=3),
-    "4096x8 32w": fused.Tuning(lanes=4096, warps=32),
-    "1024x8 16w": fused.Tuning(lanes=1024),
-    "1024x8 8w": fused.Tuning(lanes=1024, warps=8),
-    "1024x8 32w, 3 stages": fused.Tuning(lanes=1024, warps=32, stages=3),
+    "2048x8 16w": softmax.Tuning(),
+    "2048x8 16w, no hints": softmax.Tuning(keep=False),
+    "2048x8 16w, 2 stages": softmax.Tuning(stages=2),
+    "2048x8 16w, 3 stages": softmax.Tuning(stages=3),
+    "2048x8 32w": softmax.Tuning(warps=32),
+    "2048x8 32w, 3 stages": softmax.Tuning(warps=32, stages=3),
+    "4096x8 32w": softmax.Tuning(lanes=4096, warps=32),
+    "1024x8 16w": softmax.Tuning(lanes=1024),
+    "1024x8 8w": softmax.Tuning(lanes=1024, warps=8),
+    "1024x8 32w, 3 stages": softmax.Tuning(lanes=1024, warps=32, stages=3),
 }
 
 
@@ -91,7 +95,7 @@ def gradient(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> Tenso
     """A real gradient of the logits, `[rows, V]`."""
     d = torch.mm(hidden[:rows], weight.T)
     task = Task(hidden[:rows], labels[:rows].clamp_min(0), Head(weight), PLAIN, Wants(True, False, False), rows, 0)
-    fused.softmax_(d, d, task.labels, torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.int32, device="cuda"), task)
+    softmax.softmax_(d, d, task.labels, torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.int32, device="cuda"), task)
     return d
 
 
@@ -115,10 +119,10 @@ def bench_kernel(report: Callable[..., None]) -> None:
     task = Task(hidden, labels, Head(weight), PLAIN, Wants(True, False, False), rows, 0)
     work = torch.empty_like(chunks[0])
 
-    def one(tuning: fused.Tuning) -> Callable[[], None]:
+    def one(tuning: softmax.Tuning) -> Callable[[], None]:
         def run() -> None:
             for z in chunks:
-                fused.softmax_(z, work, labels, losses, hits, task, tuning)
+                softmax.softmax_(z, z, labels, losses, hits, task, tuning)
 
         return run
 

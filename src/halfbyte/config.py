@@ -19,10 +19,11 @@ from halfbyte.errors import RecipeError
 from halfbyte.formats.config import FormatConfig
 from halfbyte.memory.config import MemoryConfig
 from halfbyte.mistakes import CONTRADICTION, in_words
+from halfbyte.objectives.config import LossConfig
 from halfbyte.optim.config import OptimConfig
 from halfbyte.train.config import LogConfig, TrainConfig
 
-Compute = Literal["auto", "bf16", "fp16", "fp32"]
+Compute = Literal["auto", "bf16", "fp16", "fp32", "fp8"]
 Attention = Literal["auto", "cudnn", "flash", "flex", "sdpa"]
 
 SHORT = {"model": "name", "format": "kind"}
@@ -45,7 +46,8 @@ class Recipe(Section):
     format: Annotated[FormatConfig, _short("format")] = FormatConfig()
     """How the base is stored: a kind, or the section in full."""
     compute: Compute = "auto"
-    """Number type of activations and decoded weights: bf16, fp16 (loss scaling), fp32, or auto: chosen, with its reason."""
+    """Number type of activations and decoded weights: bf16, fp16 (loss scaling), fp32, fp8 (products with the frozen weights in
+    e4m3, the rest in bf16; compute capability 8.9 or newer), or auto: chosen among the first three, with its reason."""
     attention: Attention = "auto"
     """How packed rows run: cudnn (rows of one length), flash, flex (compiled), sdpa, or auto: measured, with its reason."""
     adapter: AdapterConfig = AdapterConfig()
@@ -54,6 +56,8 @@ class Recipe(Section):
     """What is learned from."""
     train: TrainConfig = TrainConfig()
     """How long, how fast, how often."""
+    loss: LossConfig = LossConfig()
+    """What is minimised."""
     optim: OptimConfig = OptimConfig()
     """The optimizer."""
     memory: MemoryConfig = MemoryConfig()
@@ -94,7 +98,13 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
         (fmt.zero != "int" and not affine, "format.zero", f"only int4 has zero points, and the format is {fmt.kind}"),
         (fmt.zero != "int" and affine and fmt.symmetric, "format.zero", "a zero point needs `format.symmetric: false`"),
         (fmt.kind in ("int8", "none") and fmt.block != 64, "format.block", f"{fmt.kind} has no blocks"),
+        (
+            fmt.kind == "none" and fmt.head != "16bit",
+            "format.head",
+            "`format: none` keeps the whole base, its head too, in 16 bits",
+        ),
         (fmt.kind == "none" and bool(fmt.skip), "format.skip", "`format: none` packs nothing that could be skipped"),
+        (full and recipe.compute == "fp8", "compute", "fp8 multiplies frozen weights, and `adapter.kind: none` trains them: use bf16"),
         (full and adapter.dropout > 0, "adapter.dropout", "there is no adapter (`adapter.kind: none`)"),
         (full and bool(adapter.modules_to_save), "adapter.modules_to_save", "`adapter.kind: none` trains every module already"),
         (full and recipe.optim.lora_plus != 1, "optim.lora_plus", "there is no B matrix without an adapter"),

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,17 @@ from halfbyte.kernels.norm import NormSpec
 from kernels.checks import DTYPES, as_wrong_as_honest, poisoned
 
 EXTRA = 24
+
+
+def cases(shapes: Sequence[Any], *others: Iterable[Any]) -> Iterator[Any]:
+    """The product of shapes, dtypes and others; fp16 on the first shape only, for it differs in the last rounding alone."""
+    return share(c for c in itertools.product(shapes, DTYPES, *others) if c[1] is not torch.float16 or c[0] is shapes[0])
+
+
+def share(all_of_them: Iterable[Any]) -> Iterator[Any]:
+    """Every `parts`-th case from `part` on: a process of several that prove together, as compiling takes most of the time."""
+    part, parts = map(int, os.environ.get("HALFBYTE_CHECKS_PART", "0/1").split("/"))
+    return itertools.islice(all_of_them, part, None, parts)
 
 
 class Windows:
@@ -61,7 +74,7 @@ def leaves(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 # --- norm -------------------------------------------------------------------------------------------------------------
 
 SPECS = [NormSpec("rms", 1e-6), NormSpec("rms", 1e-5, 1.0), NormSpec("layer", 1e-5), NormSpec("layer", 1e-5, 1.0)]
-NORM_SHAPES = ((63, 431), (5, 64), (1, 5), (3, 130), (2, 2304), (9, 63))
+NORM_SHAPES = ((63, 431), (5, 64), (7, 5), (3, 130), (2, 2304))
 
 
 def plain_norm(r: Tensor, spec: NormSpec, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -104,7 +117,7 @@ def norm_case(
 
 def check_norm(device: str) -> None:
     """Both kinds, with and without sums, weights and an offset; backward in place of either gradient."""
-    for shape, dtype, spec in itertools.product(NORM_SHAPES, DTYPES, SPECS):
+    for shape, dtype, spec in cases(NORM_SHAPES, SPECS):
         for sums, weighted, alias in ((True, True, "none"), (False, True, "d_out"), (True, True, "add"), (True, False, "d_out")):
             norm_case(device, shape, dtype, spec, sums, weighted, alias)
 
@@ -226,16 +239,15 @@ def head_norm_case(
 
 def check_rotary(device: str) -> None:
     """Every style, whole and partial; gradients in any layout; tables in another dtype; tables that differ within a pair."""
-    for shape, dtype, style in itertools.product(HEAD_SHAPES, DTYPES, STYLES):
+    for shape, dtype, style in cases(HEAD_SHAPES, STYLES):
         for heads_first in (False, True):
             rotary_case(device, shape, dtype, style, heads_first)
 
 
 def check_head_norm(device: str) -> None:
     """RMS norm of each head before the rotation, and through both on the way back."""
-    for shape, dtype, style in itertools.product(HEAD_SHAPES, DTYPES, STYLES):
-        for spec in SPECS[:2]:
-            head_norm_case(device, shape, dtype, style, spec)
+    for shape, dtype, style in cases(HEAD_SHAPES, STYLES):
+        head_norm_case(device, shape, dtype, style, SPECS[style in ("half", "none")])
 
 
 # --- glu --------------------------------------------------------------------------------------------------------------
@@ -275,7 +287,7 @@ def glu_case(
 
 def check_glu(device: str) -> None:
     """Every activation, with and without a second factor, small numbers and saturated ones."""
-    for shape, dtype, activation in itertools.product(((63, 431), (1, 1), (2, 2048), (3, 1500)), DTYPES, PLAIN):
+    for shape, dtype, activation in cases(((11, 431), (1, 1), (2, 2048), (3, 1500)), PLAIN):
         for gated, scale in ((True, 1.0), (False, 1.0), (True, 20.0)):
             glu_case(device, shape, dtype, activation, gated, scale)
 
@@ -300,19 +312,20 @@ def check_large(device: str) -> None:
     """Shapes of real models (a GPU only)."""
     if device == "cpu":
         return
-    for shape in ((33, 4096), (17, 8192), (5, 3584), (3, 16384)):
-        for spec in SPECS:
-            norm_case(device, shape, torch.bfloat16, spec, True, True, "add")
-        glu_case(device, (shape[0], 7 * shape[1] // 2), torch.bfloat16, "silu", True, 1.0)
-    for heads in ((33, 32, 8, 128, 128), (5, 64, 8, 128, 128), (7, 8, 4, 256, 256), (9, 14, 2, 64, 64), (3, 128, 8, 128, 128)):
-        for style in STYLES:
-            rotary_case(device, heads, torch.bfloat16, style, True)
-            head_norm_case(device, heads, torch.bfloat16, style, SPECS[1])
+    rows = ((33, 4096), (17, 8192), (5, 3584), (3, 16384))
+    for shape, spec in share(itertools.product(rows, SPECS)):
+        norm_case(device, shape, torch.bfloat16, spec, True, True, "add")
+    for shape, activation in share(itertools.product(((33, 14336), (17, 28672)), PLAIN)):
+        glu_case(device, shape, torch.bfloat16, activation, True, 1.0)
+    heads = ((33, 32, 8, 128, 128), (5, 64, 8, 128, 128), (7, 8, 4, 256, 256), (9, 14, 2, 64, 64), (3, 128, 8, 128, 128))
+    for shape, style in share(itertools.product(heads, STYLES)):
+        rotary_case(device, shape, torch.bfloat16, style, True)
+        head_norm_case(device, shape, torch.bfloat16, style, SPECS[1])
 
 
 def check_beyond_int32(device: str) -> None:
     """Rows more than 2^31 elements apart (a GPU only)."""
-    if device == "cpu":
+    if device == "cpu" or not list(share([0])):
         return
     far = torch.empty(2**31 + 4096, dtype=torch.bfloat16, device=device)
 

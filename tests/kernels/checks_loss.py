@@ -1,6 +1,6 @@
-"""Proofs of the loss beyond `checks.py`: label smoothing, z-loss, packed heads, every method; forward and gradients against float64.
+"""Proofs of the loss beyond `checks.py`: label smoothing, z-loss, packed heads, every method; values and gradients against float64.
 
-    python tests/kernels/checks_loss.py cuda        on a GPU: the gate of bench/loss_gpu.py
+python tests/kernels/checks_loss.py cuda        on a GPU: the gate of bench/loss_gpu.py
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kernels.checks import DTYPES, as_wrong_as_honest, poisoned
 
 HEADS = ((False, 1.0, 0.0), (True, 0.25, 0.0), (True, 2.0, 5.0))
 EXTRAS = (Extras(0.1, 0.0), Extras(0.0, 1e-2), Extras(0.2, 1e-1))
-METHODS: tuple[Method, ...] = ("chunked", "exact")
+METHODS: tuple[Method, ...] = ("chunked", "exact", "tiled")
 PACKED = (Format("nf4", 64, nested=True), Format("nf4", 64), Format("int8"))
 
 
@@ -49,7 +49,9 @@ def example(device: str, dtype: torch.dtype, v: int = 431, h: int = 60, t: int =
     return hidden, weight, labels.to(device)
 
 
-def compare(name: str, device: str, dtype: torch.dtype, kind: tuple[bool, float, float], extras: Extras, method: Method, v: int = 431) -> None:
+def compare(
+    name: str, device: str, dtype: torch.dtype, kind: tuple[bool, float, float], extras: Extras, method: Method, v: int = 431
+) -> None:
     """One head: the loss and the gradients of hidden, weight and bias."""
     hidden, weight, labels = example(device, dtype, v)
     weight = weight.requires_grad_()
@@ -60,7 +62,9 @@ def compare(name: str, device: str, dtype: torch.dtype, kind: tuple[bool, float,
     def results(loss: Tensor, at: list[Tensor]) -> list[Tensor]:
         return [loss, *torch.autograd.grad(loss * 0.37, at)]
 
-    loss, correct = cross_entropy(hidden, labels, Head(weight, bias, scale, cap), extras=extras, chunk_bytes=v * 4 * 20, method=method)
+    loss, correct = cross_entropy(
+        hidden, labels, Head(weight, bias, scale, cap), extras=extras, chunk_bytes=v * 4 * 20, method=method
+    )
     got = results(loss, leaves)
     honest = results(plain(hidden, labels, Head(weight, bias, scale, cap), extras), leaves)
     exact = [t.detach().double().requires_grad_() for t in leaves]
@@ -130,8 +134,9 @@ def check_hits(device: str) -> None:
         weight = torch.zeros(40_000, 16, device=device, dtype=torch.bfloat16)
         weight[first], weight[second] = 1.0, 1.0
         hidden = torch.ones(1, 16, device=device, dtype=torch.bfloat16)
-        _, correct = cross_entropy(hidden, torch.tensor([first], device=device), Head(weight))
-        assert int(correct) == int(first <= second), f"{first} {second}"
+        for method in METHODS:
+            _, correct = cross_entropy(hidden, torch.tensor([first], device=device), Head(weight), method=method)
+            assert int(correct) == int(first <= second), f"{first} {second} {method}"
 
 
 def check_bits(device: str) -> None:

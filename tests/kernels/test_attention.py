@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -45,6 +45,40 @@ def test_flex_uncompiled_equals_the_formula(row: Row) -> None:
     bounded(str(row), out, dense(q, k, v, row), truth, 0.0)
 
 
+def _by_definition(q: Tensor, k: Tensor, v: Tensor, *, score_mod: Any, block_mask: Any, scale: float, enable_gqa: bool) -> Tensor:
+    """flex_attention from its documentation, differentiable on a CPU."""
+    index = torch.arange(q.shape[2])
+    scores = scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
+    rows, columns = index[:, None], index[None, :]
+    scores = scores if score_mod is None else score_mod(scores, 0, 0, rows, columns)
+    scores = scores.masked_fill(~block_mask.mask_mod(0, 0, rows, columns), float("-inf"))
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    return torch.softmax(scores, -1) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_flex_keeps_its_graph_or_makes_it_again(monkeypatch: pytest.MonkeyPatch, row: Row, lost: bool) -> None:
+    monkeypatch.setattr(flex, "_function", lambda compiled: _by_definition)
+    check(Forgetful() if lost else Flex(), row, "cpu", torch.float32)
+
+
+class Forgetful:
+    """Loses autograd's graph between forward and backward, as offloading does."""
+
+    name = "flex"
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out, residuals = Flex().forward(*arguments)
+        return out, tuple(x.detach() for x in residuals)
+
+    def backward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return Flex().backward(*arguments)
+
+    def obstacle(self, *arguments: Any) -> str | None:
+        return None
+
+
 @pytest.mark.parametrize("row", [Row((5, 9, 1, 0, 17)[::-1]), Row((6, 6, 6)), Row((5, 9, 4), cap=2.0, window=3)], ids=str)
 def test_a_document_does_not_see_its_neighbours(row: Row) -> None:
     if row.lengths[len(row.lengths) // 2] == 0:
@@ -65,6 +99,19 @@ def test_attend_is_differentiable_and_keeps_out_of_the_way_of_no_grad(cap: float
         torch.testing.assert_close(a, b)
     with torch.no_grad():
         assert attend(leaves[0], leaves[1], leaves[2], row.documents("cpu"), row.scale, row.window, row.cap).grad_fn is None
+
+
+def test_attend_under_autocast_casts_as_torch_does() -> None:
+    """A norm may hand over q and k in fp32 beside v in 16 bits."""
+    row = Row(RAGGED, cap=2.0)
+    q, k, v, dout = row.inputs("cpu", torch.float32)
+    q, k, v = q.clone().requires_grad_(), k.clone().requires_grad_(), v.bfloat16().clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(q, k, v, row.documents("cpu"), row.scale, None, row.cap)
+    want, _ = Sdpa().forward(*(x.detach().bfloat16() for x in (q, k, v)), row.documents("cpu"), row.scale, None, row.cap)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, want)
+    grads = torch.autograd.grad(out, (q, k, v), dout.bfloat16())
+    assert [g.dtype for g in grads] == [torch.float32, torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("window", [None, 1, 60, 200])
@@ -183,6 +230,19 @@ def test_the_fastest_of_those_that_agree_wins(
     text = "\n".join(r.message for r in caplog.records)
     assert "flash-4 is left out: it disagrees" in text and "flash-3 is left out: no engine" in text
     assert "attention: cudnn (auto: measured 1.20 ms, flash 2.10 ms; 2000 tokens" in text
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_must_be_compiled_runs_only_where_nothing_else_can(monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
+    """And not for short rows, and not where compiling it fails."""
+    able = [Pretender("flash", obstacle="it has no soft cap"), Pretender("flex", broken=broken), Sdpa()]
+    monkeypatch.setattr(choice, "methods", lambda: able)
+    for tokens, name in ((2000, "sdpa" if broken else "flex"), (20, "sdpa")):
+        documents = Documents.of(torch.tensor([0, 5, tokens], dtype=torch.int32), CPU, tokens)
+        found = choice.choose(*_inputs(tokens), documents, 0.3, None, 50.0)
+        assert found.method.name == name and "flash: it has no soft cap" in found.reason
+        assert ("flex: no engine" in found.reason) == (broken and tokens == 2000)
 
 
 @pytest.mark.usefixtures("fresh")

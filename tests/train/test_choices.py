@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from halfbyte.errors import RecipeError
 from halfbyte.train import choices
 from halfbyte.train.choices import Choice
 
@@ -58,3 +59,24 @@ def test_a_stored_choice_is_kept_unless_another_is_asked_for() -> None:
         "compute", "auto", {"compute": choices.settle("compute", "auto", kept, lambda: Choice(0, ""))}, lambda: Choice(0, "")
     )
     assert twice.reason.count(choices.KEPT) == 1
+
+
+def test_fp8_is_taken_only_where_it_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match="8.9 or newer") as refused:
+        choices.require("fp8", CPU)
+    assert refused.value.code == "recipe.compute" and "bf16" in refused.value.hint
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    with pytest.raises(RecipeError, match=r"a GPU has 8\.6"):
+        choices.require("fp8", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    choices.require("fp8", torch.device("cuda"))
+    choices.require("auto", CPU)
+    assert choices.compute("fp8", torch.device("cuda")) == Choice("fp8", "asked for")
+    assert choices.DTYPES["fp8"] == torch.bfloat16
+
+
+def test_fp8_is_kept_and_never_chosen_by_auto() -> None:
+    kept = {"compute": Choice("fp8", "asked for")}
+    assert choices.settle("compute", "auto", kept, lambda: Choice("bf16", "auto")).value == "fp8"
+    assert choices.compute("auto", CPU).value in ("fp32", "bf16")

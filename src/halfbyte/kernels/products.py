@@ -120,13 +120,8 @@ class Float8:
         self, group: Group, x: Tensor, out: Tensor, bias: Tensor | None, mask: Dropout | None, rows: Rows | None = None
     ) -> Tensor | None:
         weight, a = fp8.forward_weight(group, x.dtype)
-        if rows is None:
-            rows = Rows(x.shape[0], group.width, group.rank, x.device)
-            fp8.quantize_rows(x[:, : group.width], rows.main, rows.scale)
-        xa = None
-        if group.rank:
-            xa = _project_small(group, x, a, mask)
-            fp8.fill_tail(rows, xa)
+        xa = _project_small(group, x, a, mask) if group.rank else None
+        rows = _quantized(x[:, : group.width], xa, rows)
         fp8.product(rows, weight, bias, None, out)
         return xa
 
@@ -137,13 +132,22 @@ class Float8:
             torch.mm(dy[:, :n], sb, out=dy[:, n:])
         if out is None:
             return
-        if rows is None:
-            rows = Rows(dy.shape[0], n, group.rank, dy.device)
-            fp8.quantize_rows(dy[:, :n], rows.main, rows.scale)
-        if mask is not None:
+        rows = _quantized(dy[:, :n], dy[:, n:] if group.rank and mask is None else None, rows, group.rank)
+        if mask is None:
+            fp8.product(rows, weight, None, None, out)
+        else:
             fp8.product(rows, weight, None, n, out)
             _add_dropped(group, dy[:, n:], fp8.forward_adapter(group, dy.dtype), mask, out)
-            return
-        if group.rank:
-            fp8.fill_tail(rows, dy[:, n:])
-        fp8.product(rows, weight, None, None, out)
+
+
+def _quantized(x: Tensor, small: Tensor | None, rows: Rows | None, rank: int = 0) -> Rows:
+    """x `[T, K]` in e4m3 with `small` `[T, R]` behind it. rows: x quantised already. rank: of the room, if small is None."""
+    if rows is None:
+        rows = Rows(x.shape[0], x.shape[1], rank if small is None else small.shape[1], x.device)
+        if small is None:
+            fp8.quantize_rows(x, rows.main, rows.scale)
+        else:
+            fp8.quantize_both(x, small, rows)
+    elif small is not None:
+        fp8.fill_tail(rows, small)
+    return rows

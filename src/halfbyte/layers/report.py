@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from halfbyte.formats.packed import Format
+
 RowKind = Literal["linear", "conv1d", "embedding", "head", "norm", "experts", "bias", "other"]
 
 
@@ -12,7 +14,7 @@ RowKind = Literal["linear", "conv1d", "embedding", "head", "norm", "experts", "b
 class Row:
     """One parameter: path, kind, whether it is (to be) stored packed and why not, how many weights, bytes as stored.
 
-    shape: of the parameter in the checkpoint; a packed `conv1d` is stored transposed, `[N, K]`.
+    shape: of the parameter in the checkpoint; a packed `conv1d` is stored transposed, `[N, K]`. format: that a packed row is in.
     """
 
     path: str
@@ -22,6 +24,7 @@ class Row:
     params: int
     bytes: int
     shape: tuple[int, ...]
+    format: Format | None = None
 
     @property
     def module(self) -> str:

@@ -16,9 +16,9 @@ from typing import Literal
 
 from torch import nn
 
+from halfbyte.kernels.rotary import Rotation as Rotation
 from halfbyte.layers.operands import shape_of
 
-Rotation = Literal["half", "interleaved", "interleaved-halves", "none"]
 ROTATIONS: tuple[Rotation, ...] = ("half", "interleaved", "interleaved-halves", "none")
 Layout = Literal["concatenated", "grouped"]
 LAYOUTS: tuple[Layout, ...] = ("concatenated", "grouped")

@@ -16,8 +16,11 @@ from typing import Any
 import torch
 
 from halfbyte.config import Compute
+from halfbyte.errors import RecipeError
+from halfbyte.kernels import fp8
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
+"""What is stored and kept; with fp8 only the large products are made in e4m3."""
 PROBE = (512, 576, 1536)
 ROUNDS = 3
 KEPT = "; kept from the checkpoint"
@@ -36,8 +39,15 @@ class Choice:
         return f"{self.value} ({self.reason})"
 
 
+def require(asked: Compute, device: torch.device) -> None:
+    """Raises RecipeError (recipe.compute) where `compute: fp8` is asked for and the device has no such products."""
+    reason = fp8.can_compute(device) if asked == "fp8" else None
+    if reason:
+        raise RecipeError(f"compute: fp8 cannot be had here: {reason}", hint="set `compute: bf16` or `auto`", code="recipe.compute")
+
+
 def compute(asked: Compute, device: torch.device) -> Choice:
-    """The compute dtype by name: bf16, fp16 or fp32."""
+    """The compute dtype by name: bf16, fp16, fp32, or fp8 if that was asked for."""
     if asked != "auto":
         return Choice(asked, "asked for")
     if device.type == "cuda":

@@ -76,6 +76,7 @@ def train(recipe: Recipe, *, on_event: OnEvent | None = None) -> Result:
 def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Base, Adapter, Prepared, Parts, Plan]:
     """Everything a run is made of, checked."""
     device = choosing.device(report.tell)
+    choosing.require(recipe.compute, device)
     kept = choosing.from_document(stored.documents["choices"]) if stored is not None else {}
     chosen = {
         "compute": choosing.settle("compute", recipe.compute, kept, lambda: choosing.compute(recipe.compute, device)),
@@ -156,6 +157,7 @@ def _parts(
     modules = {path: [layer.lora_a.shape[0], layer.scale] for path, layer in adapter.layers.items()}
     return Parts(
         config=config,
+        loss=recipe.loss,
         model=base.model,
         head=head.find(base.model),
         forward=lambda ids, positions, bounds: forward.hidden_states(base.model, ids, positions, bounds, recipe.attention),

@@ -24,7 +24,15 @@ __all__ = ["Documents", "Method", "Wanted", "attend", "method"]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None, cap: float | None) -> Tensor:
-    """out `[T, H, d]` contiguous, differentiable: q `[T, H, d]`, k and v `[T, G, d]`, strided views with last stride 1."""
+    """out `[T, H, d]` contiguous, differentiable: q `[T, H, d]`, k and v `[T, G, d]`, strided views with last stride 1.
+
+    Under autocast they are cast to its dtype, as torch does for its own attention.
+    """
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind):
+        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+        with torch.autocast(kind, enabled=False):
+            return attend(q, k, v, documents, scale, window, cap)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out: Tensor = _Attention.apply(q, k, v, documents, scale, window, cap)  # type: ignore[no-untyped-call]
         return out

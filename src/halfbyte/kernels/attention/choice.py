@@ -79,7 +79,13 @@ def choose(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, 
         return measured(fast, q, k, v, documents, scale, window, cap)
     if fast:
         return Choice(fast[0], f"auto: {_why(obstacles)}")
-    return Choice(Sdpa() if short else able[0], f"auto: {_why(obstacles)}")
+    if short or able[0].name == "sdpa":
+        return Choice(Sdpa(), f"auto: {_why(obstacles)}")
+    try:
+        _everything(able[0], q, k, v, documents, scale, window, cap)
+    except RuntimeError as error:
+        return Choice(Sdpa(), f"auto: {_why(obstacles)}; {able[0].name}: {str(error).splitlines()[0]}")
+    return Choice(able[0], f"auto: {_why(obstacles)}")
 
 
 def _why(obstacles: dict[str, str | None]) -> str:

@@ -45,9 +45,10 @@ class Documents:
             return cls(cu_seqlens, None, tokens, wanted)
         boundaries = tuple(dict.fromkeys(cu_seqlens.tolist()))
         longest = max((b - a for a, b in itertools.pairwise(boundaries)), default=0)
-        if len(boundaries) < len(cu_seqlens):
-            cu_seqlens = torch.tensor(boundaries, dtype=torch.int32)
-        return cls(cu_seqlens.to(device, torch.int32, non_blocking=True), boundaries, longest, wanted)
+        starts = torch.tensor(boundaries, dtype=torch.int32)
+        # From pinned memory, since a copy from any other may make the host wait for the device.
+        starts = starts.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else starts.to(device)
+        return cls(starts, boundaries, longest, wanted)
 
     @cached_property
     def lengths(self) -> tuple[int, ...] | None:

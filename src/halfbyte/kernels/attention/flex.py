@@ -1,8 +1,8 @@
 """The method `flex`: torch's flex_attention, compiled, with a block mask made from the boundaries.
 
 Why: it is the only fused kernel in torch with a soft cap. Cost: compiling takes tens of seconds for each shape, soft cap and
-window, so it runs only where nothing else can, or where it is asked for; backward runs the forward once more. The block mask
-costs a few small launches a microbatch, never tokens² memory.
+window, so it runs only where nothing else can, or where it is asked for. The block mask costs a few small launches a
+microbatch, never tokens² memory.
 
 Letters: T tokens, N = ceil(T / 128) blocks, H query heads, G key/value heads, d head size, W window.
 """
@@ -25,7 +25,7 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Flex:
-    """Keeps nothing for backward. compiled: False runs the eager form, for tests on a CPU."""
+    """Keeps for backward autograd's graph, and in it the log-sum-exp. compiled: False runs the eager form, for tests on a CPU."""
 
     name: str = "flex"
     compiled: bool = True
@@ -46,9 +46,15 @@ class Flex:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None, cap: float | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """out `[T, H, d]` contiguous; nothing is kept."""
-        with torch.no_grad():
-            return self.run(q, k, v, documents, scale, window, cap).contiguous(), ()
+        """out `[T, H, d]` contiguous; the residuals are out and q, k, v again, with autograd's graph between them."""
+        if not self.compiled:
+            with torch.no_grad():
+                return self.run(q, k, v, documents, scale, window, cap).contiguous(), ()
+        # With the graph even where no gradient follows: without, it would be compiled once more.
+        with torch.enable_grad():
+            leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
+            out = self.run(leaves[0], leaves[1], leaves[2], documents, scale, window, cap)
+        return out.detach().contiguous(), (out, *leaves)
 
     def backward(
         self,
@@ -63,11 +69,11 @@ class Flex:
         window: int | None,
         cap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq `[T, H, d]`, dk, dv `[T, G, d]`."""
-        with torch.enable_grad():
-            q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-            again = self.run(q, k, v, documents, scale, window, cap)
-            dq, dk, dv = torch.autograd.grad(again, (q, k, v), dout)
+        """dq `[T, H, d]`, dk, dv `[T, G, d]`. Runs the forward again where the graph was lost (recompute, offloading)."""
+        if not residuals or residuals[0].grad_fn is None:
+            _, residuals = self.forward(q, k, v, documents, scale, window, cap)
+        grads = torch.autograd.grad(residuals[0], residuals[1:], dout)
+        dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in grads)
         return dq, dk, dv
 
     def run(

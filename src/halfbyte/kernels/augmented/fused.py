@@ -68,7 +68,7 @@ def _write_b(
     own = alive & (column >= first) & (column < first + rank)
     values = tl.load(b + row0 * rank + (row * rank + column - first), mask=own, other=0.0).to(tl.float32) * s
     target = out + (tl.load(entry + _FIRST_ROW) + row0) * stride + K + (row * stride + column)
-    tl.store(target, to_dtype(values, out.dtype.element_ty, INTERPRETED), mask=alive & (column < tl.multiple_of(R, 16)))
+    tl.store(target, to_dtype(values, out.dtype.element_ty, INTERPRETED), mask=alive & (column < R))
 
 
 @triton.jit
@@ -79,7 +79,8 @@ def _write_a(
     """WIDTH elements of one row below W: those of the member whose it is, or zeros."""
     tiles = tl.cdiv(K, WIDTH)
     line = (tile // tiles).to(tl.int64)
-    k = tile % tiles * WIDTH + tl.arange(0, WIDTH)
+    # A matrix of one row: vectors of a length that tiles of W have too would tie their layouts to these ones'.
+    k = tile % tiles * WIDTH + tl.arange(WIDTH, 2 * WIDTH)[None, :] - WIDTH
     address, within, found = tl.load(members + _A), line, 0
     for m in tl.static_range(MEMBERS):
         entry = members + m * _FIELDS
@@ -116,20 +117,31 @@ def _write_w(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "K", "R", "b_tiles", "a_tiles", "tiles"])
+@triton.jit(do_not_specialize=["N", "K", "R", "b_tiles", "a_tiles", "w_tiles", "tiles"])
 def _augmented(
-    out, members, table, nested_levels, N, K, R, b_tiles, a_tiles, tiles,
-    MEMBERS: tl.constexpr, MASTER: tl.constexpr, A_WIDTH: tl.constexpr, B_ROWS: tl.constexpr, B_COLUMNS: tl.constexpr,
-    ZERO: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    EVEN: tl.constexpr, LOOKUP: tl.constexpr, POLICY: tl.constexpr, INTERPRETED: tl.constexpr,
+    out, members, table, nested_levels, N, K, R, b_tiles, a_tiles, w_tiles, tiles,
+    MEMBERS: tl.constexpr, ALIGNED: tl.constexpr, MASTER: tl.constexpr, A_WIDTH: tl.constexpr, B_ROWS: tl.constexpr,
+    B_COLUMNS: tl.constexpr, ZERO: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, EVEN: tl.constexpr, LOOKUP: tl.constexpr, POLICY: tl.constexpr, PERSISTENT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One tile a program. tiles: of W, a row. What `weights=False` leaves out are the last programs."""
+    """One tile a program. tiles: of W, a row. The last programs write W, and are not there when W is not wanted."""
     program = tl.program_id(0)
-    stride = tl.multiple_of(K + R, 8)
+    # Said to the compiler, for stores of 16 bytes.
+    if ALIGNED:
+        K = K // 8 * 8
+    R = R // 16 * 16
+    stride = K + R
     if program < b_tiles:
         _write_b(out, members, program, K, R, stride, MEMBERS, MASTER, B_ROWS, B_COLUMNS, INTERPRETED)
     elif program < b_tiles + a_tiles:
         _write_a(out, members, program - b_tiles, N, K, stride, MEMBERS, MASTER, A_WIDTH, INTERPRETED)
+    elif PERSISTENT:
+        for tile in range(program - b_tiles - a_tiles, w_tiles, tl.num_programs(0) - b_tiles - a_tiles):
+            _write_w(
+                out, members, tile, table, nested_levels, K, tiles, stride,
+                MEMBERS, ZERO, NESTED, BLOCK, ROWS, COLUMNS, EVEN, LOOKUP, POLICY, INTERPRETED,
+            )  # fmt: skip
     else:
         _write_w(
             out, members, program - b_tiles - a_tiles, table, nested_levels, K, tiles, stride,
@@ -175,17 +187,18 @@ class Plan:
         device = group.device
         levels = nested_levels(str(device))
         fmt = packed.format if isinstance(packed, Packed) else None
-        members = torch.tensor(entries, dtype=torch.int64).to(device)
-        self._numbers = (members, levels if fmt is None else table(fmt, str(device)), levels,
-                         group.rows, group.width, group.rank, b_tiles, a_tiles, tiles)  # fmt: skip
+        entry_table = torch.tensor(entries, dtype=torch.int64).to(device)
+        self._numbers = (entry_table, levels if fmt is None else table(fmt, str(device)), levels,
+                         group.rows, group.width, group.rank, b_tiles, a_tiles, w_tiles, tiles)  # fmt: skip
         self._constants = {
-            "MEMBERS": len(entries), "MASTER": MASTERS[loras[0].a.dtype] if rank else tl.float32,
+            "MEMBERS": len(entries), "ALIGNED": group.width % 8 == 0, "MASTER": MASTERS[loras[0].a.dtype] if rank else tl.float32,
             "A_WIDTH": A_WIDTH, "B_ROWS": b_rows, "B_COLUMNS": b_columns,
             "ZERO": fmt.zero if fmt else "none", "NESTED": fmt is not None and fmt.nested, "BLOCK": fmt.block if fmt else 64,
             "ROWS": tile_rows, "COLUMNS": columns, "EVEN": group.width % columns == 0,
-            "LOOKUP": tiling.lookup, "POLICY": tiling.policy, "INTERPRETED": INTERPRETED,
+            "LOOKUP": tiling.lookup, "POLICY": tiling.policy, "PERSISTENT": tiling.programs > 0, "INTERPRETED": INTERPRETED,
         }  # fmt: skip
         self._options = {"num_warps": tiling.warps, "enable_fp_fusion": False}
+        w_tiles = min(w_tiles, tiling.programs or w_tiles)
         self._grids = {True: b_tiles + a_tiles + w_tiles, False: b_tiles + a_tiles}
         self._runs: dict[tuple[torch.dtype, bool], tuple[Any, tuple[Any, ...]]] = {}
 

@@ -101,7 +101,7 @@ def _words(
     row_tile = program // tiles.to(tl.uint32)
     row = row_tile.to(tl.int64) * ROWS
     column = (program - row_tile * tiles.to(tl.uint32)).to(tl.int32) * COLUMNS
-    first = row * tl.multiple_of(K, 8) + column
+    first = row * (K // 8 * 8) + column
     decode_tile(
         out + first, codes.to(tl.pointer_type(tl.int32)), scales, nested_scales, nested_offset, zeros, table, nested_levels,
         first, K, K, tl.minimum(N - row, ROWS).to(tl.int32), K - column,

@@ -105,13 +105,15 @@ def decode_tile(
     rows, columns: of the tile that exist (EVEN: all columns do). K and stride are multiples of 8; codes are aligned to 4 bytes, and
     must not be known to be aligned better: Triton would then read several words a thread, and deal them out through shared memory.
     """
+    # `// 8 * 8` says so to the compiler, which then stores 16 bytes at a time; `tl.multiple_of` has no effect on an argument.
+    stride, columns = stride // 8 * 8, columns // 8 * 8
     # One flat index, so that one thread's word is the same in every layout that Triton may choose.
     i = tl.arange(0, ROWS * COLUMNS // 8)
     row, column = i // (COLUMNS // 8), i % (COLUMNS // 8)
     alive = row < rows
     if not EVEN:
         alive = alive & (column * 8 < columns)
-    at = row * (tl.multiple_of(K, 8) // 8) + column
+    at = row * (K // 8) + column
     words = tl.load(codes + first // 8 + at, mask=alive, other=0, eviction_policy="evict_first")
 
     # Unsigned, since a signed division by a power of two is no plain shift.
@@ -141,8 +143,8 @@ def decode_tile(
     row, column = element // COLUMNS, element % COLUMNS
     alive = row < rows
     if not EVEN:
-        alive = alive & (column < tl.multiple_of(columns, 8))
-    target = out + (row * tl.multiple_of(stride, 8) + column)
+        alive = alive & (column < columns)
+    target = out + (row * stride + column)
     tl.store(target, to_dtype(weights, out.dtype.element_ty, INTERPRETED), mask=alive, eviction_policy=POLICY)
 
 
@@ -157,6 +159,8 @@ class Tiling(NamedTuple):
     """At most so many neighbours of a row in a tile."""
     policy: str = ""
     """Of the stores, towards the L2: "", evict_first or evict_last."""
+    programs: int = 0
+    """Of a persistent launch; 0: one tile a program."""
 
 
 TILING = Tiling()

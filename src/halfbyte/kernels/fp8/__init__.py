@@ -46,8 +46,18 @@ def quantize_rows(x: Tensor, out8: Tensor, scale: Tensor) -> None:
         reference.quantize_rows(x, out8, scale)
 
 
+def quantize_both(x: Tensor, small: Tensor, rows: Rows) -> None:
+    """x `[T, K]` and what the adapter made of it, small `[T, R]` (XA, or s dY B), into `rows`, one launch, nothing saturates."""
+    if twin(x.device) == "fused":
+        from halfbyte.kernels.fp8 import fused
+
+        fused.quantize_rows(x, rows.main, rows.scale, small)
+    else:
+        reference.quantize_both(x, small, rows)
+
+
 def fill_tail(rows: Rows, small: Tensor) -> None:
-    """The adapter's columns behind quantised rows: small `[T, R]` is XA, or s dY B."""
+    """The adapter's columns behind rows that were quantised without them: saturates where small is 16 times the row's largest."""
     if twin(small.device) == "fused":
         from halfbyte.kernels.fp8 import fused
 

@@ -26,15 +26,25 @@ if TYPE_CHECKING:
 
 LONGEST = 32768
 """Columns of a row that stay in registers."""
-NUMBERS = dict(LARGEST=LARGEST, TINY=TINY, HEADROOM=HEADROOM, INTERPRETED=INTERPRETED)
+NUMBERS = {"LARGEST": LARGEST, "TINY": TINY, "HEADROOM": HEADROOM, "INTERPRETED": INTERPRETED}
+
+
+@triton.jit
+def _store_tail(at, v, mask, R, INTERPRETED: tl.constexpr):
+    """[high | low | high] of v. NaN stays in the high part."""
+    high = to_bits(v, INTERPRETED)
+    tl.store(at, high, mask=mask)
+    tl.store(at + R, to_bits(rest(v), INTERPRETED), mask=mask)
+    tl.store(at + 2 * R, high, mask=mask)
 
 
 @triton.jit
 def _quantize(
-    x, out, scale, K, x_stride, out_stride,
-    LOOPS: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, INTERPRETED: tl.constexpr,
+    x, out, scale, small, K, R, x_stride, out_stride, small_stride,
+    LOOPS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    LARGEST: tl.constexpr, TINY: tl.constexpr, HEADROOM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A row a program."""
+    """A row a program, with the adapter's columns behind it if COLUMNS."""
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     out += row * out_stride
@@ -44,22 +54,31 @@ def _quantize(
     for i in range(1, LOOPS):
         top = tl.maximum(top, tl.abs(tl.load(x + k + i * BLOCK, mask=k + i * BLOCK < K, other=0.0).to(tl.float32)))
     most = tl.maximum(tl.max(top, 0), TINY)
+    if COLUMNS:
+        c = tl.arange(0, COLUMNS)
+        xa = tl.load(small + row * small_stride + c, mask=c < R, other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.max(tl.abs(xa), 0) * (1.0 / HEADROOM))
     inverse = tl.div_rn(LARGEST, most)
-    tl.store(scale + row, most * (1.0 / LARGEST))
+    row_scale = most * (1.0 / LARGEST)
+    tl.store(scale + row, row_scale)
     tl.store(out + k, to_bits(v * inverse, INTERPRETED), mask=k < K)
     for i in range(1, LOOPS):
         at = k + i * BLOCK
         v = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
         tl.store(out + at, to_bits(v * inverse, INTERPRETED), mask=at < K)
+    if COLUMNS:
+        _store_tail(out + K + c, xa * tl.div_rn(1.0 / HEADROOM, row_scale), c < R, R, INTERPRETED)
 
 
-def quantize_rows(x: Tensor, out8: Tensor, scale: Tensor, warps: int = 0) -> None:
-    """See `kernels.fp8.quantize_rows`."""
+def quantize_rows(x: Tensor, out8: Tensor, scale: Tensor, small: Tensor | None = None, warps: int = 0) -> None:
+    """See `kernels.fp8.quantize_rows`; with `small` `[T, R]` also the columns behind out8 (`kernels.fp8.quantize_both`)."""
     tokens, width = x.shape
     block = min(triton.next_power_of_2(width), LONGEST)
+    rank = 0 if small is None else small.shape[1]
     _quantize[(tokens,)](
-        x, out8.view(torch.uint8), scale, width, x.stride(0), out8.stride(0), LOOPS=triton.cdiv(width, block), BLOCK=block,
-        LARGEST=LARGEST, TINY=TINY, INTERPRETED=INTERPRETED, num_warps=warps or min(max(block // 1024, 1), 16),
+        x, out8.view(torch.uint8), scale, x if small is None else small, width, rank, x.stride(0), out8.stride(0),
+        0 if small is None else small.stride(0), LOOPS=triton.cdiv(width, block), BLOCK=block,
+        COLUMNS=triton.next_power_of_2(rank) if rank else 0, **NUMBERS, num_warps=warps or min(max(block // 1024, 1), 16),
         enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -75,12 +94,7 @@ def _tail(
     mask = (t < T) & (c < R)
     v = tl.load(small + t * small_stride + c, mask=mask, other=0.0).to(tl.float32)
     v = v * tl.div_rn(1.0 / HEADROOM, tl.load(scale + t, mask=t < T, other=1.0))
-    # NaN stays in the high part.
-    high_bits, low_bits = to_bits(v, INTERPRETED), to_bits(rest(v), INTERPRETED)
-    at = out + t * out_stride + c
-    tl.store(at, high_bits, mask=mask)
-    tl.store(at + R, low_bits, mask=mask)
-    tl.store(at + 2 * R, high_bits, mask=mask)
+    _store_tail(out + t * out_stride + c, v, mask, R, INTERPRETED)
 
 
 def fill_tail(rows: Rows, small: Tensor) -> None:

@@ -33,18 +33,31 @@ def pair(x: Tensor) -> tuple[Tensor, Tensor]:
     return high, e4m3(x.clamp(-LARGEST, LARGEST) - high.float())
 
 
-def quantize_rows(x: Tensor, out8: Tensor, scale: Tensor) -> None:
-    """out8 = e4m3(x / scale) with scale = amax(row) / 448."""
+def over(number: float, x: Tensor) -> Tensor:
+    """number / x in one rounding: torch makes two of it (a reciprocal, a product)."""
+    return torch.full_like(x, number) / x
+
+
+def quantize_rows(x: Tensor, out8: Tensor, scale: Tensor, small: Tensor | None = None) -> None:
+    """out8 = e4m3(x / scale) with scale = amax(row) / 448; `small` counts too, in units of 16."""
     wide = x.float()
     top = wide.abs().amax(1, keepdim=True).clamp_min(TINY)
-    out8.copy_(e4m3(wide * (LARGEST / top)))
+    if small is not None:
+        top = torch.maximum(top, small.float().abs().amax(1, keepdim=True) * (1 / HEADROOM))
+    out8.copy_(e4m3(wide * over(LARGEST, top)))
     scale.copy_(top * (1 / LARGEST))
 
 
 def fill_tail(rows: Rows, small: Tensor) -> None:
     """The adapter's columns of a row, [high | low | high] of small / (16 scale)."""
-    high, low = pair(small.float() * (1 / HEADROOM / rows.scale))
+    high, low = pair(small.float() * over(1 / HEADROOM, rows.scale))
     rows.tail.copy_(torch.cat([high.float(), low.float(), high.float()], 1))
+
+
+def quantize_both(x: Tensor, small: Tensor, rows: Rows) -> None:
+    """Both of them, with a scale that serves both."""
+    quantize_rows(x, rows.main, rows.scale, small)
+    fill_tail(rows, small)
 
 
 def adapters(group: Group) -> tuple[Tensor, Tensor]:
@@ -66,7 +79,7 @@ def _bounds(bound: Tensor, small: Tensor) -> Tensor:
 
 def inverse(bound: Tensor) -> Tensor:
     """1 / scale."""
-    return LARGEST / bound.clamp_min(TINY)
+    return over(LARGEST, bound.clamp_min(TINY))
 
 
 def _write(weight: Weight, values: Tensor, small: Tensor, bound: Tensor) -> None:

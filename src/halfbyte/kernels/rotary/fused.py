@@ -295,7 +295,7 @@ def rotate(
     b = _blocks(heads, k.shape[1], size, cos.shape[1])
     _rotate[(-(-length // rows),)](
         q, k, cos, sin, q.stride(0), q.stride(1), k.stride(0), k.stride(1), cos.stride(0), length,
-        b["R"], b["HALF"], rotation, inverse, b["Q"], b["QB"], b["K"], b["KB"], rows, INTERPRETED, num_warps=warps,
+        b["R"], b["HALF"], rotation, inverse, b["Q"], b["QB"], b["K"], b["KB"], rows, INTERPRETED, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -319,7 +319,7 @@ def gather_backward(
             dq, dk, dv, cos, sin, out, dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1),
             0 if cos is None else cos.stride(0), out.stride(0), length,
             size, b["R"], b["HALF"], b["TAIL"], b["WHOLE"], rotation, b["Q"], b["QB"], b["K"], b["KB"], rows, INTERPRETED,
-            num_warps=warps,
+            num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -346,7 +346,7 @@ def norm_rotate(
             q, k, q_out, k_out, q_rstd, k_rstd, q_weight, k_weight, cos, sin,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), 0 if cos is None else cos.stride(0), length, spec.eps,
             spec.offset, size, b["R"], b["HALF"], b["TAIL"], rotation, b["Q"], b["QB"], b["K"], b["KB"], rows, INTERPRETED,
-            num_warps=warps,
+            num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return q_out, k_out, q_rstd, k_rstd
 
@@ -379,5 +379,5 @@ def norm_gather_backward(
             dq.stride(0), dq.stride(1), dk.stride(0), dk.stride(1), dv.stride(0), dv.stride(1),
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), 0 if cos is None else cos.stride(0), out.stride(0), length,
             spec.offset, size, b["R"], b["HALF"], b["TAIL"], b["WHOLE"], rotation, b["Q"], b["QB"], b["K"], b["KB"], rows,
-            INTERPRETED, num_warps=warps,
+            INTERPRETED, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
