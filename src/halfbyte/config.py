@@ -104,7 +104,11 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
             "`format: none` keeps the whole base, its head too, in 16 bits",
         ),
         (fmt.kind == "none" and bool(fmt.skip), "format.skip", "`format: none` packs nothing that could be skipped"),
-        (full and recipe.compute == "fp8", "compute", "fp8 multiplies frozen weights, and `adapter.kind: none` trains them: use bf16"),
+        (
+            full and recipe.compute == "fp8",
+            "compute",
+            "fp8 multiplies frozen weights, and `adapter.kind: none` trains them: use bf16",
+        ),
         (full and adapter.dropout > 0, "adapter.dropout", "there is no adapter (`adapter.kind: none`)"),
         (full and bool(adapter.modules_to_save), "adapter.modules_to_save", "`adapter.kind: none` trains every module already"),
         (full and recipe.optim.lora_plus != 1, "optim.lora_plus", "there is no B matrix without an adapter"),
