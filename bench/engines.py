@@ -166,13 +166,12 @@ def ours(case: Case, where: Path, batches: list[Rows], device: str) -> Engine:
 
 def _fuse(model: Any, case: Case) -> None:
     """The layers as `case` wants them: what they keep for backward, and how they multiply."""
-    from dataclasses import replace
 
     from halfbyte.kernels.products import Augmented, Float8
-    from halfbyte.layers.fused.keep import EVERYTHING, INPUTS
+    from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED
     from halfbyte.layers.fused.prepare import prepare
 
-    keep = replace(INPUTS if case.recompute == "full" else EVERYTHING, offload=case.offload)
+    keep = OFFLOADED if case.offload else INPUTS if case.recompute == "full" else EVERYTHING
     done = prepare(model, keep, Float8() if case.compute == "fp8" else Augmented(), in_place=True)
     assert not done.left, done.summary()
 

@@ -45,7 +45,13 @@ def gate(case: Case, where: Path, device: str, rows: int = 2, tokens: int = 512)
     green = all(errors["ours"][kind] <= bound for kind, bound in bounds.items())
     green = green and abs(loss - exact) <= 2 * abs(near - exact) + 2**-8 * exact * (8 if case.compute == "fp8" else 1)
     rounded = {name: {k: float(f"{v:.3g}") for k, v in by.items()} for name, by in (errors | {"bound": bounds}).items()}
-    return {"gate": "green" if green else "red", **{k: round(v, 5) for k, v in losses.items()}, **rounded}
+    worst = max(errors["ours"][kind] / bound for kind, bound in bounds.items())
+    return {
+        "gate": "green" if green else "red",
+        "of_bound": round(worst, 3),
+        **{k: round(v, 5) for k, v in losses.items()},
+        **rounded,
+    }
 
 
 def _ours(engine: Any) -> tuple[dict[str, Any], float]:

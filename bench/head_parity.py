@@ -3,8 +3,8 @@
     python bench/head_parity.py MODEL DATA [DATA ...] [--rows 200] [--tokens 1024] [--base none|nf4] [--out FILE]
 
 MODEL as a recipe names it (a directory, a .gguf file, `smollm2-135m`), DATA a file that `data.train` takes. SmolLM2 ties its head
-to its embedding, which stays in 16 bits: the figure is of a copy of the head, as a model with a head of its own has it. Only the head
-differs: the hidden states are computed once. Differences are per token, with their standard error over rows.
+to its embedding, which stays in 16 bits: the figure is of a copy of the head, as a model with a head of its own has it. Only the
+head differs: the hidden states are computed once. Differences are per token, with their standard error over rows.
 """
 
 from __future__ import annotations

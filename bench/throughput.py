@@ -162,7 +162,7 @@ def everything(args: argparse.Namespace) -> None:
             line = {"group": group, **found, **note}
             file.write(json.dumps(line) + "\n")
             file.flush()
-            print(*(f"{k}={line[k]}" for k in SHOWN if line.get(k) not in (None, False, "")), flush=True)
+            print(*(f"{k}={str(line[k])[-400:]}" for k in SHOWN if line.get(k) not in (None, False, "")), flush=True)
             return line
 
         proven = set()
@@ -196,7 +196,7 @@ def _kind(case: Case) -> tuple[str, str, bool]:
 SHOWN = (
     *("group", "impl", "size", "layers", "rows", "tokens", "recompute", "offload", "compute", "optimizer", "cache", "gate"),
     *("tokens_per_s", "trained_tokens_per_s", "step_s", "host_s", "peak_GiB", "reserved_GiB", "driver_GiB", "share", "hot_tflops"),
-    *("sm_mhz", "launches", "kernels_a_layer", "first_step_s", "load_s", "ours", "honest", "failed"),
+    *("sm_mhz", "launches", "kernels_a_layer", "first_step_s", "load_s", "of_bound", "failed"),
 )
 
 

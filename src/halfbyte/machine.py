@@ -1,4 +1,4 @@
-"""The memory of this machine, as everything that decides by it must see it: one reading, a container's limit respected."""
+"""This machine, as everything that decides by it must see it: its memory, a container's limit respected; where we keep files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ class Device:
     name: str
     free: int
     total: int
+
+
+def cache_root() -> Path:
+    """HALFBYTE_CACHE, or ~/.cache/halfbyte."""
+    return Path(os.environ.get("HALFBYTE_CACHE") or "~/.cache/halfbyte").expanduser()
 
 
 def ram() -> Device:

@@ -116,7 +116,7 @@ def test_every_adapter_stays_on_the_path(family: str, config: AdapterConfig) -> 
         assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
 
 
-@pytest.mark.parametrize("keep", KEEPS, ids=lambda k: "".join(str(int(v)) for v in (k.normed, k.qkv, k.attended, k.mid, k.inputs)))
+@pytest.mark.parametrize("keep", [*KEEPS, fused.OFFLOADED], ids=lambda k: "".join(str(int(v)) for v in (k.normed, k.qkv, k.attended, k.mid, k.inputs)))
 def test_whatever_is_kept_the_gradients_are_the_same_bits(keep: Keep) -> None:
     model, adapter = _llama(AdapterConfig(rank=4, dropout=0.2), "qwen3")
     fused.prepare(model)

@@ -30,15 +30,11 @@ from halfbyte.errors import CheckpointError
 from halfbyte.formats.config import FormatConfig
 from halfbyte.formats.packed import SLOTS, Packed
 from halfbyte.layers.linear import Linear4bit
+from halfbyte.machine import cache_root as cache_root
 
 log = logging.getLogger(__name__)
 LAYOUT = 2
 """Raised whenever the same source and format would be stored in other bytes."""
-
-
-def cache_root() -> Path:
-    """HALFBYTE_CACHE, or ~/.cache/halfbyte."""
-    return Path(os.environ.get("HALFBYTE_CACHE") or "~/.cache/halfbyte").expanduser()
 
 
 def key(source: Source, fmt: FormatConfig, compute: torch.dtype) -> str:

@@ -27,8 +27,8 @@ LOWEST: tl.constexpr = tl.constexpr(-1.0e38)
 
 @dataclass(frozen=True)
 class Tuning:
-    """Shape of the kernel. lanes x vec logits at a time by `warps` warps; keep: ask the cache to keep a row between its two readings;
-    stages: of asynchronous loads."""
+    """Shape of the kernel. lanes x vec logits at a time by `warps` warps; keep: ask the cache to keep a row between its two
+    readings; stages: of asynchronous loads."""
 
     lanes: int = 2048
     vec: int = 8

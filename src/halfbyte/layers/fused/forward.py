@@ -182,7 +182,7 @@ def _projected(call: Call, a: Activations) -> None:
     source = normed(call, a)
     a.qkv = buffer(p.qkv, source, p.qkv.rows)
     xa = project(call, p.qkv, source, a.qkv[:, : p.qkv.rows])
-    a.xa_qkv = tail(xa, call.keep.normed)
+    a.xa_qkv = tail(xa, call.keep.normed and not call.keep.offload)
     q, k, _ = split(call.parts.structure, a.qkv)
     if s.qk_norm == "none":
         rotary.rotate(q, k, call.cos, call.sin, s.rotation)
@@ -254,7 +254,7 @@ def _mlp_inputs(call: Call, a: Activations) -> None:
     p = call.parts
     source = normed_mlp(call, a)
     a.inputs = buffer(p.inputs, source, p.inputs.rows)
-    a.xa_inputs = tail(project(call, p.inputs, source, a.inputs[:, : p.inputs.rows]), call.keep.normed)
+    a.xa_inputs = tail(project(call, p.inputs, source, a.inputs[:, : p.inputs.rows]), call.keep.normed and not call.keep.offload)
 
 
 def gate_up(call: Call, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
