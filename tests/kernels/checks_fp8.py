@@ -215,7 +215,7 @@ def check_fp8_elementwise(device: str) -> None:
 
 def check_fp8_product(device: str) -> None:
     """Into rows of a wider matrix, with a bias, with and without the adapter's columns."""
-    for tokens, inner, outputs, rank in ((33, 96, 144, 16), (64, 256, 80, 0), (1, 64, 16, 16)):
+    for tokens, inner, outputs, rank in ((33, 96, 144, 16), (64, 256, 80, 0), (5, 64, 16, 16)):
         rows, weight = Rows(tokens, inner, rank, torch.device(device)), Weight(outputs, inner, rank, torch.device(device))
         for t, seed in ((rows.data, 1), (weight.data, 2)):
             t.copy_(reference.e4m3(normal(*t.shape, seed=seed, device=device, scale=60)))

@@ -73,9 +73,15 @@ class SwapReport:
     def summary(self) -> str:
         """One line for people."""
         weights = sum(row.params for row in self.packed)
-        adopted = sum(row.adopted for row in self.layers)
-        layers = f"; {adopted} of {len(self.layers)} decoder layers adopted" if self.layers else ""
+        layers = f"; {self.adoption()}" if self.layers else ""
         return (
             f"{len(self.packed)} of {len(self.rows)} tensors packed ({weights:,} of {self.params:,} weights), "
             f"{self.bytes:,} bytes{layers}"
         )
+
+    def adoption(self) -> str:
+        """How many decoder layers run as the generic one, and why the others are run linear by linear."""
+        reasons = sorted({row.reason for row in self.layers if not row.adopted})
+        adopted = sum(row.adopted for row in self.layers)
+        left = f" (left, linear by linear: {'; '.join(reasons)})" if reasons else ""
+        return f"{adopted} of {len(self.layers)} decoder layers adopted{left}"

@@ -216,9 +216,7 @@ def adopt(model: PreTrainedModel) -> SwapReport:
         else:
             rows.append(LayerRow(path, type(layer).__name__, False, verdict))
     report = SwapReport(layers=rows, attention=_plug_attention(model, proven=all(row.adopted for row in rows)))
-    adopted = sum(row.adopted for row in rows)
-    reasons = sorted({row.reason for row in rows if row.reason})
-    log.info("decoder layers: %d of %d adopted%s", adopted, len(rows), f" (left: {'; '.join(reasons)})" if reasons else "")
+    log.info(report.adoption())
     return report
 
 
@@ -278,6 +276,9 @@ def _plug_attention(model: PreTrainedModel, *, proven: bool) -> str:
     if before == attention.NAME:
         return "boundaries"
     if not model._can_set_attn_implementation():
+        if proven:  # no attention of its own is left to set; the name says which masks its forward prepares
+            model.config._attn_implementation = attention.NAME
+            return "boundaries"
         return f"dense mask ({before}): the model does not take another attention function"
     model.set_attn_implementation(attention.NAME)
     if proven:

@@ -85,6 +85,8 @@ def read(net: PreTrainedModel, adapter: AdapterConfig, ranks: dict[str, int]) ->
             return str(reason)
         if s.attention_dropout or s.dropout_after_attention or s.dropout_after_mlp:
             return "dropout of the base is active"
+        if s.layout == "grouped":
+            return "queries, keys and values are interleaved in one projection"
         if any(name.startswith(f"{path}.") for name in whole):
             return "modules of a layer learn beside the adapter"
         if adapter.bias != "none" and any(name.endswith("bias") for name, _ in layer.named_parameters()):

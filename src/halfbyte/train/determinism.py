@@ -25,14 +25,14 @@ def deterministic(on: bool) -> Iterator[None]:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled, unset = torch.utils.deterministic.fill_uninitialized_memory, VARIABLE not in os.environ
+    filled, unset = torch.utils.deterministic.fill_uninitialized_memory, VARIABLE not in os.environ  # type: ignore[attr-defined]
     os.environ.setdefault(VARIABLE, WORKSPACE)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
         if unset:
             del os.environ[VARIABLE]

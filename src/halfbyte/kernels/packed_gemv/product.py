@@ -136,6 +136,7 @@ def _launch(members: tuple[Member, ...], dtype: torch.dtype, paired: bool) -> La
         table.append([*addresses, 0 if bias is None else bias.data_ptr(), b.data_ptr(), 0, rows, output, 0, i * rank])
         keep += [*stored, b, *([] if bias is None else [bias])]
         output += rows
+    # Counters and segments are copied from the host: an early launch may read before what a kernel wrote last is there.
     cut = {tiles: _with_tiles(table, 16 if paired else 16 * tiles) for tiles in (1, 2)}
     last = 0 if paired else -1
     segments = {
@@ -145,7 +146,7 @@ def _launch(members: tuple[Member, ...], dtype: torch.dtype, paired: bool) -> La
         kind, bool(fmt and fmt.nested), (fmt.block // 64 if fmt and kind == "four" else 1), fmt.zero if fmt else "none",
         len(members), paired, rank, slices, pairs(weight, dtype, str(device)),
         a, torch.empty(slices, MOST_ROWS, max(rank * len(members), 1), device=device),
-        torch.zeros(2, dtype=torch.int64, device=device), tuple(keep), segments,
+        torch.zeros(2, dtype=torch.int64, device="cpu").to(device), tuple(keep), segments,
     )  # fmt: skip
 
 
