@@ -16,7 +16,7 @@ from halfbyte.layers import forward, recompute
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused import gradients
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep
-from halfbyte.layers.prepare import prepare, remove
+from halfbyte.layers.fused.prepare import prepare, remove
 from halfbyte.optim.flat import flatten
 from layers.families import ADOPTED, FUSED, NF4, pair, peft_gradients, row, with_adapters
 
