@@ -2,7 +2,7 @@
 
 The path is chosen, proven (`layers.fused.prove`, and isolation of packed examples once more) and told before the first step; layers
 that cannot take it are named with the reason and run their modules. Evaluation takes the same path; generation has a cache and
-goes through modules. Neither choice is kept in a checkpoint's stead: both follow from recipe and machine.
+never does. A checkpoint tells the choices and does not decide them again: they follow from recipe and machine.
 Cost: two forwards and backwards of a few tokens for each kind of layer.
 """
 
@@ -20,6 +20,7 @@ from halfbyte.kernels.products import Augmented, Float8, Products
 from halfbyte.layers import forward
 from halfbyte.layers.fused.prepare import prepare
 from halfbyte.memory.parts import keep_of
+from halfbyte.memory.plan import Plan
 from halfbyte.train.choices import Choice
 
 Asked = Literal["auto", "on", "off"]
@@ -66,6 +67,13 @@ def place(
         "layers": Choice(f"fused ({done.layers} of {done.total})", f"auto: proven against their modules; {what}"),
         "offload": offload,
     }
+
+
+def planned(plan: Plan, recompute: bool) -> Choice:
+    """The choice `offload` of a plan; recompute: as it became, which a checkpoint may have settled before the plan."""
+    if plan.offloaded and not recompute and plan.offload != ASKED:
+        return Choice("off", "auto: everything is kept on the GPU")
+    return Choice("on" if plan.offloaded else "off", plan.offload)
 
 
 def _no_offload(why: str) -> RecipeError:

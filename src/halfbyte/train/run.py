@@ -111,7 +111,7 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Ba
         device,
         compute=chosen["compute"].value,
         recompute=chosen["recompute"].value == "on",
-        offload=Choice("on" if plan.offloaded else "off", plan.offload),
+        offload=fusing.planned(plan, chosen["recompute"].value == "on"),
         tell=report.tell,
     )
     for name in ("compute", "threads", "attention", "layers", "microbatch", "recompute", "offload", "decoded weights"):
