@@ -8,6 +8,7 @@ import torch
 from halfbyte.errors import RecipeError
 from halfbyte.train import choices
 from halfbyte.train.choices import Choice
+from halfbyte.train.determinism import deterministic
 
 CPU = torch.device("cpu")
 
@@ -80,3 +81,11 @@ def test_fp8_is_kept_and_never_chosen_by_auto() -> None:
     kept = {"compute": Choice("fp8", "asked for")}
     assert choices.settle("compute", "auto", kept, lambda: Choice("bf16", "auto")).value == "fp8"
     assert choices.compute("auto", CPU).value in ("fp32", "bf16")
+
+
+def test_a_deterministic_run_times_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "_gemm_seconds", None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with deterministic(True):
+        assert choices.compute("auto", CPU) == choices.Choice("fp32", choices.UNTIMED)
+        assert choices.threads(CPU).value == torch.get_num_threads()

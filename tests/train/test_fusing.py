@@ -14,10 +14,11 @@ from halfbyte.errors import RecipeError
 from halfbyte.layers.fused import prepare
 from halfbyte.recipe import recipe_from
 from halfbyte.train import fusing, metrics
+from halfbyte.train.choices import Choice
 from halfbyte.train.determinism import VARIABLE, deterministic
 from halfbyte.train.finish import Result
 from halfbyte.train.run import train
-from support import chats, save_tiny, write_jsonl
+from support import chats, save_tiny, tiny_model, write_jsonl
 
 CPU = torch.device("cpu")
 
@@ -131,6 +132,23 @@ def test_offloading_that_cannot_be_had_is_an_error() -> None:
         fusing.require("on", CPU)
     assert caught.value.code == "memory.offload"
     fusing.require("auto", CPU)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
+def test_what_only_fused_layers_have_is_not_dropped(monkeypatch: pytest.MonkeyPatch, kernels: str) -> None:
+    """A model without adopted layers, or kernels that are forced."""
+    monkeypatch.setattr(fusing, "twin", lambda device: kernels)
+    off, on = Choice("off", "auto: why"), Choice("on", "asked for")
+    model = tiny_model("gpt2")
+
+    def place(compute: str, offload: Choice) -> dict[str, Choice]:
+        return fusing.place(model, CPU, compute=compute, recompute=True, offload=offload, tell=print)
+
+    assert place("bf16", off)["layers"].value == "modules"
+    with pytest.raises(RecipeError, match="compute: fp8 cannot be had here"):
+        place("fp8", off)
+    with pytest.raises(RecipeError, match=r"memory\.offload: on cannot be had here"):
+        place("bf16", on)
 
 
 def test_neighbouring_layers_are_told_as_a_range() -> None:

@@ -44,21 +44,18 @@ def place(
 ) -> dict[str, Choice]:
     """Puts the layers on their path; the choices `layers` and `offload`. Gradients of the adapter must lie in flat buffers.
 
-    compute: by name. offload: `on` or `off`, as planned. Raises RecipeError (memory.offload), ModelError (`model.leak`).
+    compute: by name. offload: `on` or `off`, as planned. Raises RecipeError (`memory.offload`, `recipe.compute`) where what
+    was asked for needs fused layers and none can be; ModelError (`model.leak`).
     """
     if twin(device) != "fused":
-        why = f"auto: the kernels of this {device.type} device are the {twin(device)} ones"
-        return {"layers": Choice("modules", why), "offload": Choice("off", "auto: layers that run as modules keep their inputs")}
+        return _modules(compute, offload, f"the kernels of this {device.type} device are the {twin(device)} ones")
     keep = keep_of(recompute, offload.value == "on")
     products: Products = Float8() if compute == "fp8" else Augmented()
     done = prepare(model, keep, products, in_place=True)
     for line in done.reasons():
-        tell(f"layers left to their modules: {line}")
+        tell(f"layers left to their modules{', in bf16' if compute == 'fp8' else ''}: {line}")
     if not done.layers:
-        if offload == Choice("on", ASKED):
-            raise _no_offload("no layer of this model runs fused")
-        why = "auto: no layer can run fused" if done.total else "auto: the model's layers are not adopted"
-        return {"layers": Choice("modules", why), "offload": Choice("off", "auto: layers that run as modules keep their inputs")}
+        return _modules(compute, offload, "no layer can run fused" if done.total else "the model's layers are not adopted")
     forward.prove_isolation(model)
     what = "everything that backward reads is kept"
     if recompute:
@@ -66,6 +63,18 @@ def place(
     return {
         "layers": Choice(f"fused ({done.layers} of {done.total})", f"auto: proven against their modules; {what}"),
         "offload": offload,
+    }
+
+
+def _modules(compute: str, offload: Choice, why: str) -> dict[str, Choice]:
+    """The choices where no layer runs fused; an error where something was asked for that only they have."""
+    if offload == Choice("on", ASKED):
+        raise _no_offload(why)
+    if compute == "fp8":
+        raise RecipeError(f"compute: fp8 cannot be had here: {why}", hint="set `compute: bf16` or `auto`", code="recipe.compute")
+    return {
+        "layers": Choice("modules", f"auto: {why}"),
+        "offload": Choice("off", "auto: layers that run as modules keep their inputs"),
     }
 
 
