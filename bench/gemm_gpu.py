@@ -3,8 +3,8 @@
     python bench/gemm_gpu.py --out DIR          # under half a minute; writes DIR/gemm_gpu.jsonl and DIR/gemm_gate.json
 
 The gate: `tests/kernels/checks_gemm.py`; if a check is off, nothing is reported and the exit code is 1.
-Shapes are those of an 8B Llama 3 with adapters of rank 16: of each group XA and Y forward, s dY B and dX backward (sixteen products),
-and dA and dB. Choices are made anew, in a directory of the run.
+Shapes are those of an 8B Llama 3 with adapters of rank 16: of each group XA and Y forward, s dY B and dX backward (sixteen
+products), and dA and dB. Choices are made anew, in a directory of the run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "bench")]
 os.environ["HALFBYTE_CACHE"] = tempfile.mkdtemp()
 
-import torch
-from gputime import CUDA, DEVICE, kernels, load, sync, turns
-from torch import Tensor
+import torch  # noqa: E402
+from gputime import CUDA, DEVICE, kernels, load, sync, turns  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-from halfbyte.kernels.gemm import choice, matmul, reference, vendor
-from halfbyte.kernels.gemm.cublaslt import Plan, Problem
-from halfbyte.layers.fused.gradients import add_product
-from kernels import checks_gemm
+from halfbyte.kernels.gemm import choice, matmul, reference, vendor  # noqa: E402
+from halfbyte.kernels.gemm.cublaslt import Plan, Problem  # noqa: E402
+from halfbyte.layers.fused.gradients import add_product  # noqa: E402
+from kernels import checks_gemm  # noqa: E402
 
 GROUPS = {"qkv": (6144, 4096, 48), "o": (4096, 4096, 16), "gate+up": (28672, 4096, 32), "down": (4096, 14336, 16)}
 BF16 = torch.bfloat16
@@ -129,7 +130,7 @@ def compare(report: Report, found: dict[str, Product], repeats: int, **note: Any
 
 
 def layers(report: Report, found: dict[str, Product], **note: Any) -> None:
-    """All products of a layer behind each other, a quarter of a second of one way, then of the other: each pays for its own heat."""
+    """All products of a layer in a row, a quarter of a second one way, then the other: each pays for its own heat."""
     functions = {way: [make(p) for p in found.values()] for way, make in (("torch", torchs), ("ours", ours))}
     taken: dict[str, list[float]] = {"torch": [], "ours": []}
     for _ in range(5):
@@ -199,7 +200,7 @@ def without_workspace(report: Report, found: dict[str, Product]) -> None:
             for size in (0, 32 << 20)
             for i, algorithm in enumerate(plan.algorithms(16, size))
         }
-        functions: dict[str, Callable[[], Any]] = {way: lambda call=call: call(*pointers) for way, call in calls.items()}  # type: ignore[misc]
+        functions: dict[str, Callable[[], Any]] = {way: partial(call, *pointers) for way, call in calls.items()}
         load(functions, 0.3)
         ms, names = turns(functions, 7), kernels(functions)
         for way in functions:
@@ -230,7 +231,8 @@ def measure(report: Report) -> None:
         choose(report, found, tokens=tokens, state="hot")
         compare(report, found, 12 if CUDA else 1, tokens=tokens, measured="large")
         compare(report, gradients, 12 if CUDA else 1, tokens=tokens, measured="none")
-        layers(report, found, tokens=tokens) if CUDA else None
+        if CUDA:
+            layers(report, found, tokens=tokens)
         if tokens == 8192:
             launches(report, found, tokens=tokens)
             without_workspace(report, found)
