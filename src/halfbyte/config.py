@@ -96,7 +96,11 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
         (fmt.zero != "int" and affine and fmt.symmetric, "format.zero", "a zero point needs `format.symmetric: false`"),
         (fmt.kind in ("int8", "none") and fmt.block != 64, "format.block", f"{fmt.kind} has no blocks"),
         (fmt.kind == "none" and bool(fmt.skip), "format.skip", "`format: none` packs nothing that could be skipped"),
-        (full and recipe.compute == "fp8", "compute", "fp8 multiplies frozen weights, and `adapter.kind: none` trains them: use bf16"),
+        (
+            full and recipe.compute == "fp8",
+            "compute",
+            "fp8 multiplies frozen weights, and `adapter.kind: none` trains them: use bf16",
+        ),
         (full and adapter.dropout > 0, "adapter.dropout", "there is no adapter (`adapter.kind: none`)"),
         (full and bool(adapter.modules_to_save), "adapter.modules_to_save", "`adapter.kind: none` trains every module already"),
         (full and recipe.optim.lora_plus != 1, "optim.lora_plus", "there is no B matrix without an adapter"),

@@ -132,7 +132,9 @@ def cross_entropy(
     """
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     grad = torch.is_grad_enabled()
-    weight, packed, spec = (None, list(head.weight.tensors()), head.weight.spec) if isinstance(head.weight, Packed) else (head.weight, [], "")
+    weight, packed, spec = (
+        (None, list(head.weight.tensors()), head.weight.spec) if isinstance(head.weight, Packed) else (head.weight, [], "")
+    )
     wants = [grad and t is not None and t.requires_grad for t in (rows, weight, head.bias)]
     size = chunk_bytes or CHUNK_BYTES.get(hidden.device.type, 1 << 26)
     known = int((flat != IGNORE).sum()) if labelled is None else labelled

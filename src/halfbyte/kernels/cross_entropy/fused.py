@@ -24,11 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte.formats.packed import Packed
-from halfbyte.kernels.cross_entropy.chunked import product
 from halfbyte.kernels.cross_entropy.parts import Head, Results, Task
 from halfbyte.kernels.cross_entropy.slices import slices
 from halfbyte.kernels.dequantize import decode
 from halfbyte.kernels.dequantize.fused import INTERPRETED, to_dtype
+from halfbyte.kernels.gemm import matmul
 
 ALIGNED = 64
 """Rows of logits start at multiples of this many numbers, whatever V is."""
@@ -210,19 +210,19 @@ class Products:
     def logits(self, h: Tensor, z: Tensor) -> None:
         """z `[c, V]` = h Wᵀ."""
         if self.weight is not None:
-            torch.mm(h, self.weight.T, out=z)
+            matmul(h, self.weight.T, z)
             return
         for at, weight in self._slices():
-            torch.mm(h, weight.T, out=z[:, at])
+            matmul(h, weight.T, z[:, at])
 
     def gradient(self, d: Tensor, out: Tensor) -> None:
         """out `[c, H]` = d W; the slices of a packed head are summed in fp32."""
         if self.weight is not None:
-            torch.mm(d, self.weight, out=out)
+            matmul(d, self.weight, out)
             return
         total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
         for at, weight in self._slices():
-            total += product(d[:, at], weight)
+            matmul(d[:, at], weight, total, beta=1.0)
         out.copy_(total)
 
 
@@ -253,7 +253,7 @@ def cross_entropy(task: Task, tuning: Tuning = TUNING, *, exact: bool = False) -
         z = d
         if wide:
             z = _padded(len(d), vocabulary, hidden, torch.float32)
-            torch.mm(h, head.dense(h.dtype).T, out_dtype=torch.float32, out=z)
+            matmul(h, head.dense(h.dtype).T, z)
         else:
             products.logits(h, z)
         # A bias sums its gradient over the rows: in fp32, before it is rounded for the products.
@@ -265,7 +265,7 @@ def cross_entropy(task: Task, tuning: Tuning = TUNING, *, exact: bool = False) -
         if dh is not None:
             products.gradient(d, dh[at])
         if dw is not None:
-            dw += product(d.T, h)
+            matmul(d.T, h, dw, beta=1.0)
     return Results(
         losses.sum(),
         hits.sum(),

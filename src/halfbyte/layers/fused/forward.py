@@ -116,9 +116,9 @@ def buffer(p: Projection, like: Tensor, width: int) -> Tensor:
     return like.new_empty(like.shape[0], width + p.rank)
 
 
-def project(call: Call, p: Projection, x: Tensor, out: Tensor) -> Tensor | None:
-    """Y of a group into `out`; XA `[T, R]`."""
-    return call.products.project(p.group, x, out, p.bias, call.mask)
+def project(call: Call, p: Projection, x: Tensor, out: Tensor, residual: Tensor | None = None) -> Tensor | None:
+    """Y of a group, plus `residual`, into `out`; XA `[T, R]`."""
+    return call.products.project(p.group, x, out, p.bias, call.mask, residual=residual)
 
 
 def scale_of(s: Structure) -> float:
@@ -244,7 +244,11 @@ def down(call: Call, a: Activations) -> Tensor:
     gate, up = gate_up(call, a.inputs)
     glu(gate, up, p.activation, h[:, : p.down.width])
     delta = torch.empty_like(a.mid)
-    a.xa_down = kept_tail(project(call, p.down, h, delta))
+    # With nothing between the product and the sum, the product adds.
+    plain = p.after_mlp is None and s.residual_multiplier == 1.0
+    a.xa_down = kept_tail(project(call, p.down, h, delta, a.mid if plain else None))
+    if plain:
+        return delta
     if p.after_mlp is not None:
         a.mlp_raw = delta
         delta = torch.empty_like(a.mid)
