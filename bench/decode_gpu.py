@@ -39,20 +39,20 @@ from kernels import checks, checks_augmented  # noqa: E402
 
 GROUPS = {"q+k+v": ((4096, 1024, 1024), 4096), "gate+up": ((14336, 14336), 4096), "down": ((4096,), 14336), "o": ((4096,), 4096)}
 FORMATS = {"nested": Format("nf4", 64, nested=True), "plain": Format("nf4", 64)}
+
 VARIANTS = {
-    "default": TILING,
-    "load": TILING._replace(lookup="load"),
-    "8192/4 warps": TILING._replace(warps=4),
-    "4096/4 warps": TILING._replace(weights=4096, warps=4),
-    "4096/4 warps/1024": TILING._replace(weights=4096, warps=4, columns=1024),
-    "8192/8 warps/4096": TILING._replace(columns=4096),
-    "8192/8 warps/1024": TILING._replace(columns=1024),
-    "16384/8 warps": TILING._replace(weights=16384),
-    "16384/16 warps": TILING._replace(weights=16384, warps=16),
-    "evict_first": TILING._replace(policy="evict_first"),
-    "evict_last": TILING._replace(policy="evict_last"),
-    "persistent, 8 an SM": TILING._replace(programs=8 * 132),
-    "persistent, 5 an SM": TILING._replace(programs=5 * 132),
+    "8192/8": TILING,
+    "8192/8, evict normal": TILING._replace(policy=""),
+    "8192/8, dependent": TILING._replace(dependent=True),
+    "4096/4": TILING._replace(weights=4096, warps=4),
+    "4096/4, load": TILING._replace(weights=4096, warps=4, lookup="load"),
+    "4096/4, dependent": TILING._replace(weights=4096, warps=4, dependent=True),
+    "4096/4/1024": TILING._replace(weights=4096, warps=4, columns=1024),
+    "4096/8": TILING._replace(weights=4096, warps=8, lookup="shuffle2"),
+    "2048/4": TILING._replace(weights=2048, warps=4, lookup="shuffle2"),
+    "2048/4, dependent": TILING._replace(weights=2048, warps=4, lookup="shuffle2", dependent=True),
+    "2048/2": TILING._replace(weights=2048, warps=2),
+    "16384/16": TILING._replace(weights=16384, warps=16),
 }
 RANK = 16
 BF16 = torch.bfloat16
@@ -189,7 +189,7 @@ def in_a_graph(launches: list[Callable[[], Any]]) -> float:
 
 
 def bench_copy(report: Callable[..., None]) -> float:
-    """GB/s of copies, read + written: large ones, which all figures are held against, and ones of a group's size."""
+    """GB/s of copies, read + written, and of fills: large ones, which all figures are held against, and ones of a group's size."""
     best = 0.0
     for mib in (1024, 256, 64, 24):
         count = max(4, 512 // mib)
@@ -197,7 +197,8 @@ def bench_copy(report: Callable[..., None]) -> float:
         ms = milliseconds([lambda h=h: h[0].copy_(h[1]) for h in halves] * max(1, 16 // count))  # type: ignore[misc]
         rate = 2 * (mib << 20) / ms / 1e6
         best = best or rate
-        report(what="copy", mib=mib, us=round(ms * 1e3, 1), gb_per_s=round(rate))
+        fill = milliseconds([lambda h=h: h[0].view(torch.int32).fill_(1) for h in halves] * max(1, 16 // count))  # type: ignore[misc]
+        report(what="copy", mib=mib, us=round(ms * 1e3, 1), gb_per_s=round(rate), fill_gb_per_s=round((mib << 20) / fill / 1e6))
     return best
 
 
@@ -205,6 +206,13 @@ def traffic(group: Group) -> int:
     """Bytes that decoding a group into S must read and write."""
     read = sum(m.weight.nbytes + 4 * (m.lora.a.numel() + m.lora.b.numel()) for m in group.members if m.lora is not None)
     return read + 2 * ((group.rows + group.rank) * (group.width + group.rank) - group.rank**2)
+
+
+def figures(moved: float, ms: float, graph_ms: float, copy: float) -> dict[str, float]:
+    """Of launches one after the other, and of the same in a CUDA graph."""
+    us, graph_us = ms * 1e3, graph_ms * 1e3
+    share, graph_share = (moved / each / 1e3 / copy for each in (us, graph_us))
+    return {"us": round(us, 2), "of_copy": round(share, 4), "graph_us": round(graph_us, 2), "graph_of_copy": round(graph_share, 4)}
 
 
 def bench_groups(report: Callable[..., None], copy: float) -> None:
@@ -221,18 +229,16 @@ def bench_groups(report: Callable[..., None], copy: float) -> None:
                 plans = [fused.Plan(g, tiling) for g in groups]
                 launches = [lambda p=p, o=o: p.launch(o, True) for p, o in zip(plans, outs, strict=True)] * rounds  # type: ignore[misc]
                 ms = milliseconds(launches)
-                seconds = total.setdefault((variant, kind), [0.0, 0.0])
+                seconds = total.setdefault((variant, kind), [0.0, 0.0, 0.0])
                 seconds[0] += ms
                 seconds[1] += moved
-                graph = {"graph_us": round(in_a_graph(launches) * 1e3, 2)} if variant in ("default", "8192/4 warps") else {}
-                rate = moved / ms / 1e6
-                report(what="group", group=name, format=kind, variant=variant, us=round(ms * 1e3, 2), **graph,
-                       gb_per_s=round(rate), of_copy=round(rate / copy, 4))  # fmt: skip
+                seconds[2] += (graph := in_a_graph(launches))
+                report(what="group", group=name, format=kind, variant=variant, **figures(moved, ms, graph, copy))
             plans = [fused.Plan(g) for g in groups]
             adapters = milliseconds([lambda p=p, o=o: p.launch(o, False) for p, o in zip(plans, outs, strict=True)] * 4)  # type: ignore[misc]
             report(what="adapters only", group=name, format=kind, us=round(adapters * 1e3, 2))
-    for (variant, kind), (ms, moved) in total.items():
-        report(what="a layer", format=kind, variant=variant, us=round(ms * 1e3, 1), of_copy=round(moved / ms / 1e6 / copy, 4))
+    for (variant, kind), (ms, moved, graph) in total.items():
+        report(what="a layer", format=kind, variant=variant, **figures(moved, ms, graph, copy))
 
 
 def bench_single(report: Callable[..., None], copy: float) -> None:

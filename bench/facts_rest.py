@@ -154,11 +154,13 @@ def bus(report: Report, tokens: int) -> None:
 
     nbytes, copies, gemms = device[0].nbytes, 32, 20
     main = torch.cuda.current_stream()
-    multiply(200)
+    multiply(400)
     for kinds in ((), ("out",), ("in",), ("out", "in")):
         for beside in (False, True):
             if not kinds and not beside:
                 continue
+            # The same load before each, so that the chip is equally hot.
+            multiply(150)
             sync()
             ms = {}
             if "out" in kinds:

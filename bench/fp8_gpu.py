@@ -26,9 +26,9 @@ from torch import Tensor  # noqa: E402
 
 from halfbyte.formats.packed import Format, Packed  # noqa: E402
 from halfbyte.formats.quantize import quantize  # noqa: E402
-from halfbyte.kernels import fp8  # noqa: E402
+from halfbyte.kernels import fp8, glu, norm  # noqa: E402
 from halfbyte.kernels.augmented import Group  # noqa: E402
-from halfbyte.kernels.fp8 import decode, fused, plan  # noqa: E402
+from halfbyte.kernels.fp8 import decode, elementwise, fused, plan  # noqa: E402
 from halfbyte.kernels.fp8.decode import Shape  # noqa: E402
 from halfbyte.kernels.fp8.parts import Rows, Weight  # noqa: E402
 from halfbyte.kernels.lora_linear.members import LowRank, Member  # noqa: E402
@@ -121,8 +121,9 @@ def bench_decode(report: Report, copy: float) -> None:
                     if not back
                     else f"{4 * s.quads} x {64 * s.spans}, {s.transposed_warps} warps"
                 )
-                report(what="decode", group=name, transposed=back, shape=detail, us=round(1e3 * each, 1), adapters_us=round(1e3 * extra, 1),
-                       gb_per_s=round(moved / (each - extra) / 1e6), of_copy=round(moved / (each - extra) / 1e6 / copy, 3),
+                rate = moved / (each - extra) / 1e6
+                report(what="decode", group=name, transposed=back, shape=detail, us=round(1e3 * each, 1),
+                       adapters_us=round(1e3 * extra, 1), gb_per_s=round(rate), of_copy=round(rate / copy, 3),
                        of_copy_with_adapters=round(moved / each / 1e6 / copy, 3))  # fmt: skip
 
 
@@ -138,6 +139,37 @@ def bench_rows(report: Report, copy: float) -> None:
             rate = 3 * 8192 * width / each / 1e6
             report(what="quantize", width=width, warps=int(warps), us=round(each * 1e3, 1), gb_per_s=round(rate),
                    of_copy=round(rate / copy, 3), tail_alone_us=round(tail * 1e3, 1))  # fmt: skip
+
+
+def bench_elementwise(report: Report) -> None:
+    """Norm and GLU that write e4m3 too, against the plain kernels with and without a pass that quantises; 8,192 tokens."""
+    tokens, hidden, features = 8192, 4096, 14336
+    x, delta = (torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    weight, spec = torch.ones(hidden, device="cuda", dtype=torch.bfloat16), norm.NormSpec("rms", 1e-5)
+    out = torch.empty(tokens, hidden + 48, device="cuda", dtype=torch.bfloat16)[:, :hidden]
+    both = torch.randn(tokens, 2 * features + 32, device="cuda", dtype=torch.bfloat16)
+    gate, up = both[:, :features], both[:, features : 2 * features]
+    h = torch.randn(tokens, features, device="cuda", dtype=torch.bfloat16)
+    small, middle, large = (Rows(tokens, width, 32, x.device) for width in (hidden, features, 2 * features))
+    plain: dict[str, Callable[[], Any]] = {
+        "add_norm": lambda: norm.add_norm(x, delta, spec, weight, None, out),
+        "glu": lambda: glu.glu(gate, up, "silu", h),
+        "glu_backward": lambda: glu.glu_backward(h, gate, up, "silu"),
+    }
+    after = {
+        "add_norm": lambda: fp8.quantize_rows(out, small.main, small.scale),
+        "glu": lambda: fp8.quantize_rows(h, middle.main, middle.scale),
+        "glu_backward": lambda: fp8.quantize_rows(both[:, : 2 * features], large.main, large.scale),
+    }
+    fused_ = {
+        "add_norm": lambda w: elementwise.add_norm(x, delta, spec, weight, None, out, small, w),
+        "glu": lambda w: elementwise.glu(gate, up, "silu", h, middle, w),
+        "glu_backward": lambda w: elementwise.glu_backward(h, gate, up, "silu", large, w),
+    }
+    for name in plain:
+        run: dict[str, Callable[[], Any]] = {"plain": plain[name], "quantize": after[name]}
+        run |= {f"one pass, {w} warps": partial(fused_[name], w) for w in ((4, 8) if name == "add_norm" else (8, 16, 32))}
+        report(what="elementwise", kernel=name, us={k: round(1e3 * v, 1) for k, v in times(run).items()})
 
 
 def bench_gemm(report: Report) -> None:
@@ -227,7 +259,7 @@ def bench_layer(report: Report) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="decode,rows,gemm,layer")
+    parser.add_argument("--only", default="decode,rows,gemm,layer,elementwise")
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -263,7 +295,8 @@ def main() -> int:
     copy = copy_rate()
     report(what="copy", gb_per_s=round(copy))
     for name, bench in (("decode", lambda: bench_decode(report, copy)), ("rows", lambda: bench_rows(report, copy)),
-                        ("gemm", lambda: bench_gemm(report)), ("layer", lambda: bench_layer(report))):  # fmt: skip
+                        ("gemm", lambda: bench_gemm(report)), ("layer", lambda: bench_layer(report)),
+                        ("elementwise", lambda: bench_elementwise(report))):  # fmt: skip
         if name in wanted:
             bench()
             torch.cuda.empty_cache()

@@ -3,9 +3,9 @@
     python bench/loss_gpu.py --out DIR         # writes DIR/loss_gpu.jsonl and DIR/loss_gate.json
     python bench/loss_gpu.py --table FILE      # such a file as Markdown
 
-The gate is `tests/kernels/checks_loss.py` on this GPU: if a check is red nothing is reported and the exit code is 1. The bare products
-are those of the labelled rows alone, in one piece and in the same chunks, on the same numbers (the second one reads a real gradient);
-every ratio compares things measured in turn in one run. Peak is of the allocator, besides inputs and the gradient `[T, H]`.
+The gate is `tests/kernels/checks_loss.py` on this GPU: if a check is red nothing is reported and the exit code is 1. The bare
+products are those of the labelled rows alone, in one piece and in the same chunks, on the same numbers (the second one reads a real
+gradient); every ratio compares things measured in turn in one run. Peak is of the allocator, besides inputs and the gradient.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -27,24 +28,31 @@ from torch import Tensor  # noqa: E402
 
 from halfbyte.formats.packed import Format  # noqa: E402
 from halfbyte.formats.quantize import quantize  # noqa: E402
-from halfbyte.kernels.cross_entropy import Extras, Head, cross_entropy, fused  # noqa: E402
+from halfbyte.kernels.cross_entropy import Extras, Head, cross_entropy, softmax, tiled  # noqa: E402
 from halfbyte.kernels.cross_entropy.parts import IGNORE, PLAIN, Task, Wants  # noqa: E402
 from kernels import checks_loss  # noqa: E402
 
-CASES = (("8B, half labelled", 16384, 8192, 128256, 4096), ("8B, all labelled", 8192, 8192, 128256, 4096), ("135M, all labelled", 8192, 8192, 49152, 576))
+CASES = (
+    ("8B, half labelled", 16384, 8192, 128256, 4096),
+    ("8B, all labelled", 8192, 8192, 128256, 4096),
+    ("135M, all labelled", 8192, 8192, 49152, 576),
+)
 ROWS = (256, 512, 768, 1024, 1536, 2048)
 TUNINGS = {
-    "2048x8 16w": fused.Tuning(),
-    "2048x8 16w, no hints": fused.Tuning(keep=False),
-    "2048x8 16w, 2 stages": fused.Tuning(stages=2),
-    "2048x8 16w, 3 stages": fused.Tuning(stages=3),
-    "2048x8 32w": fused.Tuning(warps=32),
-    "2048x8 32w, 3 stages": fused.Tuning(warps=32, stages=3),
-    "4096x8 32w": fused.Tuning(lanes=4096, warps=32),
-    "1024x8 16w": fused.Tuning(lanes=1024),
-    "1024x8 8w": fused.Tuning(lanes=1024, warps=8),
-    "1024x8 32w, 3 stages": fused.Tuning(lanes=1024, warps=32, stages=3),
+    "2048x8 16w": softmax.Tuning(),
+    "2048x8 16w, no hints": softmax.Tuning(keep=False),
+    "2048x8 16w, 3 stages": softmax.Tuning(stages=3),
+    "2048x8 32w, 3 stages": softmax.Tuning(warps=32, stages=3),
+    "4096x8 32w": softmax.Tuning(lanes=4096, warps=32),
+    "1024x8 16w": softmax.Tuning(lanes=1024),
+    "1024x8 32w, 3 stages": softmax.Tuning(lanes=1024, warps=32, stages=3),
 }
+TILES = (
+    tiled.Tile(),
+    tiled.Tile(stages=3),
+    tiled.Tile(256, 128),
+    tiled.Tile(128, 128, warps=4),
+)
 
 
 def times(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -91,7 +99,7 @@ def gradient(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> Tenso
     """A real gradient of the logits, `[rows, V]`."""
     d = torch.mm(hidden[:rows], weight.T)
     task = Task(hidden[:rows], labels[:rows].clamp_min(0), Head(weight), PLAIN, Wants(True, False, False), rows, 0)
-    fused.softmax_(d, d, task.labels, torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.int32, device="cuda"), task)
+    softmax.softmax_(d, d, task.labels, torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.int32, device="cuda"), task)
     return d
 
 
@@ -115,10 +123,10 @@ def bench_kernel(report: Callable[..., None]) -> None:
     task = Task(hidden, labels, Head(weight), PLAIN, Wants(True, False, False), rows, 0)
     work = torch.empty_like(chunks[0])
 
-    def one(tuning: fused.Tuning) -> Callable[[], None]:
+    def one(tuning: softmax.Tuning) -> Callable[[], None]:
         def run() -> None:
             for z in chunks:
-                fused.softmax_(z, work, labels, losses, hits, task, tuning)
+                softmax.softmax_(z, z, labels, losses, hits, task, tuning)
 
         return run
 
@@ -129,6 +137,25 @@ def bench_kernel(report: Callable[..., None]) -> None:
         here = ms[name] / len(chunks)
         report(what="kernel", name=name, **asdict(tuning), us=round(1e3 * here, 1), gb_per_s=round(2 * work.nbytes / here / 1e6),
                of_copy=round(ms["copy"] / ms[name], 3))  # fmt: skip
+
+
+def bench_tiles(report: Callable[..., None]) -> None:
+    """Logits and gradient of 1,024 rows: the vendor's GEMM and the kernel, its GEMM alone, and our GEMM in several tiles."""
+    rows, vocabulary = 1024, 128256
+    hidden, weight, labels = example(rows, rows, vocabulary, 4096)
+    losses, hits = torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.int32, device="cuda")
+    task = Task(hidden, labels, Head(weight), PLAIN, Wants(True, False, False), rows, 0)
+    z = torch.empty(rows, vocabulary, device="cuda", dtype=torch.bfloat16)
+
+    def vendor() -> None:
+        torch.mm(hidden, weight.T, out=z)
+        softmax.softmax_(z, z, labels, losses, hits, task)
+
+    functions: dict[str, Callable[[], Any]] = {"vendor": vendor, "vendor, product alone": lambda: torch.mm(hidden, weight.T, out=z)}
+    for tile in TILES:
+        functions[str(tile)] = lambda tile=tile: tiled.chunk(hidden, weight, z, z, labels, losses, hits, task, tile)
+    for name, ms in times(functions, 8).items():
+        report(what="tile", name=name, us=round(1e3 * ms, 1), tflops=round(2 * rows * vocabulary * 4096 / ms / 1e9))
 
 
 def bench_case(report: Callable[..., None], case: str, tokens: int, labelled: int, vocabulary: int, width: int) -> None:
@@ -201,6 +228,7 @@ def main() -> int:
         return 0
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
     found = checks_loss.run("cuda")
     (out / "loss_gate.json").write_text(json.dumps(found, indent=1))
     red = {name: text for name, text in found.items() if text}
@@ -210,6 +238,7 @@ def main() -> int:
     if red:
         print("no figures: a kernel that is wrong has no speed")
         return 1
+    started = time.monotonic()
     with (out / "loss_gpu.jsonl").open("w") as file:
 
         def report(**fields: Any) -> None:
@@ -222,10 +251,12 @@ def main() -> int:
         report(what="machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__)
         torch.manual_seed(0)
         bench_kernel(report)
+        bench_tiles(report)
         bench_bits(report)
         for case in CASES:
             bench_case(report, *case)
             torch.cuda.empty_cache()
+        report(what="seconds", gate=round(started - begun, 1), figures=round(time.monotonic() - started, 1))
     return 0
 
 

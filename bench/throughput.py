@@ -1,287 +1,244 @@
-"""Training throughput and peak memory on one GPU: ours and the peers, real shapes, random weights, one run.
+"""Training speed and memory on one GPU, ours and the peers in turn: real shapes, random weights, the correctness gate first.
 
-    python bench/throughput.py make --dir M --size 8b --tokenizer DIR
-    python bench/throughput.py run  --dir M --impl halfbyte --rows 4 --tokens 2048 [--recompute]
-    python bench/throughput.py all  --dir M --out bench/results/NAME.jsonl      every implementation in turn, fresh processes
-    python bench/throughput.py table --out bench/results/NAME.jsonl             as Markdown
+    python bench/throughput.py make --dir M --tokenizer DIR [--size 8b,1b,70b]        random checkpoints, in 4 bits (and 8b in 16)
+    python bench/throughput.py all  --dir M --out bench/results/NAME.jsonl [--only nocheckpoint,full] [--data alpaca.json]
+    python bench/throughput.py run  --dir M --impl halfbyte --rows 4 --tokens 2048 --recompute full        one case, one JSON line
+    python bench/throughput.py gate | launches | table
 
-`run` prints one JSON line. A step is forward, backward, clipping (ours) and AdamW on `rows` rows of random tokens, one document a
-row. Ours runs fp32 AdamW states, the peers bitsandbytes' 8-bit AdamW. Peak is the allocator's. Peers need bitsandbytes, PEFT,
-Liger and Unsloth installed. Correctness gate: the loss of a base with random weights must be finite and near ln(vocabulary).
+A step is forward, backward, clipping (ours) and AdamW on rows of 2,048 tokens: random ones, one document a row, or with `--packed`
+the examples of `--data`, packed. Every case runs in a process of its own, in the order ours, peer, ours. `share` is what the
+arithmetic of a step (`shapes.py`) would take at the rate of its own GEMM shapes, measured right after the steps, over what the step
+takes. Peers need bitsandbytes, PEFT, Liger and Unsloth installed. Correctness gate: LoRA gradients against the peer's
+(`gradients.py`) before anything is timed, and in every run a loss near ln(vocabulary).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import math
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-SIZES = {  # hidden, mlp, layers, heads, kv heads, vocabulary
-    "1b": (2048, 8192, 16, 32, 8, 128256),
-    "8b": (4096, 14336, 32, 32, 8, 128256),
-}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RANK = 16
-WARMUP, STEPS = 3, 6
-KNOWN_TOKENS = 49_000
-"""Random tokens are drawn below this: every tokenizer in question has them."""
+from engines import Case
+from shapes import SIZES
 
-MATRIX = [  # implementation, recompute
-    ("halfbyte", False),
-    ("unsloth", False),
-    ("peft-bnb-liger", False),
-    ("peft-bf16-liger", False),
-    ("halfbyte", True),
-    ("unsloth", True),
-    ("peft-bnb-liger", True),
-    ("peft-bnb", True),
-    ("halfbyte-bf16", False),
-    ("halfbyte", False),
-]
+SMALL_VOCABULARY = 49_152
+"""Of the two- and four-layer models that prove gradients and count launches."""
+
+
+def _turns(*peers: str, **settings: Any) -> list[Case]:
+    """Ours, the peers, ours again."""
+    return [Case(impl, **settings) for impl in ("halfbyte", *peers, "halfbyte")]
+
+
+CASES: dict[str, list[Case]] = {
+    "nocheckpoint": _turns("unsloth", "peft-bnb-liger"),
+    "row8192": _turns("unsloth", rows=1, tokens=8192),
+    "optimizer": [Case("unsloth", optimizer="ours-fused")],
+    "packed": _turns("unsloth", packed=True),
+    "full": _turns("unsloth", "peft-bnb-liger", recompute="full", offload=True),
+    "full-on-gpu": [Case("halfbyte", recompute="full")],
+    "short": _turns("unsloth", "peft-bnb-liger", rows=1, recompute="full"),
+    "fp8": [Case("halfbyte", compute="fp8"), Case("unsloth"), Case("halfbyte", compute="fp8")],
+    "16bit": _turns("halfbyte-bf16"),
+    "16bit-short": _turns("halfbyte-bf16", rows=1),
+    "long": _turns("unsloth", rows=1, tokens=32768, recompute="full", offload=True)[:2],
+    "1b": _turns("unsloth", "peft-bnb-liger", size="1b"),
+    "70b": [Case(impl, size="70b", layers=layers) for impl in ("halfbyte", "unsloth") for layers in (4, 2)],
+}
+LAUNCHES = [Case(impl, recompute=r) for impl in ("halfbyte", "unsloth") for r in ("none", "full")]
+COLD = [Case("halfbyte"), Case("unsloth")]
+SPECIAL = ("launches", "cold")
 
 
 def make(args: argparse.Namespace) -> None:
-    """Write a Llama checkpoint with random bf16 weights."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Write Llama checkpoints with random weights: DIR/SIZE-LAYERS in bitsandbytes' nf4, DIR/SIZE-LAYERS-dense in bf16."""
+    for size in args.size.split(","):
+        whole = SIZES[size].layers
+        _make(args, size, whole, SIZES[size].vocabulary, dense=size in ("8b", "tiny") and not args.no_dense)
+        if size == "70b":
+            _make(args, size, 2, SIZES[size].vocabulary)
+        elif size in ("8b", "tiny"):
+            for layers in sorted({2, 4} - {whole}):
+                _make(args, size, layers, SMALL_VOCABULARY)
 
-    hidden, mlp, layers, heads, kv_heads, vocabulary = SIZES[args.size]
+
+def _make(args: argparse.Namespace, size: str, layers: int, vocabulary: int, dense: bool = False) -> None:
+    import torch
+    from gputime import DEVICE
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from halfbyte.checkpoints.base import Base
+    from halfbyte.export import quantize as export
+    from halfbyte.formats.config import FormatConfig
+    from halfbyte.formats.packed import Format
+    from halfbyte.layers import swap
+
+    shape, start = SIZES[size], time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer.pad_token = tokenizer.unk_token  # not the end of an answer: that one is learned
     config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=mlp,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
         vocab_size=vocabulary,
         max_position_embeddings=131072,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=2,
-        pad_token_id=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="bfloat16",
     )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         model = LlamaForCausalLM(config)
-    model.save_pretrained(args.dir, max_shard_size="4GB")
-    for file in Path(args.tokenizer).iterdir():
-        shutil.copy(file, args.dir)
-    print(json.dumps({"made": args.dir, "parameters": sum(p.numel() for p in model.parameters())}))
+    torch.set_default_dtype(torch.float32)
+    out = Case("halfbyte", size, layers).directory(args.dir)
+    if dense:
+        folder = Case("halfbyte-bf16", size, layers).directory(args.dir)
+        model.save_pretrained(folder, max_shard_size="4GB")
+        tokenizer.save_pretrained(folder)
+    report = swap.pack(model, None, Format("nf4", 64, nested=True))
+    export.save(Base(model, tokenizer, size, None, FormatConfig(), torch.bfloat16, "", report, out), out)
+    print(json.dumps({"made": str(out), "dense": dense, "seconds": round(time.perf_counter() - start, 1)}), flush=True)
 
 
-def ours(args: argparse.Namespace) -> tuple[Any, Any, int]:
-    """(model, step function, trainable parameters) of this package."""
-    import torch
-
-    from halfbyte.adapters import lora
-    from halfbyte.adapters.config import AdapterConfig
-    from halfbyte.checkpoints import huggingface
-    from halfbyte.formats.config import FormatConfig
-    from halfbyte.layers import forward, head, recompute
-    from halfbyte.objectives import sft
-    from halfbyte.optim import flat as flat_buffers
-    from halfbyte.optim.adamw import AdamW
-    from halfbyte.optim.config import OptimConfig
-
-    kind = "none" if args.impl.endswith("bf16") else "nf4"
-    base = huggingface.load(args.dir, FormatConfig(kind=kind), torch.bfloat16, "cuda")  # type: ignore[arg-type]
-    adapter = lora.attach(base.model, AdapterConfig(rank=RANK, alpha=RANK, targets="all-linear"), seed=0)
-    recompute.set_recompute(base.model, args.recompute)
-    base.model.train()
-    flat = flat_buffers.flatten(adapter.parameters())
-    optimizer, one = AdamW(flat, OptimConfig()), torch.ones((), device="cuda")
-    output = head.find(base.model)
-    rows, tokens = args.rows, args.tokens
-    positions = torch.arange(tokens, device="cuda").repeat(rows)[None]
-    bounds = torch.arange(0, (rows + 1) * tokens, tokens, dtype=torch.int32)
-
-    def step() -> Any:
-        ids = torch.randint(0, KNOWN_TOKENS, (1, rows * tokens), device="cuda")
-        labels = ids.roll(-1)
-        labels[0, tokens - 1 :: tokens] = -100
-        hidden = forward.hidden_states(base.model, ids, positions, bounds)
-        loss = sft.loss(hidden, labels, output, rows * (tokens - 1))
-        loss.backward()
-        optimizer.clip(loss.detach(), one, 1.0)
-        optimizer.step(1e-4)
-        return loss.detach()
-
-    return base.model, step, flat.numel
-
-
-def peer_model(args: argparse.Namespace) -> Any:
-    """A peer's model with its LoRA attached, in training mode."""
-    if args.impl == "unsloth":
-        os.environ.update(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_STABLE_DOWNLOADS="1")
-        import torch
-        import unsloth  # noqa: F401  (must come before torch)
-        from unsloth import FastLanguageModel
-
-        model, _ = FastLanguageModel.from_pretrained(
-            args.dir, max_seq_length=args.tokens, dtype=torch.bfloat16, load_in_4bit=True, local_files_only=True
-        )
-        model = FastLanguageModel.get_peft_model(
-            model,
-            r=RANK,
-            lora_alpha=RANK,
-            lora_dropout=0,
-            target_modules=TARGETS,
-            bias="none",
-            use_gradient_checkpointing="unsloth" if args.recompute else False,
-        )
-        FastLanguageModel.for_training(model, use_gradient_checkpointing=args.recompute)
-        return model
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    if args.impl.endswith("liger"):
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama()
-    quantized = {}
-    if "bnb" in args.impl:
-        quantized["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_use_double_quant=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        args.dir, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa", **quantized
-    )
-    model.config.use_cache = False
-    if args.recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, task_type="CAUSAL_LM"))
-    return model.train()
-
-
-def peer(args: argparse.Namespace) -> tuple[Any, Any, int]:
-    """(model, step function, trainable parameters) of a peer."""
-    model = peer_model(args)
-    import bitsandbytes as bnb
-    import torch
-
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = bnb.optim.AdamW8bit(trainable, lr=1e-4)
-
-    def step() -> Any:
-        ids = torch.randint(0, KNOWN_TOKENS, (args.rows, args.tokens), device="cuda")
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return model, step, sum(p.numel() for p in trainable)
+def _case(args: argparse.Namespace) -> Case:
+    return Case(**{field.name: getattr(args, field.name) for field in fields(Case)})
 
 
 def run(args: argparse.Namespace) -> None:
-    """Time one implementation and print its JSON line."""
-    began = time.perf_counter()
-    model, step, trainable = ours(args) if args.impl.startswith("halfbyte") else peer(args)
-    import torch
+    """One case in this process; one JSON line."""
+    from measured import measure
 
-    loaded = time.perf_counter() - began
-    resident = torch.cuda.memory_allocated()
-    torch.manual_seed(0)
-    first = time.perf_counter()
-    for _ in range(WARMUP):
-        loss = step()
-    torch.cuda.synchronize()
-    warm = time.perf_counter() - first
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(STEPS):
-        start = time.perf_counter()
-        loss = step()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    seconds = sorted(times)[len(times) // 2]
-    value = loss.item()
-    vocabulary = model.config.vocab_size
-    gate = math.isfinite(value) and abs(value - math.log(vocabulary)) < 1.5
-    line = {
-        "impl": args.impl,
-        "recompute": args.recompute,
-        "rows": args.rows,
-        "tokens": args.tokens,
-        "rank": RANK,
-        "trainable": trainable,
-        "gate": "green" if gate else "red",
-        "loss": round(value, 4),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
-        "load_s": round(loaded, 1),
-        "warmup_s": round(warm, 1),
-        "resident_GiB": round(resident / 2**30, 3),
-    }
-    if gate:
-        line |= {
-            "step_s": round(seconds, 4),
-            "tokens_per_s": round(args.rows * args.tokens / seconds),
-            "peak_GiB": round(torch.cuda.max_memory_allocated() / 2**30, 3),
-        }
-    print(json.dumps(line), flush=True)
+    print(json.dumps(measure(_case(args), args.dir, args.data, args.first)), flush=True)
+
+
+def launches(args: argparse.Namespace) -> None:
+    """The kernels of one layer in this process; one JSON line."""
+    from measured import launches as count
+
+    print(json.dumps(count(_case(args), args.dir, args.data)), flush=True)
+
+
+def gate(args: argparse.Namespace) -> None:
+    """The proof of gradients, on two layers; one JSON line, exit code 1 when it is red."""
+    from dataclasses import replace
+
+    from gputime import DEVICE
+    from gradients import gate as prove
+
+    case = replace(_case(args), layers=2)
+    found = prove(case, case.directory(args.dir), DEVICE)
+    print(json.dumps({"what": "gradients", "compute": case.compute, "recompute": case.recompute, "offload": case.offload} | found))
+    sys.exit(0 if found["gate"] == "green" else 1)
 
 
 def everything(args: argparse.Namespace) -> None:
-    """Every row of MATRIX in a fresh process, in turn; lines to --out and the terminal."""
+    """The gate, then the chosen cases, each in a fresh process; lines to --out and, in short, to the terminal."""
+    chosen = list(CASES) + list(SPECIAL) if args.only == "all" else args.only.split(",")
+    unknown = set(chosen) - set(CASES) - set(SPECIAL)
+    assert not unknown, f"no such cases: {', '.join(sorted(unknown))}; there are {', '.join([*CASES, *SPECIAL])}"
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
     with out.open("a") as file:
-        for impl, recompute in MATRIX:
-            command = [sys.executable, __file__, "run", "--dir", args.dir, "--impl", impl]
-            command += ["--rows", str(args.rows), "--tokens", str(args.tokens), *(["--recompute"] if recompute else [])]
-            done = subprocess.run(command, capture_output=True, text=True)
-            lines = [line for line in done.stdout.splitlines() if line.startswith('{"impl"')]
-            text = lines[-1] if lines else json.dumps({"impl": impl, "recompute": recompute, "failed": done.stderr[-1500:]})
-            print(text, flush=True)
-            file.write(text + "\n")
+
+        def one(command: str, words: list[str], group: str, more: dict[str, str] | None = None, **note: Any) -> dict[str, Any]:
+            left = args.budget - (time.monotonic() - begun)
+            words = [*words, "--dir", args.dir, *(["--data", args.data] if args.data else [])]
+            found = {"failed": "no time left", "case": words} if left < 15 else _spawn(command, words, more or {}, left)
+            line = {"group": group, **found, **note}
+            file.write(json.dumps(line) + "\n")
             file.flush()
+            print(*(f"{k}={str(line[k])[-400:]}" for k in SHOWN if line.get(k) not in (None, False, "")), flush=True)
+            return line
+
+        proven = set()
+        for kind in sorted({_kind(case) for name in chosen for case in _cases(name) if case.impl == "halfbyte"}):
+            compute, recompute, offload = kind
+            proof = Case("halfbyte", args.proof_size, 2, recompute=recompute, offload=offload, compute=compute)
+            if one("gate", proof.arguments(), "gate").get("gate") == "green":
+                proven.add(kind)
+        for name in chosen:
+            for case in _cases(name):
+                if case.impl == "halfbyte" and _kind(case) not in proven:
+                    print(f"group={name}: no figures for {_kind(case)}, its gradients are not proven", flush=True)
+                elif name == "cold":
+                    with tempfile.TemporaryDirectory() as folder:
+                        caches = {f"{n}_CACHE_DIR": f"{folder}/{n}" for n in ("TRITON", "TORCHINDUCTOR")}
+                        for cache in ("empty", "warm"):
+                            one("run", [*case.arguments(), "--first"], name, caches, cache=cache)
+                else:
+                    one("launches" if name == "launches" else "run", case.arguments(), name)
 
 
-def table(args: argparse.Namespace) -> None:
-    """The results as Markdown."""
-    print(markdown(Path(args.out)))
+def _cases(name: str) -> list[Case]:
+    return {"launches": LAUNCHES, "cold": COLD}.get(name) or CASES[name]
 
 
-def markdown(results: Path) -> str:
-    """One row a run, in the order they ran; a red gate or a failure shows no figure."""
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
-    text = ["| implementation | recompute | tokens/s | peak GiB | resident GiB |", "| --- | --- | --- | --- | --- |"]
-    for row in rows:
-        figures = (
-            [f"{row['tokens_per_s']:,}", f"{row['peak_GiB']:.1f}", f"{row['resident_GiB']:.1f}"] if "step_s" in row else ["-"] * 3
-        )
-        text.append(f"| {row['impl']} | {'full' if row['recompute'] else 'none'} | {' | '.join(figures)} |")
-    return "\n".join(text)
+def _kind(case: Case) -> tuple[str, str, bool]:
+    """What a proof of gradients is valid for."""
+    return case.compute, case.recompute, case.offload
+
+
+SHOWN = (
+    *("group", "impl", "size", "layers", "rows", "tokens", "recompute", "offload", "compute", "optimizer", "cache", "gate"),
+    *("tokens_per_s", "trained_tokens_per_s", "step_s", "host_s", "peak_GiB", "reserved_GiB", "driver_GiB", "share", "hot_tflops"),
+    *("sm_mhz", "launches", "kernels_a_layer", "first_step_s", "load_s", "of_bound", "failed"),
+)
+
+
+def _spawn(command: str, words: list[str], more: dict[str, str], limit: float) -> dict[str, Any]:
+    """The JSON line of one process, or why there is none."""
+    call = [sys.executable, __file__, command, *words]
+    try:
+        done = subprocess.run(call, capture_output=True, text=True, timeout=min(limit, 180), env=os.environ | more)
+    except subprocess.TimeoutExpired:
+        return {"failed": "took too long", "case": words}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        return {"failed": done.stderr[-1500:], "case": words}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["make", "run", "all", "table"])
-    parser.add_argument("--dir", default="model")
-    parser.add_argument("--size", choices=SIZES, default="8b")
-    parser.add_argument("--tokenizer")
-    parser.add_argument("--impl", default="halfbyte")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("command", choices=["make", "run", "gate", "launches", "all", "table"])
+    parser.add_argument("--dir", default="model", help="where the checkpoints are")
+    parser.add_argument("--tokenizer", help="a tokenizer's folder, for make")
+    parser.add_argument("--no-dense", action="store_true", help="make no 16-bit checkpoint")
+    parser.add_argument("--data", help="examples for packed rows")
     parser.add_argument("--out", default="bench/results/throughput.jsonl")
+    parser.add_argument("--only", default="all", help="comma-separated: " + ", ".join([*CASES, *SPECIAL]))
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which `all` starts no further run")
+    parser.add_argument("--proof-size", default="8b", choices=SIZES, help="shape of the gradient gate in `all`")
+    parser.add_argument("--first", action="store_true", help="only the first step")
+    for field in fields(Case):
+        if field.name in ("offload", "packed"):
+            parser.add_argument(f"--{field.name}", action="store_true")
+        else:
+            default = "halfbyte" if field.name == "impl" else field.default
+            parser.add_argument(f"--{field.name}", type=type(default), default=default)
     args = parser.parse_args()
-    {"make": make, "run": run, "all": everything, "table": table}[args.command](args)
+    if args.command == "table":
+        from tables import throughput
+
+        print(throughput(Path(args.out)))
+        return
+    {"make": make, "run": run, "gate": gate, "launches": launches, "all": everything}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -31,19 +31,40 @@ _LLAMA = _SMALL | {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+_WIDE = _SMALL | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_ONE_WINDOW = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": _LLAMA | {"sliding_window": 24},
     "qwen2": _LLAMA,
     "qwen3": _LLAMA | {"head_dim": 16},
     "gemma2": _LLAMA | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 24},
+    "gemma3": _LLAMA | _ONE_WINDOW | {"model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 16},
     "phi3": _LLAMA,
+    "phi": _LLAMA | {"num_key_value_heads": 4},
     "gpt2": _SMALL | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
-    "falcon": _SMALL | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": False},
-    "gpt_neox": _SMALL | {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "falcon": _WIDE | {"alibi": False},
+    "falcon-new": _WIDE | {"model_type": "falcon", "alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon-sequential": _WIDE
+    | {"model_type": "falcon", "alibi": False, "multi_query": False, "parallel_attn": False, "bias": True},
+    "falcon-alibi": _WIDE | {"model_type": "falcon", "alibi": True, "multi_query": False, "parallel_attn": False},
+    "gpt_neox": _WIDE | {"intermediate_size": 160},
+    "olmo2": _LLAMA,
+    "granite": _LLAMA
+    | {"residual_multiplier": 0.22, "attention_multiplier": 0.1, "embedding_multiplier": 12.0, "logits_scaling": 8.0},
+    "cohere": _LLAMA,
+    "cohere-qk-norm": _LLAMA | {"model_type": "cohere", "use_qk_norm": True},
+    "cohere2": _LLAMA | _ONE_WINDOW,
+    "smollm3": _LLAMA | {"no_rope_layers": [1, 0]},
+    "stablelm": _LLAMA,
+    "starcoder2": _LLAMA,
+    "glm4": _LLAMA | {"head_dim": 16},
+    "gptj": _SMALL | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 8},
+    "hunyuan": _LLAMA | {"model_type": "hunyuan_v1_dense", "head_dim": 16},
 }
-FAMILIES["gpt2"].pop("max_position_embeddings")
-"""Settings of one tiny model a family; keys are transformers' `model_type`."""
+for _name in ("gpt2", "gptj"):
+    FAMILIES[_name].pop("max_position_embeddings")
+"""Settings of one tiny model a family; keys are transformers' `model_type`, or a name of ours and the type among the settings."""
 
 QWEN3_8B = {
     "model_type": "qwen3",
@@ -73,7 +94,7 @@ def tiny_config(family: str = "llama", **changes: Any) -> dict[str, Any]:
     """The `config.json` of a tiny model, as a dict."""
     from transformers import AutoConfig
 
-    return dict(AutoConfig.for_model(family, **FAMILIES[family] | changes).to_dict())
+    return dict(AutoConfig.for_model(**{"model_type": family} | FAMILIES[family] | changes).to_dict())
 
 
 def tiny_model(family: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -81,13 +102,13 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **changes: Any) -> PreTr
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **FAMILIES[family] | changes)
+    config = AutoConfig.for_model(**{"model_type": family} | FAMILIES[family] | changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():  # norms and biases start at 1 and 0: move them, so that a test notices when one is lost
-            for p in model.parameters():
-                if p.ndim == 1:
+            for name, p in model.named_parameters():
+                if p.ndim == 1 or "norm" in name:
                     p.add_(0.1 * torch.randn_like(p))
     model.eval()
     return model

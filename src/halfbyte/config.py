@@ -19,6 +19,7 @@ from halfbyte.errors import RecipeError
 from halfbyte.formats.config import FormatConfig
 from halfbyte.memory.config import MemoryConfig
 from halfbyte.mistakes import CONTRADICTION, in_words
+from halfbyte.objectives.config import LossConfig
 from halfbyte.optim.config import OptimConfig
 from halfbyte.train.config import LogConfig, TrainConfig
 
@@ -55,6 +56,8 @@ class Recipe(Section):
     """What is learned from."""
     train: TrainConfig = TrainConfig()
     """How long, how fast, how often."""
+    loss: LossConfig = LossConfig()
+    """What is minimised."""
     optim: OptimConfig = OptimConfig()
     """The optimizer."""
     memory: MemoryConfig = MemoryConfig()
@@ -95,6 +98,11 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
         (fmt.zero != "int" and not affine, "format.zero", f"only int4 has zero points, and the format is {fmt.kind}"),
         (fmt.zero != "int" and affine and fmt.symmetric, "format.zero", "a zero point needs `format.symmetric: false`"),
         (fmt.kind in ("int8", "none") and fmt.block != 64, "format.block", f"{fmt.kind} has no blocks"),
+        (
+            fmt.kind == "none" and fmt.head != "16bit",
+            "format.head",
+            "`format: none` keeps the whole base, its head too, in 16 bits",
+        ),
         (fmt.kind == "none" and bool(fmt.skip), "format.skip", "`format: none` packs nothing that could be skipped"),
         (
             full and recipe.compute == "fp8",

@@ -1,9 +1,10 @@
-"""The tables of docs/concepts/quality.md and speed.md are those of the raw results, and the prose quotes them."""
+"""The tables of docs/concepts are those of the raw results (`bench/tables.py`), and the prose quotes them."""
 
 from __future__ import annotations
 
-import importlib.util
-import re
+import importlib
+import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -11,42 +12,63 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CONCEPTS, RESULTS = ROOT / "docs" / "concepts", ROOT / "bench" / "results"
-TABLES = [
-    ("quality.md", "quality", "quality", "2026-11-22-h200-quality.jsonl"),
-    ("speed.md", "throughput", "throughput", "2026-11-22-h200-throughput.jsonl"),
-    ("speed.md", "kernels", "kernels_gpu", "2026-11-22-h200-kernels.jsonl"),
-]
+MARKERS = ["quality", "before", "kernels", "throughput", "roofline", "facts", "equivalence"]
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench(name: str) -> ModuleType:
+    """A script of bench/, with its neighbours importable as they are when it runs."""
+    if str(ROOT / "bench") not in sys.path:
+        sys.path.append(str(ROOT / "bench"))
+    return importlib.import_module(name)
 
 
-@pytest.mark.parametrize(("page", "marker", "bench", "results"), TABLES, ids=lambda value: str(value))
-def test_a_table_is_made_from_the_raw_results(page: str, marker: str, bench: str, results: str) -> None:
+@pytest.mark.parametrize("marker", MARKERS)
+def test_a_table_is_made_from_the_raw_results(marker: str) -> None:
+    tables = bench("tables")
+    assert [entry[1] for entry in tables.TABLES] == MARKERS
+    page, _, table, results = next(entry for entry in tables.TABLES if entry[1] == marker)
     text = (CONCEPTS / page).read_text(encoding="utf-8")
-    found = re.search(rf"<!-- {marker} -->\n(.*?)\n?<!-- /{marker} -->", text, re.DOTALL)
+    found = tables.pattern(marker).search(text)
     assert found, f"{page} has no markers `{marker}`"
     assert results in text
-    assert found[1] == script(bench).markdown(RESULTS / results)
+    assert found[2] == tables.block(table, results), "run `python bench/tables.py`"
 
 
 def test_the_prose_quotes_the_tables() -> None:
-    quality, speed = ((CONCEPTS / name).read_text(encoding="utf-8") for name in ("quality.md", "speed.md"))
+    quality, performance = ((CONCEPTS / name).read_text(encoding="utf-8") for name in ("quality.md", "performance.md"))
     table, prose = quality.split("<!-- /quality -->")
     assert "within two standard errors" in table and "(+5.53%)" in table and "5.5 %" in prose
-    table, prose = speed.split("<!-- /throughput -->")
+    table, prose = performance.split("<!-- before -->")[1].split("<!-- /before -->")
     for figure in ("12,783", "15,662", "13,987", "13,296", "54.8", "35.9", "40.2", "10.1", "7.8", "9.1"):
         assert figure in prose, figure
         assert figure in table, figure
 
 
 def test_no_figure_of_the_kernels_without_their_proof() -> None:
-    import json
-
     gate = json.loads((RESULTS / "2026-11-22-h200-kernels-gate.json").read_text())
     assert gate and not any(gate.values())
+
+
+def test_throughput_shows_no_unproven_figure_and_compares_means(tmp_path: Path) -> None:
+    def row(group: str, impl: str, speed: int, **more: object) -> dict[str, object]:
+        figures = {"tokens_per_s": speed, "trained_tokens_per_s": speed, "step_s": 8192 / speed, "rows": 4, "tokens": 2048}
+        memory = {"peak_GiB": 30.0, "reserved_GiB": 31.0, "driver_GiB": 32.0}
+        return {"group": group, "impl": impl, "gate": "green", "share": 0.8, "launches": 2000, **figures, **memory, **more}
+
+    rows = [
+        {"group": "gate", "gate": "red", "compute": "fp8", "recompute": "none"},
+        row("nocheckpoint", "halfbyte", 18000),
+        row("nocheckpoint", "unsloth", 15000),
+        row("nocheckpoint", "halfbyte", 19500),
+        row("short", "halfbyte", 9999, gate="red"),
+        row("70b", "halfbyte", 4096, layers=4, step_s=1.0),
+        row("70b", "halfbyte", 8192, layers=2, step_s=0.6),
+        {"group": "launches", "impl": "halfbyte", "recompute": "none", "kernels_a_layer": 70.5},
+        {"group": "cold", "impl": "halfbyte", "cache": "empty", "first_step_s": 12.3, "load_s": 4.0},
+        {"group": "full", "failed": "no time left"},
+    ]
+    (tmp_path / "r.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    text = bench("tables").throughput(tmp_path / "r.jsonl")
+    assert "9,999" not in text and "not proven" in text
+    assert "| 4 x 2,048, no recompute | unsloth | 1.250 |" in text
+    assert "200.0 ms a layer" in text and "| 70.5 |" in text and "12.3" in text

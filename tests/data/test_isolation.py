@@ -16,7 +16,7 @@ from halfbyte.layers.decoder import DecoderLayer
 from support import chats, tiny_model, tiny_tokenizer, write_jsonl
 
 
-@pytest.mark.parametrize(("family", "adopted"), [("llama", True), ("gpt2", True), ("falcon", False), ("gpt_neox", False)])
+@pytest.mark.parametrize(("family", "adopted"), [("llama", True), ("gpt2", True), ("falcon", True), ("gptj", False)])
 def test_logits_of_a_packed_example_equal_those_of_the_example_alone(family: str, adopted: bool, tmp_path: Path) -> None:
     config = DataConfig(train=[{"path": str(write_jsonl(tmp_path / "chats.jsonl", chats(12)))}], eval=0, tokens=160)
     data = prepare(config, tiny_tokenizer(), 0, tmp_path / "cache").train

@@ -59,6 +59,8 @@ CASES = {
     "untied-by-training": ("qwen2", NF4, {"modules_to_save": ["lm_head"]}, {"tie_word_embeddings": True}),
     "saved": ("qwen3", NF4, {"modules_to_save": ["embed_tokens", "norm"]}, {}),
     "int8": ("llama", FormatConfig(kind="int8"), {"rslora": True}, {}),
+    "int8-head": ("llama", FormatConfig(head="int8"), {}, {"tie_word_embeddings": False}),
+    "nf4-head": ("qwen3", FormatConfig(head="nf4"), {}, {"tie_word_embeddings": False}),
     "int4": ("llama", FormatConfig(kind="int4", symmetric=False), {"targets": ["q_proj"]}, {}),
 }
 
@@ -77,6 +79,16 @@ def test_the_merged_model_answers_as_the_unmerged_one(case, tmp_path):
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert ("lm_head.weight" in stored) == (case not in ("tied", "gpt2", "gpt2-dense", "falcon"))
     assert theirs.config.to_dict().get("quantization_config") is None
+
+
+@pytest.mark.parametrize("head", ["int8", "nf4"])
+def test_a_packed_head_answers_as_its_decoded_weight(head, tmp_path):
+    base = trained(tmp_path, fmt=FormatConfig(head=head), model={"tie_word_embeddings": False})
+    answer = generate(base, "abc", 8)
+    weight = base.model.lm_head.weight
+    base.model.lm_head = torch.nn.Linear(*reversed(weight.shape), bias=False)
+    base.model.lm_head.weight = torch.nn.Parameter(weight)
+    assert generate(base, "abc", 8).text == answer.text and answer.tokens > 0
 
 
 def test_in_16_bits_it_moves_by_rounding_only(tmp_path):

@@ -1,6 +1,6 @@
 """Proofs of the fp8 twins on one device: `test_fp8.py` runs them here, `bench/fp8_gpu.py` as its gate on a GPU.
 
-    python tests/kernels/checks_fp8.py cpu|cuda        (HALFBYTE_KERNELS, TRITON_INTERPRET: as for checks.py)
+    python tests/kernels/checks_fp8.py cpu|cuda [NAME ...]       (HALFBYTE_KERNELS, TRITON_INTERPRET: as for checks.py)
 
 Decoding and rounding to e4m3 are exact: bits of the reference. Products: truth is float64 on the e4m3 operands, honest is fp32 and
 one rounding. The adapter is as exact as in bf16: shown on weights that are zero, so that nothing hides its error. What e4m3
@@ -12,14 +12,15 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from halfbyte.formats import quantize as formats
 from halfbyte.formats.packed import Format, Packed
-from halfbyte.kernels import fp8
+from halfbyte.kernels import fp8, norm
+from halfbyte.kernels import glu as glu_plain
 from halfbyte.kernels.augmented import Group
 from halfbyte.kernels.dropout import Dropout
 from halfbyte.kernels.dropout import reference as philox
@@ -27,6 +28,7 @@ from halfbyte.kernels.fp8 import plan, reference
 from halfbyte.kernels.fp8.parts import COLUMNS, E4M3, Rows, Weight
 from halfbyte.kernels.lora_linear import LowRank
 from halfbyte.kernels.lora_linear.members import Member
+from halfbyte.kernels.norm import NormSpec
 from halfbyte.kernels.products import Augmented, Float8
 from kernels.checks import as_wrong_as_honest, poisoned
 
@@ -174,12 +176,46 @@ def check_fp8_both(device: str) -> None:
     assert ((high + low) * rows.scale * 16 - small).norm() / small.norm() < 2**-7
 
 
+def check_fp8_elementwise(device: str) -> None:
+    """Norm and GLU that write e4m3 too: the plain kernel's numbers, and exactly those quantised."""
+    for width in (63, 80, 431):
+        wide = normal(5, 2 * width + 16, seed=1, device=device).bfloat16()
+        x, delta = wide[:, :width], normal(5, width, seed=2, device=device).bfloat16()
+        weight, bias = (normal(width, seed=i, device=device) for i in (3, 4))
+        rows, want = (Rows(5, 2 * width, 0, torch.device(device)) for _ in range(2))
+        half = Rows(5, width, 0, torch.device(device))
+        for spec, b in ((NormSpec("rms", 1e-6, 1.0), None), (NormSpec("layer", 1e-5), bias)):
+            out, plain = torch.empty(5, width + 16, dtype=torch.bfloat16, device=device)[:, :width], torch.empty_like(delta)
+            got = fp8.add_norm(x, delta, spec, weight, b, out, half)
+            other = norm.add_norm(x, delta, spec, weight, b, plain)
+            assert torch.equal(got[0], other[0]) and torch.allclose(got[1], other[1]), f"norm {spec}"
+            assert (out.float() - plain.float()).abs().max() <= 2**-7 * plain.float().abs().max(), f"norm {spec}"
+            reference.quantize_rows(out, want.main[:, :width], want.scale)
+            same_bits(f"norm {spec}", half.main.contiguous(), want.main[:, :width].contiguous())
+            same_bits(f"norm {spec} scale", half.scale, want.scale)
+        gate, up = wide[:, :width], wide[:, width : 2 * width]
+        h, dh = torch.empty_like(delta), normal(5, width, seed=5, device=device).bfloat16()
+        fp8.glu(gate, up, "silu", h, half)
+        plain_h, plain_wide, plain_dh = torch.empty_like(h), wide.clone(), dh.clone()
+        glu_plain.glu(gate, up, "silu", plain_h)
+        assert (h.float() - plain_h.float()).abs().max() <= 2**-7 * plain_h.float().abs().max(), "glu"
+        reference.quantize_rows(h, want.main[:, :width], want.scale)
+        same_bits("glu", half.main.contiguous(), want.main[:, :width].contiguous())
+        fp8.glu_backward(dh, gate, up, "silu", rows)
+        glu_plain.glu_backward(plain_dh, plain_wide[:, :width], plain_wide[:, width : 2 * width], "silu")
+        assert (wide.float() - plain_wide.float()).abs().max() <= 2**-7 * plain_wide.float().abs().max(), "glu backward"
+        assert (dh.float() - plain_dh.float()).abs().max() <= 2**-7 * plain_dh.float().abs().max(), "glu backward"
+        reference.quantize_rows(wide[:, : 2 * width], want.main, want.scale)
+        same_bits("glu backward", rows.main, want.main)
+        same_bits("glu backward scale", rows.scale, want.scale)
+
+
 # --- products -----------------------------------------------------------------------------------------------------------
 
 
 def check_fp8_product(device: str) -> None:
     """Into rows of a wider matrix, with a bias, with and without the adapter's columns."""
-    for tokens, inner, outputs, rank in ((33, 96, 144, 16), (64, 256, 80, 0), (1, 64, 16, 16)):
+    for tokens, inner, outputs, rank in ((33, 96, 144, 16), (64, 256, 80, 0), (5, 64, 16, 16)):
         rows, weight = Rows(tokens, inner, rank, torch.device(device)), Weight(outputs, inner, rank, torch.device(device))
         for t, seed in ((rows.data, 1), (weight.data, 2)):
             t.copy_(reference.e4m3(normal(*t.shape, seed=seed, device=device, scale=60)))
@@ -279,12 +315,12 @@ def check_fp8_moved(device: str) -> None:
 CHECKS: dict[str, Callable[[str], None]] = {name[6:]: f for name, f in list(globals().items()) if name.startswith("check_")}
 
 
-def run(device: str) -> dict[str, str]:
-    """Every check on `device`: name to "" or what went wrong."""
+def run(device: str, names: Sequence[str] = ()) -> dict[str, str]:
+    """Checks on `device`, all by default: name to "" or what went wrong."""
     found = {}
-    for name, check in CHECKS.items():
+    for name in names or CHECKS:
         try:
-            check(device)
+            CHECKS[name](device)
             found[name] = ""
         except Exception:
             found[name] = traceback.format_exc(limit=-3)
@@ -292,6 +328,6 @@ def run(device: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    outcome = run(sys.argv[1])
+    outcome = run(sys.argv[1], sys.argv[2:])
     print(json.dumps(outcome))
     sys.exit(1 if any(outcome.values()) else 0)

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from halfbyte.kernels.cross_entropy import Head, chunked, cross_entropy, cross_entropy_op
-from halfbyte.kernels.cross_entropy.parts import Wants
+from halfbyte.formats.packed import Format
+from halfbyte.formats.quantize import quantize
+from halfbyte.kernels.cross_entropy import Head, chunked, cross_entropy, cross_entropy_op, expand_rows_op
+from halfbyte.kernels.cross_entropy.parts import PLAIN, Task, Wants
 
 
 def example(t: int = 40, v: int = 431) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,12 +61,27 @@ class Largest(TorchDispatchMode):
         return out
 
 
+class Fresh(Largest):
+    """The same, views of `known` not counted."""
+
+    def __init__(self, known: Tensor) -> None:
+        super().__init__()
+        self.known = known.untyped_storage().data_ptr()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() != self.known:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
 def largest(rows: int, chunk_bytes: int) -> int:
     """Elements of the largest tensor that 400 positions of which `rows` are labelled make, on a head of 2000 x 2."""
     labels = torch.full((400,), -100)
     labels[:rows] = 5
     with Largest() as seen, torch.no_grad():  # below the operator, which a mode does not see into
-        chunked.cross_entropy(torch.randn(400, 2), labels, Head(torch.randn(2000, 2)), Wants(True, False, False), chunk_bytes, -1)
+        wants = Wants(True, False, False)
+        chunked.cross_entropy(Task(torch.randn(400, 2), labels, Head(torch.randn(2000, 2)), PLAIN, wants, rows, chunk_bytes))
     return seen.elements
 
 
@@ -85,5 +102,19 @@ def test_the_weight_has_a_gradient_only_if_it_learns() -> None:
 def test_opcheck() -> None:
     hidden, weight, labels = example()
     bias = torch.randn(431, requires_grad=True)
-    arguments = (hidden, weight.requires_grad_(), bias, labels, 0.5, 10.0, 1 << 16, -1, [True, True, True])
-    torch.library.opcheck(cross_entropy_op, arguments)
+    kept = int((labels != -100).sum())
+    numbers = [0.5, 10.0, 0.1, 1e-3]
+    dense = (hidden, weight.requires_grad_(), [], "", bias, labels, numbers, 1 << 16, kept, [True, True, True], "auto")
+    torch.library.opcheck(cross_entropy_op, dense)
+    packed = quantize(torch.randn(431, 64), Format("nf4", 64, nested=True), name="head")
+    stored = (torch.randn(40, 64, requires_grad=True), None, list(packed.tensors()), packed.spec, None, labels, numbers)
+    torch.library.opcheck(cross_entropy_op, (*stored, 1 << 16, kept, [True, False, False], "auto"))
+    torch.library.opcheck(expand_rows_op, (torch.randn(kept, 60), labels, torch.tensor(0.5)))
+
+
+def test_a_frozen_weight_costs_no_product_of_its_size() -> None:
+    """A frozen head: nothing of its size is made."""
+    hidden, weight, labels = torch.randn(8, 500), torch.randn(2000, 500), torch.arange(8)
+    with Fresh(weight) as seen, torch.no_grad():
+        chunked.cross_entropy(Task(hidden, labels, Head(weight), PLAIN, Wants(True, False, False), 8, 1 << 20))
+    assert seen.elements < 2000 * 500

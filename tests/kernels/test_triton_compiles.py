@@ -15,6 +15,8 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from halfbyte.kernels.cross_entropy import fused as loss
+from halfbyte.kernels.cross_entropy import softmax, tiled
 from halfbyte.kernels.dequantize import fused
 from halfbyte.kernels.dropout import fused as dropout
 
@@ -32,6 +34,16 @@ for out in ("*bf16", "*fp16", "*fp32"):
         build(fused._four_bit, pointers, dict(KIND=kind, NESTED=nested, INTERPRETED=False) | shape)
     build(fused._eight_bit, dict(out=out, codes="*u8", scales="*fp32"), dict(TILE=4096, INTERPRETED=False))
     build(dropout._dropout, dict(out=out, x=out, state="*i64", cut="i64", inverse="fp32"), dict(QUADS=512, INTERPRETED=False))
+for extra in (True, False):
+    kind = dict(V=50257 if extra else 128256, BIAS=extra, SCALED=extra, CAPPED=extra, SMOOTH=extra)
+    numbers = dict.fromkeys(("scale", "cap", "smoothing", "zeta"), "fp32")
+    floats = dict.fromkeys(("losses", "factors", "tops", "sums", "plain_sums"), "*fp32")
+    types = dict(z="*bf16", d="*bf16", h="*bf16", w="*bf16", hits="*i32", targets="*i64", bias="*fp32") | numbers | floats
+    build(softmax._softmax, types, kind | dict(SQUARED=extra, GRAD=True, LANES=2048, VEC=8, KEEP=True, STAGES=1, INTERPRETED=False))
+    build(tiled._logits, types, kind | dict(H=4096, M=128, N=128, K=32, INTERPRETED=False))
+    build(tiled._combine, types, kind | dict(TILES=501, WIDE=512, SQUARED=extra, N=256))
+    build(tiled._gradient, types, kind | dict(SPAN=8192, INTERPRETED=False))
+build(loss._expand, dict(out="*bf16", compact="*bf16", index="*i32", factor="*fp32"), dict(BLOCK=4096, INTERPRETED=False))
 print("compiled")
 """
 

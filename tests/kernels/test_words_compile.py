@@ -35,12 +35,12 @@ def build(kernel, signature, constants, aligned):
 
 for out in ("*bf16", "*fp32"):
     for zero, nested, even in (("none", True, True), ("none", False, False), ("min", False, True)):
-        words = dict(ZERO=zero, NESTED=nested, BLOCK=64, ROWS=4, COLUMNS=2048, EVEN=even, LOOKUP="shuffle", POLICY="",
+        words = dict(ZERO=zero, NESTED=nested, BLOCK=64, ROWS=4, COLUMNS=2048, EVEN=even, LOOKUP="shuffle4", POLICY="",
                      INTERPRETED=False)
         pointers = dict(out=out, codes="*u8", scales="*u8" if nested else "*fp32", nested_scales="*fp32", nested_offset="*fp32",
                         zeros="*fp32", table="*fp32", nested_levels="*fp32")
         build(fused._words, pointers, words, ("out", "table", "nested_levels"))
-        group = dict(MEMBERS=3, ALIGNED=True, MASTER=tl.float32, A_WIDTH=2048, B_ROWS=32, B_COLUMNS=64, PERSISTENT=False)
+        group = dict(MEMBERS=3, ALIGNED=True, MASTER=tl.float32, A_WIDTH=2048, B_ROWS=32, B_COLUMNS=64, DEPENDENT=False)
         pointers = dict(out=out, members="*i64", table="*fp32", nested_levels="*fp32")
         build(augmented._augmented, pointers, group | words, tuple(pointers))
 print("compiled")

@@ -18,8 +18,18 @@ from halfbyte.layers import swap
 from halfbyte.layers.linear import Linear4bit
 from support import tiny_model
 
-ADOPTED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "phi3", "gemma2")
-LEFT = ("falcon", "gpt_neox")
+FUSED = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi", "gpt2", "falcon", "olmo2", "granite"),
+    *("cohere", "cohere2", "smollm3", "stablelm", "starcoder2", "glm4"),
+)
+"""Families that run on the fused layer (`layers.fused`)."""
+ADOPTED = (*FUSED, "falcon-new", "falcon-sequential", "gpt_neox", "cohere-qk-norm")
+"""Families that run on the generic layer."""
+LEFT = {
+    "gptj": "its MLP was not found among its submodules (0 candidates)",
+    "hunyuan": "its attention has an unknown submodule: query_layernorm, key_layernorm",
+}
+"""Families whose layers stay transformers' own, linear by linear, and why."""
 NF4 = Format("nf4", 64, True)
 
 

@@ -8,6 +8,7 @@ import torch
 from halfbyte.formats.packed import Format
 from halfbyte.layers import forward, recompute, swap
 from halfbyte.layers.decoder import DecoderLayer
+from halfbyte.layers.linear import Linear4bit
 from layers.families import ADOPTED, LEFT, NF4, pair, peft_gradients, row, with_adapters
 from support import tiny_model
 
@@ -21,7 +22,7 @@ def _is_adopted(model: torch.nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("family", ADOPTED + LEFT)
+@pytest.mark.parametrize("family", [*ADOPTED, *LEFT])
 def test_logits_and_adapter_gradients_equal_transformers_and_peft(family: str, fmt: Format | None) -> None:
     ours, plain = pair(family, fmt)
     assert _is_adopted(ours) == (family in ADOPTED)
@@ -43,7 +44,7 @@ def test_logits_and_adapter_gradients_equal_transformers_and_peft(family: str, f
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.parametrize("family", ADOPTED + LEFT)
+@pytest.mark.parametrize("family", [*ADOPTED, *LEFT])
 def test_a_packed_row_equals_its_examples_alone(family: str, recomputed: bool) -> None:
     still = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0} if family == "gpt2" else {}
     ours, plain = pair(family, NF4, **still)
@@ -66,7 +67,7 @@ def test_a_packed_row_equals_its_examples_alone(family: str, recomputed: bool) -
         assert (parameter.grad - theirs[name]).abs().max() <= 1e-4 * theirs[name].abs().max().clamp_min(1e-6), name
 
 
-@pytest.mark.parametrize("family", ADOPTED + LEFT)
+@pytest.mark.parametrize("family", [*ADOPTED, *LEFT])
 def test_greedy_text_is_transformers_own(family: str) -> None:
     ours, plain = pair(family, NF4)
     ids, _, _ = row((9,))
@@ -153,6 +154,34 @@ def test_dropout_of_the_base_stays_in_its_place(family: str) -> None:
         out.append(model(input_ids=ids, use_cache=False).logits)
     torch.testing.assert_close(out[0], out[1], atol=2e-5, rtol=1e-4)
     assert (out[0] - ours.eval()(input_ids=ids, use_cache=False).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        *((family, {}, reason) for family, reason in LEFT.items()),
+        ("falcon-alibi", {}, "its attention is biased by position (alibi), which is not built"),
+        ("falcon", {"hidden_dropout": 0.1}, "dropout `hidden_dropout` is active and its place is unknown"),
+        ("falcon", {"attention_dropout": 0.1}, "its attention has dropout and does not go through transformers'"),
+        ("falcon", {"sliding_window": 4096}, "does not go through transformers' attention interface and has `sliding_window`"),
+        ("starcoder2", {"residual_dropout": 0.1}, "dropout `residual_dropout` is active and its place is unknown"),
+        ("stablelm", {"qk_layernorm": True}, "its attention has an unknown submodule: q_layernorm, k_layernorm"),
+        ("gemma3", {"use_bidirectional_attention": True}, "its attention looks ahead (is_causal is false)"),
+    ],
+)
+def test_what_is_left_runs_linear_by_linear_and_is_named_in_the_log(
+    family: str, changes: dict[str, object], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "halfbyte"):
+        ours, plain = pair(family, NF4, **changes)
+    told = [record.getMessage() for record in caplog.records if "decoder layers" in record.getMessage()]
+    assert len(told) == 1 and told[0].startswith("0 of 2 decoder layers adopted (left, linear by linear: ")
+    assert reason in told[0]
+    assert not _is_adopted(ours)
+    linear = [m for m in ours.base_model.modules() if isinstance(m, torch.nn.Linear)]
+    assert linear and all(isinstance(m, Linear4bit) for m in linear)
+    ids, _, _ = row((12,))
+    torch.testing.assert_close(ours(ids, use_cache=False).logits, plain(ids, use_cache=False).logits, atol=2e-5, rtol=1e-4)
 
 
 def test_a_layer_that_differs_from_the_generic_one_is_left_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused import gradients
 from halfbyte.layers.fused.keep import Keep
 from halfbyte.optim.flat import flatten
-from layers.families import ADOPTED, NF4, pair, peft_gradients, row, with_adapters
+from layers.families import ADOPTED, FUSED, NF4, pair, peft_gradients, row, with_adapters
 
 STILL = {"gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}}
 LENGTHS = (7, 16, 1, 10)
@@ -42,7 +42,7 @@ def _compare(adapter: lora.Adapter, theirs: dict[str, Tensor], tolerance: float 
 @pytest.mark.cpu
 @pytest.mark.parametrize("fmt", [pytest.param(NF4, id="nf4"), pytest.param(None, id="none")])
 @pytest.mark.parametrize("keep", [fused.EVERYTHING, fused.INPUTS], ids=["everything", "inputs"])
-@pytest.mark.parametrize("family", ADOPTED)
+@pytest.mark.parametrize("family", FUSED)
 def test_a_packed_row_equals_transformers_and_peft(family: str, keep: Keep, fmt: Format | None) -> None:
     ours, plain = pair(family, fmt, **STILL.get(family, {}))
     adapter, reference = with_adapters(ours, plain)
@@ -59,7 +59,7 @@ def test_a_packed_row_equals_transformers_and_peft(family: str, keep: Keep, fmt:
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("family", ADOPTED)
+@pytest.mark.parametrize("family", FUSED)
 def test_unpacked_rows_too(family: str) -> None:
     ours, plain = pair(family, NF4, **STILL.get(family, {}))
     adapter, reference = with_adapters(ours, plain)
@@ -116,7 +116,7 @@ def test_every_adapter_stays_on_the_path(family: str, config: AdapterConfig) -> 
         assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
 
 
-@pytest.mark.parametrize("keep", KEEPS, ids=lambda k: "".join(str(int(v)) for v in (k.normed, k.qkv, k.attended, k.mid, k.inputs)))
+@pytest.mark.parametrize("keep", [*KEEPS, fused.OFFLOADED], ids=lambda k: "".join(str(int(v)) for v in (k.normed, k.qkv, k.attended, k.mid, k.inputs)))
 def test_whatever_is_kept_the_gradients_are_the_same_bits(keep: Keep) -> None:
     model, adapter = _llama(AdapterConfig(rank=4, dropout=0.2), "qwen3")
     fused.prepare(model)
@@ -182,6 +182,13 @@ def test_what_cannot_be_fused_is_left_and_named() -> None:
     assert done.layers == 0 and all("learns beside the adapter" in reason for reason in done.left.values())
     model, _ = pair("gpt2", None, resid_pdrop=0.1)
     assert "dropout of the base" in fused.prepare(model).summary()
+
+
+@pytest.mark.parametrize("family", sorted(set(ADOPTED) - set(FUSED)))
+def test_families_whose_layers_are_not_fused_are_named(family: str) -> None:
+    reasons = {"cohere-qk-norm": "the norm CohereLayerNorm has another shape of weight or no eps"}
+    done = fused.prepare(pair(family, NF4)[0])
+    assert set(done.left.values()) == {reasons.get(family, "queries, keys and values are interleaved in one projection")}
 
 
 def test_a_layer_that_disagrees_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

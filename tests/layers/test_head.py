@@ -8,7 +8,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from halfbyte.errors import ModelError
-from halfbyte.layers import head
+from halfbyte.formats.packed import Format, Packed
+from halfbyte.kernels.cross_entropy import cross_entropy
+from halfbyte.layers import head, swap
 from layers.families import row
 from support import FAMILIES, tiny_model
 
@@ -52,6 +54,31 @@ def test_a_scale_without_a_name_is_measured() -> None:
     model = tiny_model("llama")
     model.lm_head.register_forward_hook(lambda module, args, out: 0.7 * out)
     assert head.find(model).scale == pytest.approx(0.7, rel=1e-5)
+
+
+@pytest.mark.parametrize("fmt", [Format("int8"), Format("nf4", 64, nested=True)], ids=str)
+@pytest.mark.parametrize("family", ["llama", "cohere"])
+def test_a_packed_head(fmt: Format, family: str) -> None:
+    """It stays packed, and the loss of the whole model is the loss of its decoded weight."""
+    changes = {"logit_scale": 0.0625} if family == "cohere" else {}
+    model = _build(family, tie_word_embeddings=False, **changes)
+    report = swap.pack(model, None, Format("nf4", 64), (), fmt)
+    packed = next(row for row in report.rows if row.kind == "head")
+    assert packed.packed and packed.format == fmt and packed.bytes == fmt.nbytes(packed.shape)
+    found = head.find(model)
+    assert isinstance(found.weight, Packed) and found.scale == changes.get("logit_scale", 1.0)
+    ids, _, _ = row((23,))
+    labels = ids.roll(-1)
+    loss, _ = cross_entropy(model.base_model(input_ids=ids, use_cache=False).last_hidden_state, labels, found)
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, labels[0], reduction="sum"))
+
+
+def test_a_head_tied_to_the_embedding_is_not_packed() -> None:
+    model = _build("llama", tie_word_embeddings=True)
+    with pytest.raises(ModelError, match="it is the embedding too") as error:
+        swap.plan_packing(model, (), Format("nf4", 64), Format("int8"))
+    assert error.value.code == "format.head"
 
 
 def test_a_head_that_does_not_fit_is_refused() -> None:

@@ -28,10 +28,10 @@ FORMATS = [
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-@pytest.mark.parametrize("family", ADOPTED + LEFT)
+@pytest.mark.parametrize("family", [*ADOPTED, *LEFT])
 def test_the_plan_on_meta_is_what_packing_does(family: str, fmt: Format) -> None:
     with torch.device("meta"):
-        config = AutoConfig.for_model(family, **FAMILIES[family])
+        config = AutoConfig.for_model(**{"model_type": family} | FAMILIES[family])
         planned = swap.plan_packing(AutoModelForCausalLM.from_config(config, dtype=torch.float32), (), fmt)
     model = tiny_model(family)
     done = swap.pack(model, None, fmt)

@@ -7,6 +7,7 @@ import torch
 
 from halfbyte.kernels.cross_entropy import Head
 from halfbyte.objectives import sft
+from halfbyte.objectives.config import LossConfig
 
 S, H, V = 40, 16, 50
 
@@ -40,6 +41,20 @@ def test_shares_of_unequal_microbatches_add_up_to_the_mean() -> None:
     whole = sft.loss(hidden, labels, head, total)
     shares = [sft.loss(hidden[:, at : at + 10], labels[:, at : at + 10], head, total) for at in range(0, S, 10)]
     torch.testing.assert_close(torch.stack(shares).sum(), whole)
+
+
+def test_smoothing_and_z_are_means_over_the_whole_batch_too() -> None:
+    hidden, labels, weight, bias = case()
+    labels[0, :20] = -100
+    labels[0, 3] = 5
+    config = LossConfig(label_smoothing=0.1, z_loss=0.01)
+    head, total = Head(weight, bias), int((labels != -100).sum())
+    whole = sft.loss(hidden, labels, head, total, config)
+    shares = [sft.loss(hidden[:, at : at + 10], labels[:, at : at + 10], head, total, config) for at in range(0, S, 10)]
+    torch.testing.assert_close(torch.stack(shares).sum(), whole)
+    z, kept = head.logits(hidden)[0], labels[0] != -100
+    plain = torch.nn.functional.cross_entropy(z, labels[0], ignore_index=-100, label_smoothing=0.1)
+    torch.testing.assert_close(whole, plain + 0.01 * torch.logsumexp(z[kept], 1).square().mean())
 
 
 def test_correct_tokens_are_counted() -> None:

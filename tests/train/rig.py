@@ -14,6 +14,7 @@ import torch
 
 from halfbyte.checkpoints import resume
 from halfbyte.kernels.cross_entropy import Head
+from halfbyte.objectives.config import LossConfig
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.config import OptimConfig
 from halfbyte.optim.flat import flatten
@@ -112,6 +113,7 @@ def build(
     output.mkdir(parents=True, exist_ok=True)
     return Parts(
         config=config,
+        loss=LossConfig(),
         model=model,
         head=Head(model.get_output_embeddings().weight),
         forward=forward,

@@ -57,7 +57,7 @@ def load(
     if entry is None:
         fmt = settle(fmt, headers, source.name)
     report = _plan(net, headers, fmt)
-    fill(net, tensors, report, _format(fmt), compute, device, progress)
+    fill(net, tensors, report, compute, device, progress)
     report = with_fields(report, rows=_measured(net, report))
     if entry is not None:
         digest = entry.digest
@@ -131,14 +131,13 @@ def fill(
     net: PreTrainedModel,
     tensors: Tensors,
     report: SwapReport,
-    fmt: Format | None,
     compute: torch.dtype,
     device: torch.device | str,
     progress: Progress = silent,
 ) -> None:
     """Reads every tensor into `net`, packing what `report` says. If names do not match, raises before anything is read."""
     headers = tensors.headers()
-    packed = {row.path for row in report.packed}
+    packed = {row.path: row.format for row in report.packed}
     turned = {row.path for row in report.rows if row.kind == "conv1d"}
     matched = names.match(net, headers, turned)
     wanted = dict(matched.tensors)
@@ -151,7 +150,7 @@ def fill(
         progress(name, done, total)
         value = tensors.read(origin)
         if name in packed:
-            swap.pack_module(net, name.removesuffix(".weight"), value.to(device), fmt)
+            swap.pack_module(net, name.removesuffix(".weight"), value.to(device), packed[name])
         else:
             dtype = torch.float32 if in_fp32(name) else compute
             _set(net, name, _dense(value, name in turned, dtype), device)
@@ -169,14 +168,14 @@ def _format(fmt: FormatConfig) -> Format | None:
 
 def _plan(net: PreTrainedModel, headers: dict[str, Header], fmt: FormatConfig) -> SwapReport:
     """What is packed: the defaults and skip rules; in a packed checkpoint, only what it holds packed."""
-    report = swap.plan_packing(net, fmt.skip, _format(fmt))
+    report = swap.plan_packing(net, fmt.skip, _format(fmt), Format.of_head(fmt))
     if fmt.kind == "none":
         return with_fields(report, rows=[_kept(net, row, "format: none") if row.packed else row for row in report.rows])
     if not any(header.packed for header in headers.values()):
         return report
     turned = {row.path for row in report.rows if row.kind == "conv1d"}
     origin = names.match(net, headers, turned).tensors
-    dense = {row.path for row in report.packed if not headers[origin[row.path]].packed}
+    dense = {row.path for row in report.packed if row.kind != "head" and not headers[origin[row.path]].packed}
     return with_fields(report, rows=[_kept(net, row, STORED_DENSE) if row.path in dense else row for row in report.rows])
 
 

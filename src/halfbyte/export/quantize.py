@@ -59,6 +59,8 @@ def export(
     if fmt.kind not in bnb.LEVELS:
         hint = f"use one of {', '.join(bnb.LEVELS)}"
         raise FormatError(f"bitsandbytes files hold no {fmt.kind}, so it cannot be exported", hint=hint, code="export.format")
+    if fmt.head != "16bit":
+        raise FormatError("an exported model keeps its output head in 16 bits", hint="leave `head` out", code="export.format")
     refuse_existing(out)
     return save(huggingface.load(model, fmt, dtype, device, progress), out)
 

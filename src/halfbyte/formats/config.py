@@ -25,5 +25,7 @@ class FormatConfig(Section):
     """int4 only: codes -7..7 around zero; false gives each group a zero point."""
     zero: Literal["int", "float", "min"] = "int"
     """int4, asymmetric only: an integer zero point, a float one, or the group's minimum (q * scale + min)."""
+    head: Literal["16bit", "int8", "nf4"] = "16bit"
+    """The output head: 16bit, int8 (one scale a token) or nf4 (block 64, nested); a head tied to the embedding stays 16bit."""
     skip: list[str] = Field(default_factory=list)
     """Modules to keep in 16 bits besides the output head and tied weights: name patterns with `*`."""

@@ -72,6 +72,17 @@ class Format:
             case "none":
                 raise FormatError("`format: none` keeps the base in 16 bits: there is nothing to pack", code="format.kind")
 
+    @classmethod
+    def of_head(cls, config: FormatConfig) -> Format | None:
+        """The output head's own format, `format.head`; None: 16 bits."""
+        match config.head:
+            case "int8":
+                return cls("int8")
+            case "nf4":
+                return cls("nf4", 64, nested=True)
+            case "16bit":
+                return None
+
     def nbytes(self, shape: Sequence[int]) -> int:
         """Bytes that a weight of this shape takes, all stored tensors together; `8 * nbytes / elements` is its bits a weight."""
         n = math.prod(shape)

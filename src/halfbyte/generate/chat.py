@@ -1,9 +1,9 @@
 """Answers: one prompt or conversation in, text out, token by token as it is made.
 
-Why through transformers' `generate`: the key/value cache, sampling and its corner cases exist there and are right; this file
-adds what a trained adapter needs around it: the chat template that it was trained with, the tokens that end its turn, an
-answer that depends on nothing but its arguments (greedy at temperature 0, a private random state otherwise), and a model
-that is left exactly as it was found, so that a run can sample between two steps.
+How tokens come is `routes`: one CUDA graph a token on a GPU, transformers' `generate` elsewhere. This file adds what a trained
+adapter needs around it: the chat template that it was trained with, the tokens that end its turn, an answer that depends on
+nothing but its arguments (greedy at temperature 0, a private random state otherwise), and a model that is left exactly as it was
+found, so that a run can sample between two steps.
 Cost: a prefill of the prompt, then one pass a token; the cache holds 2 * layers * heads * head_dim numbers a token. On a CPU the
 weights are decoded once an answer and held meanwhile, when half of the free memory has room for them.
 """
@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch import nn
 
 from halfbyte.errors import DataError, RecipeError
+from halfbyte.generate.routes import Request, tokens_of
 from halfbyte.generate.stream import TextStream
 from halfbyte.layers.decoded import held
 
@@ -65,26 +65,14 @@ def generate(
     ids = encode(base, prompt, template)
     ends = end_tokens(base, template if isinstance(prompt, str) else _template(base, template))
     room, limited_by_context = _room(base.model, len(ids), max_tokens)
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=room,
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else None,
-        top_p=top_p if temperature > 0 else None,
-        top_k=0 if temperature > 0 else None,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else min(ends, default=0),
-        use_cache=True,
-    )
+    pad = base.tokenizer.pad_token_id
+    request = Request(ids, room, ends, temperature, top_p, seed, min(ends, default=0) if pad is None else pad)
     device = next(base.model.parameters()).device
     streamer = TextStream(base.tokenizer, len(ids), stream)
     started = time.perf_counter()
     with _evaluating(base.model), _seeded(seed, device), held(base.model, base.compute), torch.no_grad():
-        inputs = torch.tensor([ids], device=device)
-        out: Tensor = base.model.generate(  # type: ignore[operator]
-            inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer
-        )
+        new = tokens_of(base.model, request, streamer)
     seconds = time.perf_counter() - started
-    new = out[0, len(ids) :].tolist()
     ended = bool(new) and new[-1] in ends
     text = str(base.tokenizer.decode(new, skip_special_tokens=True))
     stopped: Literal["end", "length", "context"] = "end" if ended else "context" if limited_by_context else "length"

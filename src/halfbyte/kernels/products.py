@@ -10,6 +10,8 @@ Letters: T = tokens, K = inputs, N = outputs of the group, R = ranks of the grou
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Protocol
 
 from torch import Tensor
@@ -20,9 +22,13 @@ from halfbyte.kernels.dropout import Dropout, apply
 from halfbyte.kernels.fp8 import Rows
 from halfbyte.kernels.gemm import matmul
 
+log = logging.getLogger("halfbyte")
+
 
 class Products(Protocol):
-    """How a group multiplies."""
+    """How a group multiplies. error: about the relative error that a product has beyond its dtype's."""
+
+    error: float
 
     def rows(self, group: Group, tokens: int, back: bool = False) -> Rows | None:
         """Where the kernel in front may write the quantised X (or, `back`, dY); None when nobody wants it."""
@@ -82,6 +88,8 @@ def _add_dropped(group: Group, tail: Tensor, a: Tensor, mask: Dropout, out: Tens
 class Augmented:
     """In the dtype of the activations: one matrix holds the weights and the adapters (`kernels.augmented`)."""
 
+    error = 0.0
+
     def rows(self, group: Group, tokens: int, back: bool = False) -> Rows | None:
         return None
 
@@ -119,14 +127,31 @@ class Augmented:
         _add_dropped(group, dy[:, n:], s[n:, :k], mask, out)
 
 
+@functools.cache
+def _told(reason: str) -> None:
+    log.warning("fp8: a group runs in 16 bits: %s", reason)
+
+
+def _fits(group: Group) -> bool:
+    reason = fp8.why_not(group)
+    if reason is not None:
+        _told(reason)
+    return reason is None
+
+
 class Float8:
     """In e4m3, with a scale a token and a scale a row of the weight (`kernels.fp8`); XA and s dY B in the compute dtype.
 
-    Groups that `fp8.why_not` names are for `Augmented`.
+    A group whose shapes do not fit (`fp8.why_not`) is multiplied as `Augmented` does; that is logged, once a shape.
     """
 
+    error = 0.04
+
+    def __init__(self) -> None:
+        self._other = Augmented()
+
     def rows(self, group: Group, tokens: int, back: bool = False) -> Rows | None:
-        return Rows(tokens, group.rows if back else group.width, group.rank, group.device)
+        return Rows(tokens, group.rows if back else group.width, group.rank, group.device) if _fits(group) else None
 
     def project(
         self,
@@ -138,6 +163,8 @@ class Float8:
         rows: Rows | None = None,
         residual: Tensor | None = None,
     ) -> Tensor | None:
+        if not _fits(group):
+            return self._other.project(group, x, out, bias, mask)
         weight, a = fp8.forward_weight(group, x.dtype)
         xa = _project_small(group, x, a, mask) if group.rank else None
         rows = _quantized(x[:, : group.width], xa, rows)
@@ -147,6 +174,9 @@ class Float8:
         return xa
 
     def project_back(self, group: Group, dy: Tensor, out: Tensor | None, mask: Dropout | None, rows: Rows | None = None) -> None:
+        if not _fits(group):
+            self._other.project_back(group, dy, out, mask)
+            return
         n = group.rows
         weight, sb = fp8.backward_weight(group, dy.dtype)
         if group.rank:

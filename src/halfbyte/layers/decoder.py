@@ -9,6 +9,9 @@ Letters: B rows, S tokens, H query heads, G key/value heads, d head size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -17,9 +20,23 @@ from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from halfbyte.errors import ModelError
+from halfbyte.kernels.attention import Documents
 from halfbyte.layers import attention as halfbyte_attention
 from halfbyte.layers.operands import run_group
 from halfbyte.layers.structure import Rotation, Structure
+
+_documents: ContextVar[Documents | None] = ContextVar("documents", default=None)
+
+
+@contextmanager
+def given(documents: Documents) -> Iterator[None]:
+    """While inside, every layer that is called gets the boundaries of this packed row. Why not an argument: some models
+    (Falcon) take further arguments and drop them."""
+    token = _documents.set(documents)
+    try:
+        yield
+    finally:
+        _documents.reset(token)
 
 
 class SupportsRun(Protocol):
@@ -53,9 +70,18 @@ class DecoderLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
         """Name of the class of the adopted layer."""
         return type(self).__name__
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds the documents of `given` where the model's own forward did not hand them on."""
+        documents = _documents.get()
+        if documents is not None:
+            kwargs.setdefault("documents", documents)
+        return super().__call__(*args, **kwargs)
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, ...]:
         """hidden_states `[B, S, hidden]`; further arguments as the adopted layer takes them, and `documents` for packed rows."""
         call = dict(zip(self.structure.arguments, args, strict=False)) | kwargs
+        if call.get("layer_past") is not None:  # an older name
+            call["past_key_values"] = call["layer_past"]
         if call.get("encoder_hidden_states") is not None:
             raise ModelError("cross-attention is not built into the generic decoder layer", code="model.cross-attention")
         s = self.structure
@@ -65,7 +91,8 @@ class DecoderLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
         attended = self._dropped(s.dropout_after_attention, self._attention(normed, call))
         attended = self._scaled(self._through(s.norms.after_attention, attended))
         if s.norms.parallel:
-            out = hidden_states + attended + self._scaled(self._dropped(s.dropout_after_mlp, self._mlp(normed)))
+            source = normed if s.norms.before_mlp is None else self._through(s.norms.before_mlp, hidden_states)
+            out = hidden_states + attended + self._scaled(self._dropped(s.dropout_after_mlp, self._mlp(source)))
         else:
             hidden_states = hidden_states + attended
             mlp = self._mlp(self._through(s.norms.before_mlp, hidden_states))
@@ -116,7 +143,10 @@ class DecoderLayer(GradientCheckpointingLayer):  # type: ignore[no-untyped-call]
         """Query `[B, H, S, d]`, key and value `[B, G, S, d]`, normed where the layer norms them."""
         s = self.structure
         projected = run_group(x, [module.get_submodule(name) for name in s.qkv])
-        if len(projected) == 1:
+        if s.layout == "grouped":
+            groups = projected[0].unflatten(-1, (s.kv_heads, s.heads // s.kv_heads + 2, s.head_size))  # type: ignore[no-untyped-call]
+            projected = [groups[..., :-2, :].flatten(-3), groups[..., -2, :].flatten(-2), groups[..., -1, :].flatten(-2)]
+        elif len(projected) == 1:
             projected = list(projected[0].split([n * s.head_size for n in (s.heads, s.kv_heads, s.kv_heads)], dim=-1))  # type: ignore[no-untyped-call]
         if s.qk_norm == "full":
             projected[:2] = [module.get_submodule(n)(p) for n, p in zip(("q_norm", "k_norm"), projected, strict=False)]

@@ -6,6 +6,8 @@ gets a dense block-diagonal mask, 2 tokens² bytes in 16 bits. The key/value cac
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel
 from halfbyte.errors import ModelError, RecipeError
 from halfbyte.kernels.attention import Documents, Wanted
 from halfbyte.layers import attention
+from halfbyte.layers.decoder import given
 
 
 def uses_boundaries(model: PreTrainedModel) -> bool:
@@ -44,7 +47,8 @@ def hidden_states(
             )
         _refuse_window(model, documents.longest)
         extra = {"attention_mask": block_mask(documents.cu_seqlens, tokens, _dtype_of(model))}
-    out = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra)
+    with given(documents) if uses_boundaries(model) else nullcontext():
+        out = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra)
     last: Tensor = out.last_hidden_state
     return last
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ModelError
+from halfbyte.formats.packed import Packed
 from halfbyte.kernels.cross_entropy import Head
+from halfbyte.layers.linear import Linear4bit
 
 _TOKENS = 16
 # Names of a soft cap on final logits in transformers' configs.
@@ -26,14 +28,11 @@ def find(model: PreTrainedModel) -> Head:
     Call it after the adapter is attached: a head that learns is then the trained parameter itself.
     """
     module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    plain = isinstance(module, nn.Linear) and isinstance(weight, nn.Parameter) and weight.is_floating_point()
-    if not plain:
-        raise _refused(model, f"it is {type(module).__name__}, not a linear layer in 16 or 32 bits")
-    assert isinstance(weight, nn.Parameter)
+    weight, bias = _stored(model, module), getattr(module, "bias", None)
     was_training = model.training
     model.train(False)
-    ids = torch.arange(_TOKENS, device=weight.device)[None] % model.config.get_text_config().vocab_size
+    device = next(model.parameters()).device
+    ids = torch.arange(_TOKENS, device=device)[None] % model.config.get_text_config().vocab_size
     seen: list[Tensor] = []
     handle = model.base_model.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
     try:
@@ -50,6 +49,16 @@ def find(model: PreTrainedModel) -> Head:
     if not error <= (1e-4 if hidden.dtype == torch.float32 else 2e-2):
         raise _refused(model, f"its logits differ from scale · (h Wᵀ + b) by {error:.2g}")
     return head
+
+
+def _stored(model: nn.Module, module: nn.Module | None) -> Tensor | Packed:
+    """The head's weight `[V, H]` as it is stored. Raises ModelError for a layer that does more than multiply."""
+    if type(module) is Linear4bit:
+        return module.packed
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        raise _refused(model, f"it is {type(module).__name__}, not a linear layer, packed or in 16 or 32 bits")
+    return weight
 
 
 def _scale(model: PreTrainedModel, raw: Tensor, logits: Tensor, cap: float) -> float:

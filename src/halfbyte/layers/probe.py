@@ -3,7 +3,8 @@
 How: the model's own forward tells how it calls its layers (arguments, rotary tables). A copy of the layer (packed weights
 shared, the rest in fp32) runs twice under that call: as the original with transformers' eager attention and an explicit mask,
 and as the generic layer, once with the same mask and once with document boundaries. What the original hands to its attention
-function (scale, window, soft cap) is observed, not guessed. Cost: one layer in fp32 for each kind of layer in the model.
+function (scale, window, soft cap) is observed, not guessed; what stays open is tried (`structure.variants`). Cost: one layer in
+fp32 for each kind of layer in the model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from halfbyte.kernels.attention import Documents
 from halfbyte.kernels.attention.reference import banded
 from halfbyte.layers import attention
 from halfbyte.layers.decoder import DecoderLayer
-from halfbyte.layers.structure import ROTATIONS, NotUnderstood, Structure
+from halfbyte.layers.structure import NotUnderstood, Structure, variants
 
 TOKENS = 12
 _OBSERVER = "halfbyte-observer"
@@ -78,16 +79,15 @@ def _prove(original: nn.Module, structure: Structure, call: dict[str, Any]) -> S
     _set_attention(original, "eager")
     expected = _output(original(x, **call | {"attention_mask": _additive(causal)}))
     expected_packed = _output(original(x, **call | {"attention_mask": _additive(packed)}))
-    errors: dict[str, float] = {}
-    for rotation in ROTATIONS if structure.rotation != "none" else (structure.rotation,):
-        candidate = replace(structure, rotation=rotation)
+    errors = []
+    for candidate in variants(structure):
         ours = DecoderLayer(original, candidate).eval()
         got = _output(ours(x, **call | {"attention_mask": _additive(causal)}))
         got_packed = _output(ours(x, **call | {"documents": documents}))
-        errors[rotation] = max(_error(got, expected, x), _error(got_packed, expected_packed, x))
-        if errors[rotation] <= TOLERANCE:
+        errors.append(max(_error(got, expected, x), _error(got_packed, expected_packed, x)))
+        if errors[-1] <= TOLERANCE:
             return candidate
-    raise NotUnderstood(f"the probe disagrees: relative error {min(errors.values()):.2g}")
+    raise NotUnderstood(f"the probe disagrees: relative error {min(errors):.2g}")
 
 
 def _observe(original: nn.Module, structure: Structure, x: Tensor, call: dict[str, Any]) -> Structure:
@@ -101,21 +101,35 @@ def _observe(original: nn.Module, structure: Structure, x: Tensor, call: dict[st
                 raise NotUnderstood(f"its attention uses `{name}`, which is not built")
         return attention.attention(module, query, key, value, mask, **options)
 
+    if call.get("alibi") is not None:
+        raise NotUnderstood("its attention is biased by position (alibi), which is not built")
     AttentionInterface.register(_OBSERVER, observer)
     _set_attention(original, _OBSERVER)
-    out = original(x, **call | {"attention_mask": None})
-    if len(seen) != 1:
-        raise NotUnderstood("its attention does not go through transformers' attention interface")
-    rotates = bool(getattr(original.get_submodule(structure.attention), "use_rope", True))
-    has_tables = call.get("position_embeddings") is not None
+    out = original(x, **call | {"attention_mask": _additive(banded(TOKENS, TOKENS, None, x.device))})
+    if len(seen) > 1:
+        raise NotUnderstood("it calls attention more than once")
+    if not seen:
+        _no_surprises(original.get_submodule(structure.attention), structure)
+    options = seen[0] if seen else {}
     return replace(
         structure,
-        scaling=seen[0].get("scaling"),
-        window=seen[0].get("sliding_window"),
-        cap=seen[0].get("softcap"),
-        rotation="half" if rotates and has_tables else "none",
+        scaling=options.get("scaling"),
+        window=options.get("sliding_window"),
+        cap=options.get("softcap"),
+        rotation="none" if call.get("position_embeddings") is None else "half",
         returns_tuple=isinstance(out, tuple),
     )
+
+
+def _no_surprises(module: nn.Module, structure: Structure) -> None:
+    """Attention that does not go through transformers' interface shows itself on TOKENS tokens in eval mode only: raises
+    NotUnderstood where a window or dropout would show later."""
+    if structure.attention_dropout:
+        raise NotUnderstood("its attention has dropout and does not go through transformers' attention interface")
+    config = vars(module).get("config")
+    known = {**vars(module), **(vars(config) if isinstance(config, PreTrainedConfig) else {})}
+    if windows := sorted(name for name, value in known.items() if "window" in name and value):
+        raise NotUnderstood(f"its attention does not go through transformers' attention interface and has `{windows[0]}`")
 
 
 def _bind(structure: Structure, call: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from halfbyte.formats.packed import Format
+
 RowKind = Literal["linear", "conv1d", "embedding", "head", "norm", "experts", "bias", "other"]
 
 
@@ -12,7 +14,7 @@ RowKind = Literal["linear", "conv1d", "embedding", "head", "norm", "experts", "b
 class Row:
     """One parameter: path, kind, whether it is (to be) stored packed and why not, how many weights, bytes as stored.
 
-    shape: of the parameter in the checkpoint; a packed `conv1d` is stored transposed, `[N, K]`.
+    shape: of the parameter in the checkpoint; a packed `conv1d` is stored transposed, `[N, K]`. format: that a packed row is in.
     """
 
     path: str
@@ -22,6 +24,7 @@ class Row:
     params: int
     bytes: int
     shape: tuple[int, ...]
+    format: Format | None = None
 
     @property
     def module(self) -> str:
@@ -70,9 +73,15 @@ class SwapReport:
     def summary(self) -> str:
         """One line for people."""
         weights = sum(row.params for row in self.packed)
-        adopted = sum(row.adopted for row in self.layers)
-        layers = f"; {adopted} of {len(self.layers)} decoder layers adopted" if self.layers else ""
+        layers = f"; {self.adoption()}" if self.layers else ""
         return (
             f"{len(self.packed)} of {len(self.rows)} tensors packed ({weights:,} of {self.params:,} weights), "
             f"{self.bytes:,} bytes{layers}"
         )
+
+    def adoption(self) -> str:
+        """How many decoder layers run as the generic one, and why the others are run linear by linear."""
+        reasons = sorted({row.reason for row in self.layers if not row.adopted})
+        adopted = sum(row.adopted for row in self.layers)
+        left = f" (left, linear by linear: {'; '.join(reasons)})" if reasons else ""
+        return f"{adopted} of {len(self.layers)} decoder layers adopted{left}"

@@ -1,14 +1,17 @@
 """What a decoder layer is made of, as data: read from a module instance, never from its class name.
 
 Why: dozens of transformers classes are the same layer with other norms, names and multipliers. The names of submodules say
-which part plays which role; a part that is not understood is a reason to leave the layer alone. What names cannot say (the
-attention's scale, window, the style of rotation) is observed on a probe call (`layers/probe.py`), which also proves the whole.
+which part plays which role; a part that is not understood is a reason to leave the layer alone. What names cannot say is observed
+on a probe call (the attention's scale, window, cap) or tried there, one of `variants` after the other, until one is proven equal
+(`layers/probe.py`).
 """
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
@@ -16,12 +19,18 @@ from torch import nn
 from halfbyte.kernels.rotary import Rotation as Rotation
 from halfbyte.layers.operands import shape_of
 
-ROTATIONS: tuple[Rotation, ...] = ("half", "interleaved", "interleaved-halves")
+ROTATIONS: tuple[Rotation, ...] = ("half", "interleaved", "interleaved-halves", "none")
+Layout = Literal["concatenated", "grouped"]
+LAYOUTS: tuple[Layout, ...] = ("concatenated", "grouped")
 
 
 @dataclass(frozen=True)
 class Norms:
-    """Names of the norms by place; None where the layer has none. `parallel`: attention and MLP read the same normed input."""
+    """Names of the norms by place; None where the layer has none.
+
+    parallel: attention and MLP both read the layer's input, the MLP through `before_mlp` or, where that is None, through the
+    attention's norm.
+    """
 
     before_attention: str | None = None
     after_attention: str | None = None
@@ -30,16 +39,22 @@ class Norms:
     parallel: bool = False
 
 
-_NORMS = {
-    frozenset({"input_layernorm", "post_attention_layernorm"}): Norms("input_layernorm", None, "post_attention_layernorm"),
-    frozenset({"ln_1", "ln_2"}): Norms("ln_1", None, "ln_2"),
-    frozenset({"post_attention_layernorm", "post_feedforward_layernorm"}): Norms(
-        None, "post_attention_layernorm", None, "post_feedforward_layernorm"
-    ),
-    frozenset({"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}): Norms(
-        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
-    ),
-    frozenset({"input_layernorm"}): Norms("input_layernorm", parallel=True),
+# By the names of the norms; where they leave open how the norms are used, every way, the usual one first.
+_NORMS: dict[frozenset[str], tuple[Norms, ...]] = {
+    frozenset(n for n in (first.before_attention, first.after_attention, first.before_mlp, first.after_mlp) if n): (first, *others)
+    for first, *others in (
+        (
+            Norms("input_layernorm", None, "post_attention_layernorm"),
+            Norms("input_layernorm", None, "post_attention_layernorm", parallel=True),
+        ),
+        (Norms("ln_1", None, "ln_2"),),
+        (Norms("attention_layernorm", None, "feedforward_layernorm"),),
+        (Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm"),),
+        (Norms("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),),
+        (Norms("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),),
+        (Norms("input_layernorm", parallel=True),),
+        (Norms("ln_attn", None, "ln_mlp", parallel=True),),
+    )
 }
 
 # (q/k/v or one fused projection, output projection)
@@ -49,6 +64,7 @@ _ATTENTION: tuple[tuple[tuple[str, ...], str], ...] = (
     (("q_proj", "k_proj", "v_proj"), "out_proj"),
     (("qkv_proj",), "o_proj"),
     (("c_attn",), "c_proj"),
+    (("query_key_value",), "dense"),
 )
 # (input projections: gate and up, both fused, or one plain; output projection; gated)
 _MLP: tuple[tuple[tuple[str, ...], str, bool], ...] = (
@@ -57,16 +73,21 @@ _MLP: tuple[tuple[tuple[str, ...], str, bool], ...] = (
     (("up_proj",), "down_proj", False),
     (("fc1",), "fc2", False),
     (("c_fc",), "c_proj", False),
+    (("dense_h_to_4h",), "dense_4h_to_h", False),
 )
 _ACTIVATIONS = ("act_fn", "activation_fn", "act")
 # Dropout modules whose place is known; any other must have p = 0.
-_AFTER_ATTENTION = ("resid_dropout", "resid_attn_dropout")
-_AFTER_MLP = ("dropout", "resid_mlp_dropout")
+_AFTER_ATTENTION = ("resid_dropout", "resid_attn_dropout", "post_attention_dropout")
+_AFTER_MLP = ("dropout", "resid_mlp_dropout", "post_mlp_dropout")
 
 
 @dataclass(frozen=True)
 class Structure:
-    """One decoder layer as data. Names are of direct children of the layer, its attention, or its MLP."""
+    """One decoder layer as data. Names are of direct children of the layer, its attention, or its MLP.
+
+    layout: how one fused projection lies: all queries, then keys, then values; or grouped, each key head and its value head
+    behind the query heads that read them.
+    """
 
     arguments: tuple[str, ...]
     norms: Norms
@@ -91,6 +112,7 @@ class Structure:
     window: int | None = None
     cap: float | None = None
     rotation: Rotation = "half"
+    layout: Layout = "concatenated"
     returns_tuple: bool = False
 
 
@@ -110,15 +132,18 @@ def read(layer: nn.Module) -> Structure:
     inputs, down, gated = _MLP[kind]
     norms = _norms(children, {attention, mlp})
     attention_module, mlp_module = children[attention], children[mlp]
+    if getattr(attention_module, "is_causal", True) is False:
+        raise NotUnderstood("its attention looks ahead (is_causal is false)")
     known = {*qkv, out, "q_norm", "k_norm"}
     _all_known(attention_module, known, "attention")
     activation = next((name for name in _ACTIVATIONS if callable(getattr(mlp_module, name, None))), None)
     if activation is None:
         raise NotUnderstood("its MLP's activation was not found")
     _all_known(mlp_module, {*inputs, down, activation}, "MLP")
-    head_size = getattr(attention_module, "head_dim", None)
+    head_size = getattr(attention_module, "head_dim", getattr(attention_module, "head_size", None))
     if not isinstance(head_size, int):
         raise NotUnderstood("its attention does not tell the head size (head_dim)")
+    _no_plain_dropout(layer, attention_module, mlp_module)
     heads, kv_heads = _heads(attention_module, qkv, out, head_size)
     return Structure(
         arguments=arguments,
@@ -159,7 +184,20 @@ def _norms(children: dict[str, nn.Module], rest: set[str]) -> Norms:
     names = frozenset(name for name, child in children.items() if name not in rest and not isinstance(child, nn.Dropout))
     if names not in _NORMS:
         raise NotUnderstood(f"unknown set of submodules beside attention and MLP: {', '.join(sorted(names)) or 'none'}")
-    return _NORMS[names]
+    return _NORMS[names][0]
+
+
+def variants(s: Structure) -> Iterator[Structure]:
+    """What the names leave open, the usual first: how the norms are used, how a fused projection lies, how positions turn.
+
+    A structure whose rotation is "none" was seen to get no tables and keeps it.
+    """
+    places = (s.norms.before_attention, s.norms.after_attention, s.norms.before_mlp, s.norms.after_mlp)
+    norms = _NORMS[frozenset(name for name in places if name)]
+    layouts = LAYOUTS if len(s.qkv) == 1 and s.kv_heads > 1 else LAYOUTS[:1]
+    rotations = ROTATIONS if s.rotation != "none" else ROTATIONS[-1:]
+    for way, layout, rotation in itertools.product(norms, layouts, rotations):
+        yield replace(s, norms=way, layout=layout, rotation=rotation)
 
 
 def _all_known(module: nn.Module, known: set[str], what: str) -> None:
@@ -194,6 +232,14 @@ def _attention_dropout(attention: nn.Module) -> float:
         if isinstance(p, float) and p:
             return p
     return 0.0
+
+
+def _no_plain_dropout(*modules: nn.Module) -> None:
+    """Raises NotUnderstood for dropout that is a number of the layer and no module: where it acts cannot be seen."""
+    for module in modules:
+        for name, p in vars(module).items():
+            if "dropout" in name and name not in ("attention_dropout", "attn_dropout") and isinstance(p, float) and p:
+                raise NotUnderstood(f"dropout `{name}` is active and its place is unknown")
 
 
 def _dropouts(layer: nn.Module, inside: str, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 `plan_packing` decides from a model's modules alone (it may live on the meta device) what is packed and says why the rest is
 not; `pack` does it for a model that is in memory; a loader that streams tensors calls `pack_module` as each arrives.
 `adopt` puts the generic decoder layer in the place of every layer that a probe proves equal.
-The defaults are safe and a user's skip list adds to them: the output head and tied weights always stay in 16 bits.
+The defaults are safe and a user's skip list adds to them: tied weights always stay in 16 bits, and so does the output head, unless
+it is given a format of its own.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ log = logging.getLogger("halfbyte")
 Source = Callable[[str], "Tensor | Packed"]
 
 
-def plan_packing(model: nn.Module, skip: Iterable[str] = (), fmt: Format | None = None) -> SwapReport:
+def plan_packing(
+    model: nn.Module, skip: Iterable[str] = (), fmt: Format | None = None, head_format: Format | None = None
+) -> SwapReport:
     """What would be packed: one row a parameter, tied ones once. Works on a meta-device model; changes nothing.
 
     skip: module patterns (`lm_head`, `*.down_proj`, `model.layers.0`) kept besides the defaults. fmt: what packed rows will be
-    in (None: nothing is packed). Raises ModelError (`format.skip-no-match`) for a pattern that matches no module.
+    in (None: nothing is packed). head_format: of the output head (None: it is kept). Raises ModelError: a pattern that matches no
+    module (`format.skip-no-match`), a head to pack that is the embedding too or no linear layer (`format.head`).
     """
     skip = list(skip)
     _check_patterns(model, skip)
@@ -48,14 +52,36 @@ def plan_packing(model: nn.Module, skip: Iterable[str] = (), fmt: Format | None 
                 continue
             path = f"{module_path}.{name}" if module_path else name
             kind, reason = _judge(module, name, parameter, module is head)
+            mine = fmt
+            if kind == "head" and head_format is not None:
+                _check_head(model, module, tied_to_another=id(parameter) in tied or path in tied)
+                reason, mine = ("", head_format) if name == "weight" else ("bias", None)
             if id(parameter) in tied or path in tied:
                 reason = "embedding, which is the output head too" if kind == "embedding" else reason or "tied to another parameter"
             reason = reason or next((f"skip: {p}" for p in skip if matches(module_path, p)), "")
-            if not reason and fmt is None:
+            if not reason and mine is None:
                 reason = "format none"
-            size = parameter.nbytes if reason or fmt is None else fmt.nbytes(_stored_shape(kind, parameter))
-            rows[id(parameter)] = Row(path, kind, not reason, reason, parameter.numel(), size, tuple(parameter.shape))
+            mine = None if reason else mine
+            size = parameter.nbytes if mine is None else mine.nbytes(_stored_shape(kind, parameter))
+            rows[id(parameter)] = Row(path, kind, not reason, reason, parameter.numel(), size, tuple(parameter.shape), mine)
+    if head_format is not None and not any(row.kind == "head" for row in rows.values()):
+        raise _no_head(model, "it is the embedding too (tied), which stays in 16 bits")
     return SwapReport(list(rows.values()))
+
+
+def _check_head(model: nn.Module, module: nn.Module, *, tied_to_another: bool) -> None:
+    if tied_to_another:
+        raise _no_head(model, "it is the embedding too (tied), which stays in 16 bits")
+    if not is_linear(module):
+        raise _no_head(model, f"it is {type(module).__name__}, not a linear layer")
+
+
+def _no_head(model: nn.Module, why: str) -> ModelError:
+    return ModelError(
+        f"format.head: the output head of {type(model).__name__} cannot be packed: {why}",
+        hint="leave `format.head` out (16bit)",
+        code="format.head",
+    )
 
 
 def _stored_shape(kind: RowKind, parameter: Tensor) -> tuple[int, int]:
@@ -134,18 +160,21 @@ def pack_module(model: nn.Module, path: str, weight: Tensor | Packed, fmt: Forma
     return layer
 
 
-def pack(model: nn.Module, source: Source | None, fmt: Format | None, skip: Iterable[str] = ()) -> SwapReport:
+def pack(
+    model: nn.Module, source: Source | None, fmt: Format | None, skip: Iterable[str] = (), head_format: Format | None = None
+) -> SwapReport:
     """Packs a model in memory, one weight after the other; each dense weight is freed before the next is read.
 
     source: weight by parameter path (a dense tensor as in the checkpoint, or Packed); None takes what the model holds.
-    fmt: None packs nothing (a 16-bit base). All parameters are frozen. Returns the report with the bytes as they are now.
+    fmt: None packs nothing (a 16-bit base). head_format: of the output head (None: it is kept). All parameters are frozen. Returns
+    the report with the bytes as they are now.
     """
-    report = plan_packing(model, skip, fmt)
+    report = plan_packing(model, skip, fmt, head_format)
     rows = []
     for row in report.rows:
         if row.packed:
             weight = source(row.path) if source is not None else model.get_parameter(row.path).detach()
-            layer = pack_module(model, row.module, weight, fmt)
+            layer = pack_module(model, row.module, weight, row.format)
             row = with_fields(row, bytes=layer.packed.nbytes)
             del weight
         rows.append(row)
@@ -187,9 +216,7 @@ def adopt(model: PreTrainedModel) -> SwapReport:
         else:
             rows.append(LayerRow(path, type(layer).__name__, False, verdict))
     report = SwapReport(layers=rows, attention=_plug_attention(model, proven=all(row.adopted for row in rows)))
-    adopted = sum(row.adopted for row in rows)
-    reasons = sorted({row.reason for row in rows if row.reason})
-    log.info("decoder layers: %d of %d adopted%s", adopted, len(rows), f" (left: {'; '.join(reasons)})" if reasons else "")
+    log.info(report.adoption())
     return report
 
 
@@ -249,6 +276,9 @@ def _plug_attention(model: PreTrainedModel, *, proven: bool) -> str:
     if before == attention.NAME:
         return "boundaries"
     if not model._can_set_attn_implementation():
+        if proven:  # no attention of its own is left to set; the name says which masks its forward prepares
+            model.config._attn_implementation = attention.NAME
+            return "boundaries"
         return f"dense mask ({before}): the model does not take another attention function"
     model.set_attn_implementation(attention.NAME)
     if proven:

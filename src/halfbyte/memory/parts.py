@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from halfbyte.config import Recipe
 from halfbyte.kernels.cross_entropy import CHUNK_BYTES
+from halfbyte.kernels.cross_entropy.slices import SLICE_BYTES
 from halfbyte.memory.shapes import SEGMENT, Shapes, shapes, skeleton
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
@@ -128,9 +129,16 @@ def working(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype, device:
     c = dtype.itemsize
     wide = max((n for n, _ in s.linears), default=s.hidden)
     backward = tokens * (3 * wide + 4 * s.hidden) * c
-    loss = 3 * min(tokens * s.vocab * 4, CHUNK_BYTES[device]) - (tokens * layer_bytes(s, c) if recompute else 0)
+    if device == "cuda":
+        logits, note = min(tokens * s.vocab * c, CHUNK_BYTES[device]), "logits of a chunk of tokens"
+    else:
+        logits, note = 3 * min(tokens * s.vocab * 4, CHUNK_BYTES[device]), "logits of a chunk of tokens, exponentials and gradient"
+    if any(row.kind == "head" for row in s.report.packed):
+        whole = s.vocab * s.hidden * c
+        logits, note = logits + (min(whole, SLICE_BYTES) if device == "cuda" else whole), f"{note}; the packed head decoded"
+    loss = logits - (tokens * layer_bytes(s, c) if recompute else 0)
     if loss > backward:
-        return Part("loss", loss, "logits of a chunk of tokens, their exponentials and gradient", grows=True)
+        return Part("loss", loss, note, grows=True)
     return Part("backward", backward, "gradients on their way through one layer", grows=True)
 
 

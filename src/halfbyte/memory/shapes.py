@@ -68,7 +68,8 @@ def skeleton(config: dict[str, Any] | PretrainedConfig, compute: torch.dtype) ->
 
 def shapes(net: PreTrainedModel, fmt: FormatConfig, adapter: AdapterConfig) -> Shapes:
     """The shapes of a meta model. Raises ModelError when no target or skip pattern matches."""
-    report = swap.plan_packing(net, fmt.skip, None if fmt.kind == "none" else Format.from_config(fmt))
+    stored = None if fmt.kind == "none" else Format.from_config(fmt)
+    report = swap.plan_packing(net, fmt.skip, stored, Format.of_head(fmt))
     config = net.config.get_text_config()
     by_layer = _by_layer(report.rows)
     widest = max(by_layer.values(), key=lambda rows: sum(r.params for r in rows), default=[])

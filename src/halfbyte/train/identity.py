@@ -30,6 +30,7 @@ def identity(recipe: Recipe, *, base: str, data: str, template: str, compute: st
         "adapter (modules)": dict(adapter),
         **_flat("format", recipe.format),
         **_flat("adapter", recipe.adapter),
+        **_flat("loss", recipe.loss),
         **_flat("optim", recipe.optim),
         **{key: value for key, value in _flat("train", recipe.train).items() if key.removeprefix("train.") not in FREE_TRAIN},
     }

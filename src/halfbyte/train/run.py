@@ -157,6 +157,7 @@ def _parts(
     modules = {path: [layer.lora_a.shape[0], layer.scale] for path, layer in adapter.layers.items()}
     return Parts(
         config=config,
+        loss=recipe.loss,
         model=base.model,
         head=head.find(base.model),
         forward=lambda ids, positions, bounds: forward.hidden_states(base.model, ids, positions, bounds, recipe.attention),

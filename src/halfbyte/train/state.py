@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.kernels.cross_entropy import Head
+from halfbyte.objectives.config import LossConfig
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.flat import Flat
 from halfbyte.optim.scaling import LossScale
@@ -66,6 +67,7 @@ class Parts:
     """
 
     config: TrainConfig
+    loss: LossConfig
     model: nn.Module
     head: Head
     forward: Callable[[Tensor, Tensor, Tensor], Tensor]

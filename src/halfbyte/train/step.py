@@ -60,7 +60,7 @@ def forward(parts: Parts, part: Microbatch) -> Tensor:
 
 def objective(parts: Parts, hidden: Tensor, part: Microbatch, batch: Batch) -> Tensor:
     """The microbatch's share of the batch's mean loss."""
-    return sft.loss(hidden, part.labels, parts.head, batch.trained_tokens)
+    return sft.loss(hidden, part.labels, parts.head, batch.trained_tokens, parts.loss)
 
 
 def backward(parts: Parts, loss: Tensor) -> Tensor:

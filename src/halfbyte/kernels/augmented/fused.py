@@ -1,6 +1,6 @@
 """The Triton twin: all of S in one launch, whatever the number of members.
 
-The programs of a launch are, in this order: tiles of s*B, tiles of A, tiles of weights. A table on the device, 16 int64 a member,
+The programs of a launch are, in this order: tiles of weights, tiles of s*B, tiles of A. A table on the device, 16 int64 a member,
 tells them addresses and places; it is rebuilt when a tensor has moved, so a step pays a comparison of addresses, an allocation and
 a launch. Tiles of weights are those of `dequantize/words.py`, bit for bit.
 What does not fit (a width that is no multiple of 8, int8, dense members, formats unlike the first one) is written member by
@@ -117,42 +117,40 @@ def _write_w(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "K", "R", "b_tiles", "a_tiles", "w_tiles", "tiles"])
+@triton.jit(do_not_specialize=["N", "K", "R", "tiles", "b_tiles", "w_tiles"])
 def _augmented(
-    out, members, table, nested_levels, N, K, R, b_tiles, a_tiles, w_tiles, tiles,
+    out, members, table, nested_levels, N, K, R, tiles, b_tiles, w_tiles,
     MEMBERS: tl.constexpr, ALIGNED: tl.constexpr, MASTER: tl.constexpr, A_WIDTH: tl.constexpr, B_ROWS: tl.constexpr,
     B_COLUMNS: tl.constexpr, ZERO: tl.constexpr, NESTED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, EVEN: tl.constexpr, LOOKUP: tl.constexpr, POLICY: tl.constexpr, PERSISTENT: tl.constexpr,
+    COLUMNS: tl.constexpr, EVEN: tl.constexpr, LOOKUP: tl.constexpr, POLICY: tl.constexpr, DEPENDENT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One tile a program. tiles: of W, a row. The last programs write W, and are not there when W is not wanted."""
+    """One tile a program. tiles: of W, a row. w_tiles: of W; 0 where W is not wanted."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     program = tl.program_id(0)
     # Said to the compiler, for stores of 16 bytes.
     if ALIGNED:
         K = K // 8 * 8
     R = R // 16 * 16
     stride = K + R
-    if program < b_tiles:
-        _write_b(out, members, program, K, R, stride, MEMBERS, MASTER, B_ROWS, B_COLUMNS, INTERPRETED)
-    elif program < b_tiles + a_tiles:
-        _write_a(out, members, program - b_tiles, N, K, stride, MEMBERS, MASTER, A_WIDTH, INTERPRETED)
-    elif PERSISTENT:
-        for tile in range(program - b_tiles - a_tiles, w_tiles, tl.num_programs(0) - b_tiles - a_tiles):
-            _write_w(
-                out, members, tile, table, nested_levels, K, tiles, stride,
-                MEMBERS, ZERO, NESTED, BLOCK, ROWS, COLUMNS, EVEN, LOOKUP, POLICY, INTERPRETED,
-            )  # fmt: skip
-    else:
+    # The small tiles come last: they even out the end of the launch.
+    if program < w_tiles:
         _write_w(
-            out, members, program - b_tiles - a_tiles, table, nested_levels, K, tiles, stride,
+            out, members, program, table, nested_levels, K, tiles, stride,
             MEMBERS, ZERO, NESTED, BLOCK, ROWS, COLUMNS, EVEN, LOOKUP, POLICY, INTERPRETED,
         )  # fmt: skip
+    elif program < w_tiles + b_tiles:
+        _write_b(out, members, program - w_tiles, K, R, stride, MEMBERS, MASTER, B_ROWS, B_COLUMNS, INTERPRETED)
+    else:
+        _write_a(out, members, program - w_tiles - b_tiles, N, K, stride, MEMBERS, MASTER, A_WIDTH, INTERPRETED)
 
 
 class Plan:
     """What a launch for one group needs, as long as its tensors stay where they are."""
 
-    __slots__ = ("_constants", "_grids", "_numbers", "_options", "_runs", "_slow", "_tensors", "_where", "reference_adapters")
+    __slots__ = ("_constants", "_numbers", "_options", "_runs", "_slow", "_small_tiles", "_tables", "_tensors", "_w_tiles",
+                 "_where", "reference_adapters")  # fmt: skip
 
     def __init__(self, group: Group, tiling: Tiling = TILING) -> None:
         loras = [m.lora for m in group.members if m.lora is not None]
@@ -188,18 +186,19 @@ class Plan:
         levels = nested_levels(str(device))
         fmt = packed.format if isinstance(packed, Packed) else None
         entry_table = torch.tensor(entries, dtype=torch.int64).to(device)
-        self._numbers = (entry_table, levels if fmt is None else table(fmt, str(device)), levels,
-                         group.rows, group.width, group.rank, b_tiles, a_tiles, w_tiles, tiles)  # fmt: skip
+        self._tables = (entry_table, levels if fmt is None else table(fmt, str(device)), levels)
+        self._numbers = (group.rows, group.width, group.rank, tiles, b_tiles)  # fmt: skip
         self._constants = {
             "MEMBERS": len(entries), "ALIGNED": group.width % 8 == 0, "MASTER": MASTERS[loras[0].a.dtype] if rank else tl.float32,
             "A_WIDTH": A_WIDTH, "B_ROWS": b_rows, "B_COLUMNS": b_columns,
             "ZERO": fmt.zero if fmt else "none", "NESTED": fmt is not None and fmt.nested, "BLOCK": fmt.block if fmt else 64,
             "ROWS": tile_rows, "COLUMNS": columns, "EVEN": group.width % columns == 0,
-            "LOOKUP": tiling.lookup, "POLICY": tiling.policy, "PERSISTENT": tiling.programs > 0, "INTERPRETED": INTERPRETED,
+            "LOOKUP": tiling.lookup, "POLICY": tiling.policy, "DEPENDENT": tiling.dependent, "INTERPRETED": INTERPRETED,
         }  # fmt: skip
-        self._options = {"num_warps": tiling.warps, "enable_fp_fusion": False}
-        w_tiles = min(w_tiles, tiling.programs or w_tiles)
-        self._grids = {True: b_tiles + a_tiles + w_tiles, False: b_tiles + a_tiles}
+        self._options: dict[str, Any] = {"num_warps": tiling.warps, "enable_fp_fusion": False}
+        if tiling.dependent:
+            self._options["launch_pdl"] = True
+        self._small_tiles, self._w_tiles = b_tiles + a_tiles, w_tiles
         self._runs: dict[tuple[torch.dtype, bool], tuple[Any, tuple[Any, ...]]] = {}
 
     def fits(self) -> bool:
@@ -210,17 +209,25 @@ class Plan:
         """The one launch; a second of its kind goes straight to the compiled kernel (Triton's look-up takes 30 us and more)."""
         known = self._runs.get((out.dtype, weights))
         if known is not None:
-            known[0](out, *known[1])
-        elif self._grids[weights]:
-            grid = (self._grids[weights], 1, 1)
-            compiled = _augmented[grid](out, *self._numbers, **self._constants, **self._options)
-            if compiled is not None:
-                self._runs[out.dtype, weights] = (compiled[grid], (*self._numbers, *self._constants.values()))
+            known[0](out.data_ptr(), *known[1])
+        else:
+            self._first_launch(out, weights)
         if weights and self._slow:
             self._write_slow(out)
 
+    def _first_launch(self, out: Tensor, weights: bool) -> None:
+        w_tiles = self._w_tiles if weights else 0
+        if not w_tiles + self._small_tiles:
+            return
+        grid = (w_tiles + self._small_tiles, 1, 1)
+        compiled = _augmented[grid](out, *self._tables, *self._numbers, w_tiles, **self._constants, **self._options)
+        if compiled is not None:
+            # Addresses in place of tensors: the launcher would ask the driver about each.
+            addresses = [t.data_ptr() for t in self._tables]
+            self._runs[out.dtype, weights] = (compiled[grid], (*addresses, *self._numbers, w_tiles, *self._constants.values()))
+
     def _write_slow(self, out: Tensor) -> None:
-        width = self._numbers[4]
+        width = self._numbers[1]
         for weight, rows in self._slow:
             reference.write_weight(weight, out[rows, :width])
 

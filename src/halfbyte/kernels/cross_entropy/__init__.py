@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from halfbyte.formats.packed import Packed
-from halfbyte.kernels.cross_entropy import chunked, reference
-from halfbyte.kernels.cross_entropy.choice import Method, fused_method
+from halfbyte.kernels.cross_entropy import choice, chunked, reference
+from halfbyte.kernels.cross_entropy.choice import Method
 from halfbyte.kernels.cross_entropy.parts import IGNORE, PLAIN, Extras, Head, Results, Task, Wants
 from halfbyte.kernels.dispatch import twin
 
-__all__ = ["CHUNK_BYTES", "IGNORE", "Extras", "Head", "Method", "cross_entropy"]
+__all__ = ["CHUNK_BYTES", "IGNORE", "PLAIN", "Extras", "Head", "Method", "cross_entropy"]
 
 CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}
 """Logits at a time, by device (a CPU's are fp32, a GPU's in the compute dtype): large enough for the GEMMs to run at full rate."""
@@ -28,7 +28,7 @@ CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}
 def _run(method: Method, device: torch.device) -> Callable[[Task], Results]:
     which = twin(device)
     if which == "fused":
-        return lambda task: fused_method(method, task)
+        return lambda task: choice.run(method, task)
     return reference.cross_entropy if which == "reference" else chunked.cross_entropy
 
 

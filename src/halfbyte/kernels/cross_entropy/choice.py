@@ -1,11 +1,77 @@
-"""stub"""
+"""Which way a GPU takes through the loss: measured once for a shape, logged with its reason.
 
-from typing import Literal
+`chunked` lets the vendor's GEMM write logits, which one kernel turns into their gradient; `tiled` has a GEMM of ours that gathers
+the sums of the softmax while it writes the logits, so that the kernel after it reads them once; `exact` keeps logits in fp32.
+Which of the first two is faster depends on the chip's GEMM rate against its memory's, so `auto` times both on one chunk.
+Cost: the first call of a shape waits for the device and runs each way twice, on one chunk of rows.
+"""
 
-Method = Literal["auto", "chunked", "exact"]
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from halfbyte.formats.packed import Packed
+from halfbyte.kernels.cross_entropy.parts import Results, Task
+
+log = logging.getLogger("halfbyte")
+Method = Literal["auto", "chunked", "tiled", "exact"]
+ROWS = 1024
+"""Rows that `auto` measures on, a whole chunk; below it nothing is chosen and nothing kept: a few rows are `chunked`."""
+Way = Literal["chunked", "tiled", "exact"]
+_chosen: dict[Any, Way] = {}
 
 
-def fused_method(method, task):
+def run(method: Method, task: Task) -> Results:
+    """The loss of a task on a GPU."""
     from halfbyte.kernels.cross_entropy import fused
 
-    return fused.cross_entropy(task, exact=method == "exact")
+    return fused.cross_entropy(task, way=_choose(task) if method == "auto" else _possible(method, task))
+
+
+def _possible(way: Way, task: Task) -> Way:
+    """What was asked for, or `chunked` where that does not exist, which is told."""
+    if way == "tiled" and (isinstance(task.head.weight, Packed) or task.hidden.dtype == torch.float32):
+        _tell("loss: chunked (tiled was asked for, and knows neither packed heads nor products in fp32)")
+        return "chunked"
+    return way
+
+
+@functools.cache
+def _tell(line: str) -> None:
+    log.warning(line)
+
+
+def _choose(task: Task) -> Way:
+    hidden, weight = task.hidden, task.head.weight
+    if isinstance(weight, Packed) or not hidden.is_cuda or hidden.dtype == torch.float32:
+        return "chunked"
+    if task.labelled < ROWS or torch.cuda.is_current_stream_capturing():
+        return "chunked"
+    key = (hidden.device, hidden.dtype, tuple(weight.shape), task.head.bias is None, task.head.scale, task.head.cap, task.extras)
+    if key not in _chosen:
+        ways: tuple[Way, Way] = ("chunked", "tiled")
+        ms = {way: _milliseconds(task, way) for way in ways}
+        _chosen[key] = min(ms, key=lambda way: ms[way])
+        told = ", ".join(f"{way} {value:.2f} ms" for way, value in ms.items())
+        log.warning("loss: %s (auto: measured on %d rows, %s)", _chosen[key], ROWS, told)
+    return _chosen[key]
+
+
+def _milliseconds(task: Task, way: Way) -> float:
+    """Of the second of two runs on the first labelled rows."""
+    from halfbyte.kernels.cross_entropy import fused
+
+    rows = task.rows()[:ROWS]
+    few = replace(task, hidden=task.hidden[rows], labels=task.labels[rows], labelled=len(rows))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    fused.cross_entropy(few, way=way)
+    start.record()
+    fused.cross_entropy(few, way=way)
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))

@@ -70,7 +70,7 @@ class Wants:
 
 @dataclass(frozen=True)
 class Task:
-    """One call. hidden `[T, H]`; labels int64 `[T]`; labelled: how many of them carry a loss, n; chunk_bytes: of logits at a time."""
+    """One call. hidden `[T, H]`; labels int64 `[T]`; labelled: how many carry a loss, n; chunk_bytes: of logits at a time."""
 
     hidden: Tensor
     labels: Tensor

@@ -15,13 +15,13 @@ SLICE_BYTES = 1 << 27
 """Of decoded 16-bit weights at a time."""
 
 
-def slices(packed: Packed, slice_bytes: int = SLICE_BYTES) -> Iterator[tuple[slice, Packed]]:
-    """Rows of the weight `[V, H]` and the same as a packed weight of its own; int8, nf4, fp4."""
+def slices(packed: Packed, slice_bytes: int = 0) -> Iterator[tuple[slice, Packed]]:
+    """Rows of the weight `[V, H]` and the same as a packed weight of its own; int8, nf4, fp4. slice_bytes: default `SLICE_BYTES`."""
     fmt, (rows, width) = packed.format, packed.shape
     assert fmt.kind in ("int8", "nf4", "fp4"), fmt
     unit = 1 if fmt.kind == "int8" else fmt.block * (NESTED_BLOCK if fmt.nested else 1)
     unit = unit // math.gcd(unit, width)
-    step = max(slice_bytes // (2 * width) // unit, 1) * unit
+    step = max((slice_bytes or SLICE_BYTES) // (2 * width) // unit, 1) * unit
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         yield slice(start, stop), _part(packed, start, stop)

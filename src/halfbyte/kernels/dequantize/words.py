@@ -29,29 +29,28 @@ from halfbyte.kernels.dequantize.levels import levels
 
 INTERPRETED = triton.knobs.runtime.interpret
 
-PACK = 4
-"""Words that one piece of assembly decodes, so that the lane's level is fetched once for all."""
-
 SHIFTS = (4, 0, 12, 8, 20, 16, 28, 24)
 """Where the codes of a word's 8 weights start: two a byte, the first in the high nibble."""
 
 
-def _assembly() -> tuple[str, str]:
-    """PTX of `_lookup`, and its constraints: 8 * PACK levels out; PACK words, and PACK times the table's address, in."""
-    word, address = 8 * PACK, 9 * PACK
+def _assembly(pack: int) -> tuple[str, str]:
+    """PTX of `_lookup` for `pack` words at once, which share one fetch of the lane's level, and its constraints.
+
+    Out: 8 times `pack` levels. In: `pack` words, and `pack` times the table's address.
+    """
+    word, address = 8 * pack, 9 * pack
     lines = ["{ .reg .b32 lane, level, code; .reg .b64 at;", "mov.u32 lane, %laneid;", "and.b32 lane, lane, 15;"]
     lines += [f"mad.wide.u32 at, lane, 4, ${address};", "ld.global.nc.b32 level, [at];"]
     for weight, shift in enumerate(SHIFTS):
-        for i in range(PACK):
+        for i in range(pack):
             lines.append(f"shr.u32 code, ${word + i}, {shift};")
             # 0x101f: each half of the warp looks up among its own 16 lanes.
-            lines.append(f"shfl.sync.idx.b32 ${weight * PACK + i}, level, code, 0x101f, 0xffffffff;")
-    return "\n".join([*lines, "}"]), ",".join(["=&f"] * 8 * PACK + ["r"] * PACK + ["l"] * PACK)
+            lines.append(f"shfl.sync.idx.b32 ${weight * pack + i}, level, code, 0x101f, 0xffffffff;")
+    return "\n".join([*lines, "}"]), ",".join(["=&f"] * 8 * pack + ["r"] * pack + ["l"] * pack)
 
 
-_ASSEMBLY = tl.constexpr(_assembly()[0])
-_CONSTRAINTS = tl.constexpr(_assembly()[1])
-_PACK = tl.constexpr(PACK)
+_ASSEMBLY_2, _CONSTRAINTS_2 = (tl.constexpr(text) for text in _assembly(2))
+_ASSEMBLY_4, _CONSTRAINTS_4 = (tl.constexpr(text) for text in _assembly(4))
 _NESTED_BLOCK = tl.constexpr(NESTED_BLOCK)
 
 
@@ -67,12 +66,19 @@ def to_dtype(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _lookup(words, table, LOOKUP: tl.constexpr):
-    """The fp32 levels of the 8 codes of each word. LOOKUP: shuffle (compiled for NVIDIA only) or load."""
-    if LOOKUP == "shuffle":
+    """The fp32 levels of the 8 codes of each word. LOOKUP: shuffle2, shuffle4 (words a thread has, or a divisor of it; compiled for
+    NVIDIA only) or load."""
+    if LOOKUP == "shuffle4":
         return tl.inline_asm_elementwise(
-            _ASSEMBLY, _CONSTRAINTS, [words, table.to(tl.int64)],
+            _ASSEMBLY_4, _CONSTRAINTS_4, [words, table.to(tl.int64)],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True, pack=_PACK,
+            is_pure=True, pack=4,
+        )  # fmt: skip
+    elif LOOKUP == "shuffle2":
+        return tl.inline_asm_elementwise(
+            _ASSEMBLY_2, _CONSTRAINTS_2, [words, table.to(tl.int64)],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True, pack=2,
         )  # fmt: skip
     else:
         return (
@@ -151,16 +157,16 @@ def decode_tile(
 class Tiling(NamedTuple):
     """How a launch is cut up. The defaults are what measured fastest on an H200 (bench/decode_gpu.py)."""
 
-    lookup: str = "load" if INTERPRETED or torch.version.hip else "shuffle"
+    lookup: str = "load" if INTERPRETED or torch.version.hip else "shuffle4"
     weights: int = 8192
     """Weights of a tile."""
     warps: int = 8
     columns: int = 2048
     """At most so many neighbours of a row in a tile."""
-    policy: str = ""
+    policy: str = "evict_first"
     """Of the stores, towards the L2: "", evict_first or evict_last."""
-    programs: int = 0
-    """Of a persistent launch; 0: one tile a program."""
+    dependent: bool = False
+    """Launched before the kernel ahead has ended (programmatic dependent launch, sm_90), and waiting for that in the kernel."""
 
 
 TILING = Tiling()

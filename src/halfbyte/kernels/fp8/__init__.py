@@ -21,14 +21,35 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from halfbyte.kernels import glu as glu_plain
+from halfbyte.kernels import norm
 from halfbyte.kernels.dispatch import twin
 from halfbyte.kernels.fp8 import plan, reference
 from halfbyte.kernels.fp8.parts import E4M3, Rows, Weight
+from halfbyte.kernels.glu import Activation
+from halfbyte.kernels.norm import NormSpec
 
 if TYPE_CHECKING:
     from halfbyte.kernels.augmented import Group
 
-__all__ = ["E4M3", "Rows", "Weight", "backward_weight", "forward_weight", "quantize_rows", "why_not"]
+__all__ = [
+    "E4M3",
+    "Activation",
+    "NormSpec",
+    "Rows",
+    "Weight",
+    "add_norm",
+    "backward_weight",
+    "fill_tail",
+    "forward_adapter",
+    "forward_weight",
+    "glu",
+    "glu_backward",
+    "product",
+    "quantize_both",
+    "quantize_rows",
+    "why_not",
+]
 
 why_not = plan.why_not
 
@@ -64,6 +85,48 @@ def fill_tail(rows: Rows, small: Tensor) -> None:
         fused.fill_tail(rows, small)
     else:
         reference.fill_tail(rows, small)
+
+
+def add_norm(
+    x: Tensor, delta: Tensor | None, spec: NormSpec, weight: Tensor | None, bias: Tensor | None, out: Tensor, rows: Rows | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`kernels.norm.add_norm`; with `rows` also norm(residual) quantised, in the same pass."""
+    if rows is not None and twin(x.device) == "fused":
+        from halfbyte.kernels.fp8 import elementwise
+
+        return elementwise.add_norm(x, delta, spec, weight, bias, out, rows)
+    found = norm.add_norm(x, delta, spec, weight, bias, out)
+    if rows is not None:
+        quantize_rows(out, rows.main, rows.scale)
+    return found
+
+
+def glu(gate: Tensor, up: Tensor | None, activation: Activation, out: Tensor, rows: Rows | None) -> None:
+    """`kernels.glu.glu`; with `rows` also h quantised, in the same pass."""
+    if rows is not None and twin(gate.device) == "fused":
+        from halfbyte.kernels.fp8 import elementwise
+
+        elementwise.glu(gate, up, activation, out, rows)
+        return
+    glu_plain.glu(gate, up, activation, out)
+    if rows is not None:
+        quantize_rows(out, rows.main, rows.scale)
+
+
+def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, activation: Activation, rows: Rows | None) -> None:
+    """`kernels.glu.glu_backward`; with `rows` also [d gate | d up] `[T, 2F]` quantised (without `up`, d gate), in the same pass.
+
+    gate and up lie behind each other in one tensor.
+    """
+    if rows is not None and twin(gate.device) == "fused":
+        from halfbyte.kernels.fp8 import elementwise
+
+        elementwise.glu_backward(dh, gate, up, activation, rows)
+        return
+    glu_plain.glu_backward(dh, gate, up, activation)
+    if rows is not None:
+        both = gate if up is None else gate.as_strided((gate.shape[0], 2 * gate.shape[1]), gate.stride())
+        quantize_rows(both, rows.main, rows.scale)
 
 
 def forward_weight(group: Group, dtype: torch.dtype) -> tuple[Weight, Tensor]:

@@ -1,4 +1,4 @@
-"""The Triton twin of decoding straight to e4m3, as it is stored or transposed: one launch for a group's adapters, one for its weights.
+"""The Triton twin of decoding straight to e4m3, as stored or transposed: a launch for a group's adapters, one for its weights.
 
 How: 64 weights share a scale, so a thread first makes the 16 bytes that its codes can become (16 products, 8 conversions), four
 registers; a byte permutation then looks four codes up at once (`prmt`, 2 instructions a weight in all). Transposed, four rows are
@@ -298,8 +298,8 @@ def _tables(group: Group, plan: Plan, shape: Shape) -> Tables:
                 transposed.append([totals[1], *rest])
                 totals[0] += -(-height * spans // (shape.tile // plan.span))
                 totals[1] += -(-height // (4 * shape.quads)) * -(-spans // shape.spans)
-        on_device = [torch.tensor(t, dtype=torch.int64).to(group.device) for t in (stored, transposed)]
-        found = Tables(fused.adapter_table(group), *on_device, (totals[0], totals[1]), shape)
+        first, second = (torch.tensor(t, dtype=torch.int64).to(group.device) for t in (stored, transposed))
+        found = Tables(fused.adapter_table(group), first, second, (totals[0], totals[1]), shape)
         plan.tables[shape] = found
     assert isinstance(found, Tables)
     return found

@@ -118,7 +118,7 @@ def _own_b(where, n0, c, R, ROWS: tl.constexpr, COUNT: tl.constexpr):
     b = tl.load(entry + 1).to(tl.pointer_type(tl.float32))
     rank = tl.load(entry + 2)
     column = c - tl.load(entry + 3)
-    before = tl.load(where + tl.maximum(member - 1, 0) * 6 + 4) * (member > 0).to(tl.int64)
+    before = tl.load(where + tl.maximum(member - 1, 0) * 6 + 4) * tl.where(member > 0, 1, 0)
     row = n0 - before + tl.arange(0, ROWS)[:, None]
     s = tl.load(entry + 5).to(tl.int32).to(tl.float32, bitcast=True)
     return tl.load(b + row * rank + column, mask=(column >= 0) & (column < rank) & (c < R), other=0.0) * s

@@ -25,8 +25,10 @@ SPAN = 64
 
 def why_not(group: Group) -> str | None:
     """Why a group cannot be multiplied in fp8, or None."""
-    odd = [m.weight.shape for m in group.members if m.weight.shape[0] % ALIGNED or m.weight.shape[1] % ALIGNED]
-    return f"a weight of {odd[0][0]} x {odd[0][1]} is no multiple of {ALIGNED} both ways" if odd else None
+    for m in group.members:
+        if m.weight.shape[0] % ALIGNED or m.weight.shape[1] % ALIGNED:
+            return f"a weight of {m.weight.shape[0]} x {m.weight.shape[1]} is no multiple of {ALIGNED} both ways"
+    return None
 
 
 def of(group: Group) -> Plan:

@@ -10,7 +10,7 @@ adapter inside (`kernels.augmented`), gradients overwrite the activations they b
 
 from __future__ import annotations
 
-from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, Keep
+from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep
 from halfbyte.layers.fused.prepare import Preparation, prepare, remove
 
-__all__ = ["EVERYTHING", "INPUTS", "Keep", "Preparation", "prepare", "remove"]
+__all__ = ["EVERYTHING", "INPUTS", "OFFLOADED", "Keep", "Preparation", "prepare", "remove"]

@@ -39,7 +39,8 @@ def backward(call: Call, a: Activations, grad: Tensor, gradients: Gradients, wan
     d_normed = _attention(call, a, d_out, gradients, want_x)
     if not want_x or d_normed is None:
         return None
-    dx = torch.empty_like(d_normed)
+    below = buffer(p.down, d_normed, p.qkv.width)
+    dx = call.room.leave(below, p.qkv.width)
     _through_norm(p.before_attention, d_normed, a.x, a.rstd, a.mean, d_mid[:, : p.out.rows], dx)
     return dx
 
@@ -74,13 +75,15 @@ def _branch(
     call: Call, grad: Tensor, after: Norm | None, raw: Tensor | None, rstd: Tensor | None, mean: Tensor | None, p: Projection
 ) -> Tensor:
     """The gradient of a branch's last product in a buffer with room behind it: through the multiplier and the norm behind it."""
+    multiplier = call.parts.structure.residual_multiplier
+    if after is None and multiplier == 1.0:
+        return call.room.take(grad, p)
     out = buffer(p, grad, p.rows)
     d = out[:, : p.rows]
-    multiplier = call.parts.structure.residual_multiplier
     if multiplier != 1.0:
         torch.mul(grad, multiplier, out=d)
         grad = d
-    if after is not None or grad is not d:
+    if after is not None:
         _through_norm(after, grad, raw, rstd, mean, None, d)
     return out
 

@@ -34,6 +34,33 @@ class Call:
     mask: Dropout | None
     products: Products
     in_place: bool
+    room: Room
+
+
+class Room:
+    """The gradient that a layer handed down last, with the room behind it: one for all layers of a model.
+
+    Why: autograd passes on a view of it, and the layer below wants the columns behind (its s dY B) without a copy. The buffer is
+    held until then, so a gradient at its address is that gradient.
+    """
+
+    def __init__(self) -> None:
+        self.buffer: Tensor | None = None
+
+    def leave(self, buffer: Tensor, width: int) -> Tensor:
+        """The view `[T, width]` to hand down."""
+        self.buffer = buffer
+        return buffer[:, :width]
+
+    def take(self, grad: Tensor, p: Projection) -> Tensor:
+        """`[T, N + R]` that begins with `grad` `[T, N]`: the buffer it stands in, or a copy."""
+        found, self.buffer = self.buffer, None
+        shape = (grad.shape[0], p.rows + p.rank)
+        if found is not None and found.shape == shape and found.data_ptr() == grad.data_ptr() and found.stride() == grad.stride():
+            return found
+        out = buffer(p, grad, p.rows)
+        out[:, : p.rows].copy_(grad)
+        return out
 
 
 @dataclass
@@ -126,9 +153,9 @@ def scale_of(s: Structure) -> float:
     return s.scaling if s.scaling is not None else float(s.head_size) ** -0.5
 
 
-def kept_tail(xa: Tensor | None) -> Tensor | None:
-    """A copy of XA of its own, so that it outlives the buffer it stands in."""
-    return None if xa is None else xa.clone()
+def tail(xa: Tensor | None, stays: bool) -> Tensor | None:
+    """XA where it stands if its buffer stays, else a copy that outlives it."""
+    return xa if stays or xa is None else xa.clone()
 
 
 def through(n: Norm | None, x: Tensor, delta: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -155,7 +182,7 @@ def _projected(call: Call, a: Activations) -> None:
     source = normed(call, a)
     a.qkv = buffer(p.qkv, source, p.qkv.rows)
     xa = project(call, p.qkv, source, a.qkv[:, : p.qkv.rows])
-    a.xa_qkv = kept_tail(xa)
+    a.xa_qkv = tail(xa, call.keep.normed and not call.keep.offload)
     q, k, _ = split(call.parts.structure, a.qkv)
     if s.qk_norm == "none":
         rotary.rotate(q, k, call.cos, call.sin, s.rotation)
@@ -227,7 +254,7 @@ def _mlp_inputs(call: Call, a: Activations) -> None:
     p = call.parts
     source = normed_mlp(call, a)
     a.inputs = buffer(p.inputs, source, p.inputs.rows)
-    a.xa_inputs = kept_tail(project(call, p.inputs, source, a.inputs[:, : p.inputs.rows]))
+    a.xa_inputs = tail(project(call, p.inputs, source, a.inputs[:, : p.inputs.rows]), call.keep.normed and not call.keep.offload)
 
 
 def gate_up(call: Call, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -246,7 +273,7 @@ def down(call: Call, a: Activations) -> Tensor:
     delta = torch.empty_like(a.mid)
     # With nothing between the product and the sum, the product adds.
     plain = p.after_mlp is None and s.residual_multiplier == 1.0
-    a.xa_down = kept_tail(project(call, p.down, h, delta, a.mid if plain else None))
+    a.xa_down = tail(project(call, p.down, h, delta, a.mid if plain else None), stays=False)
     if plain:
         return delta
     if p.after_mlp is not None:

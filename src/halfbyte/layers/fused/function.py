@@ -18,6 +18,10 @@ from halfbyte.layers.fused.forward import Activations, Call, drop, forward
 from halfbyte.layers.fused.gradients import Gradients
 
 
+MOVABLE = ("x", "normed", "qkv", "q", "k", "attended", "attended_raw", "mid", "normed_mlp", "inputs", "mlp_raw")
+"""Fields of `Activations` that can wait elsewhere: those of the tokens' size."""
+
+
 class Layer(torch.autograd.Function):
     """(x `[T, H]`, call, learning parameters, stored tensors) -> output `[T, H]`."""
 
@@ -26,7 +30,12 @@ class Layer(torch.autograd.Function):
         """tensors: the `learning` parameters that learn, then stored weights."""
         out, a = forward(call, x)
         drop(call.keep, a)
-        ctx.away = host.send(x) if call.keep.offload else None
+        ctx.away = None
+        if call.keep.offload:
+            ctx.away_names = [name for name in MOVABLE if getattr(a, name) is not None]
+            ctx.away = host.send([getattr(a, name) for name in ctx.away_names])
+            for name in ctx.away_names:
+                setattr(a, name, None)
         a.x = None
         ctx.call, ctx.activations, ctx.learning = call, a, learning
         ctx.save_for_backward(None if call.keep.offload else x, *tensors)
@@ -42,8 +51,11 @@ class Layer(torch.autograd.Function):
                 hint="run forward again, or switch the fused layers off (layers.fused.remove)",
                 code="model.backward-twice",
             )
-        ctx.activations = None
-        a.x = x if ctx.away is None else ctx.away.fetch()
+        a.x = x
+        if ctx.away is not None:
+            for name, tensor in zip(ctx.away_names, ctx.away.fetch(), strict=True):
+                setattr(a, name, tensor)
+        ctx.activations = ctx.away = None
         gradients = Gradients(ctx.call.in_place)
         dx = backward(ctx.call, a, grad, gradients, ctx.needs_input_grad[0])
         found = [gradients.found.get(id(t)) for t in tensors[: ctx.learning]]

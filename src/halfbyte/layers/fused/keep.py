@@ -12,7 +12,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Keep:
     """normed: inputs of q/k/v and of gate/up. qkv: after rotation. attended: attention's output. mid: the residual between
-    attention and MLP. inputs: outputs of gate and up. offload: the layer's input waits in pinned host memory."""
+    attention and MLP. inputs: outputs of gate and up. offload: the layer's input and all that is kept wait in host memory."""
 
     normed: bool = True
     qkv: bool = True
@@ -24,3 +24,5 @@ class Keep:
 
 EVERYTHING = Keep()
 INPUTS = Keep(normed=False, qkv=False, attended=False, mid=False, inputs=False)
+OFFLOADED = Keep(normed=False, inputs=False, offload=True)
+"""Gate, up and the norms are computed again, the rest crosses the bus: on the GPU a layer keeps nothing."""

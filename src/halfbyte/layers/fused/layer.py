@@ -13,7 +13,7 @@ from halfbyte.kernels.attention import Documents
 from halfbyte.kernels.products import Products
 from halfbyte.layers.fused import forward as stages
 from halfbyte.layers.fused import parts as reading
-from halfbyte.layers.fused.forward import Call
+from halfbyte.layers.fused.forward import Call, Room
 from halfbyte.layers.fused.function import Layer
 from halfbyte.layers.fused.keep import Keep
 from halfbyte.layers.linear import Operand
@@ -24,9 +24,17 @@ class Fused:
     """Runs one adopted layer. keep: what stays for backward. in_place: gradients go into `parameter.grad` (fp32, allocated)."""
 
     def __init__(
-        self, layer: nn.Module, structure: Structure, dtype: torch.dtype, keep: Keep, products: Products, in_place: bool
+        self,
+        layer: nn.Module,
+        structure: Structure,
+        dtype: torch.dtype,
+        keep: Keep,
+        products: Products,
+        in_place: bool,
+        room: Room,
     ) -> None:
         self.keep, self.products, self.in_place, self.dtype = keep, products, in_place, dtype
+        self.room = room
         self.modules = reading.modules_of(layer, structure)
         self.parts = reading.read(layer, structure, dtype)
 
@@ -44,7 +52,7 @@ class Fused:
         x = hidden.reshape(-1, hidden.shape[-1])
         cos, sin = tables(x.shape[0], None if self.parts.structure.rotation == "none" else call["position_embeddings"])
         mask = next((o.dropout for o in members if o.dropout is not None), None)
-        made = Call(self.parts, self.keep, documents, cos, sin, mask, self.products, self.in_place)
+        made = Call(self.parts, self.keep, documents, cos, sin, mask, self.products, self.in_place, self.room)
         return self._apply(x, made, members).view(hidden.shape)
 
     def _apply(self, x: Tensor, call: Call, members: list[Operand]) -> Tensor:

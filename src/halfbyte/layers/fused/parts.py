@@ -96,6 +96,8 @@ def read(layer: nn.Module, s: Structure, dtype: torch.dtype) -> LayerParts:
     """The parts of an adopted layer that computes in `dtype`. Raises NotUnderstood with the reason."""
     if s.dropout_after_attention or s.dropout_after_mlp or s.attention_dropout:
         raise NotUnderstood("dropout of the base is active")
+    if s.layout == "grouped":
+        raise NotUnderstood("queries, keys and values are interleaved in one projection")
     groups = [operands(modules) for modules in modules_of(layer, s)]
     learning = {id(t) for group in groups for o in group if o.lora is not None for t in (o.lora.a, o.lora.b)}
     for name, parameter in layer.named_parameters():

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from halfbyte.kernels.products import Augmented, Products
 from halfbyte.layers import probe
 from halfbyte.layers.decoder import DecoderLayer
+from halfbyte.layers.fused.forward import Room
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, Keep
 from halfbyte.layers.fused.layer import Fused
 from halfbyte.layers.fused.prove import prove
@@ -42,14 +43,14 @@ def prepare(
     `parameter.grad`, which must exist (`optim.flat.flatten`), and never pass through autograd. A layer that recomputes by
     `layers.recompute` stops doing so: `keep` decides.
     """
-    products = products or Augmented()
+    products, room = products or Augmented(), Room()
     layers = {path: m for path, m in model.named_modules() if isinstance(m, DecoderLayer)}
     dtype = next(p.dtype for p in model.get_input_embeddings().parameters())
     left: dict[str, str] = {}
     built: dict[str, Fused] = {}
     for path, layer in layers.items():
         try:
-            built[path] = Fused(layer, layer.structure, dtype, keep, products, in_place)
+            built[path] = Fused(layer, layer.structure, dtype, keep, products, in_place, room)
         except NotUnderstood as reason:
             left[path] = str(reason)
     left |= _disproved(model, {path: layers[path] for path in built}, dtype, products)
@@ -74,7 +75,7 @@ def _disproved(model: PreTrainedModel, layers: dict[str, DecoderLayer], dtype: t
             reasons[structure] = "the model's forward does not reach it"
             continue
         try:
-            prove(layer, Fused(layer, structure, dtype, INPUTS, products, in_place=False), calls[layer])
+            prove(layer, Fused(layer, structure, dtype, INPUTS, products, False, Room()), calls[layer])
         except NotUnderstood as reason:
             reasons[structure] = str(reason)
     return {path: reasons[layer.structure] for path, layer in layers.items() if layer.structure in reasons}

@@ -40,7 +40,8 @@ def prove(layer: DecoderLayer, fused: Fused, captured: dict[str, Any]) -> None:
         got = _run(layer, hidden, call, grad)
     finally:
         layer.fused, layer.gradient_checkpointing = before
-    tolerance = TOLERANCE.get(hidden.dtype, TOLERANCE_16)
+    # Four products follow each other; what they cannot say in fp8 is no fault of the layer.
+    tolerance = TOLERANCE.get(hidden.dtype, TOLERANCE_16) + 4 * fused.products.error
     for name, ours in got.items():
         ours, theirs = ours.float(), expected[name].float()
         # What the layer adds to its input; gradients of a fresh adapter's A are zero because its B is.

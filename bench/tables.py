@@ -1,0 +1,174 @@
+"""The tables of the documentation, made from the raw results; a test holds the pages to them.
+
+    python bench/tables.py          # rewrites every block between <!-- NAME --> and <!-- /NAME --> in docs/concepts
+
+A result that is not there yet gives the line "Not measured yet.".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import equivalence_gpu
+import facts_tables
+import quality
+import roofline
+
+ROOT = Path(__file__).resolve().parents[1]
+CONCEPTS, RESULTS = ROOT / "docs" / "concepts", ROOT / "bench" / "results"
+MISSING = "Not measured yet."
+ROLES = {
+    "nocheckpoint": "4 x 2,048, no recompute",
+    "row8192": "1 x 8,192, no recompute",
+    "optimizer": "4 x 2,048, no recompute, fused AdamW",
+    "packed": "4 x 2,048, packed examples",
+    "full": "4 x 2,048, full recompute, offloaded",
+    "full-on-gpu": "4 x 2,048, full recompute",
+    "short": "1 x 2,048, full recompute",
+    "fp8": "4 x 2,048, `compute: fp8`",
+    "16bit": "4 x 2,048, 16-bit weights",
+    "16bit-short": "1 x 2,048, 16-bit weights",
+    "long": "1 x 32,768, full recompute, offloaded",
+    "1b": "1B shape, 4 x 2,048",
+    "70b": "70B shape, 4 x 2,048",
+}
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+
+
+def name_of(row: dict[str, Any]) -> str:
+    fp8 = ", fp8" if row.get("compute") == "fp8" else ""
+    fused = ", fused AdamW" if row.get("optimizer") == "ours-fused" else ""
+    layers = f", {row['layers']} layers" if row.get("layers") else ""
+    return f"{row['impl']}{fp8}{fused}{layers}"
+
+
+def kernels(results: Path) -> str:
+    """Decoding and linear layers by themselves."""
+    from kernels_gpu import markdown
+
+    return markdown(results)
+
+
+def first_figures(results: Path) -> str:
+    """The runs before the layers were fused."""
+    text = ["| implementation | recompute | tokens/s | peak GiB | resident GiB |", "| --- | --- | --- | --- | --- |"]
+    for row in read(results):
+        shown = (
+            [f"{row['tokens_per_s']:,}", f"{row['peak_GiB']:.1f}", f"{row['resident_GiB']:.1f}"] if "step_s" in row else ["-"] * 3
+        )
+        text.append(f"| {row['impl']} | {'full' if row['recompute'] else 'none'} | {' | '.join(shown)} |")
+    return "\n".join(text)
+
+
+def throughput(results: Path) -> str:
+    """Every run in its order; then ours against each peer, launches and first steps."""
+    rows = read(results)
+    red = [r for r in rows if r.get("group") == "gate" and r.get("gate") != "green"]
+    text = ["| measured | implementation | tokens/s | trained tokens/s | peak, reserved, driver GiB | of the limit | launches |"]
+    text += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        if row.get("group") in ROLES and row.get("gate") == "green":
+            memory = ", ".join(f"{row[k]:.1f}" for k in ("peak_GiB", "reserved_GiB", "driver_GiB") if k in row)
+            share = f"{row['share']:.1%}" if "share" in row else "-"
+            figures = f"{row['tokens_per_s']:,} | {row['trained_tokens_per_s']:,} | {memory} | {share} | {row.get('launches', 0):,}"
+            text.append(f"| {ROLES[row['group']]} | {name_of(row)} | {figures} |")
+    sections = [text, ratios(rows), deep(rows), launched(rows), first_steps(rows)]
+    if red:
+        kinds = ", ".join(f"{r.get('compute')} with recompute {r.get('recompute')}" for r in red)
+        sections.append([f"Gradients not proven, so without figures: {kinds}."])
+    return "\n\n".join("\n".join(section) for section in sections if section)
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[str]:
+    """Ours (mean of its runs) over each other implementation of a group; `optimizer` stands against ours of `nocheckpoint`."""
+    speeds: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row.get("group") in ROLES and row.get("gate") == "green" and row["group"] != "70b":
+            speeds.setdefault(row["group"], {}).setdefault(row["impl"], []).append(row["trained_tokens_per_s"])
+    text = ["| measured | ours against | ratio |", "| --- | --- | ---: |"]
+    for group, found in speeds.items():
+        mine = found.get("halfbyte") or (speeds.get("nocheckpoint", {}).get("halfbyte") if group == "optimizer" else None)
+        for impl, other in found.items():
+            if mine and impl != "halfbyte":
+                text.append(f"| {ROLES[group]} | {impl} | {mean(mine) / mean(other):.3f} |")
+    return text if len(text) > 2 else []
+
+
+def deep(rows: list[dict[str, Any]]) -> list[str]:
+    """A 70B model from two and four layers: the rest of the step, and 80 times what a layer adds."""
+    steps: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("group") == "70b" and row.get("gate") == "green":
+            steps.setdefault(row["impl"], {})[row["layers"]] = row
+    text = []
+    for impl, found in steps.items():
+        if {2, 4} <= found.keys():
+            layer = (found[4]["step_s"] - found[2]["step_s"]) / 2
+            seconds = found[2]["step_s"] + 78 * layer
+            speed = found[4]["rows"] * found[4]["tokens"] / seconds
+            text.append(f"70B, extrapolated from 2 and 4 layers to 80: {impl} {layer * 1e3:.1f} ms a layer, {speed:,.0f} tokens/s.")
+    return text
+
+
+def launched(rows: list[dict[str, Any]]) -> list[str]:
+    """Launches that a layer adds."""
+    found = [r for r in rows if r.get("group") == "launches" and "kernels_a_layer" in r]
+    text = ["| launches a layer and microbatch | recompute | |", "| --- | --- | ---: |"]
+    text += [f"| {r['impl']} | {r['recompute']} | {r['kernels_a_layer']:g} |" for r in found]
+    return text if found else []
+
+
+def first_steps(rows: list[dict[str, Any]]) -> list[str]:
+    """The first step with an empty kernel cache and with a filled one."""
+    found = [r for r in rows if r.get("group") == "cold" and "first_step_s" in r]
+    text = ["| first step | kernel cache | seconds | loading before it, seconds |", "| --- | --- | ---: | ---: |"]
+    text += [f"| {r['impl']} | {r['cache']} | {r['first_step_s']:.1f} | {r['load_s']:.1f} |" for r in found]
+    return text if found else []
+
+
+TABLES: list[tuple[str, str, Callable[[Path], str], str]] = [
+    ("quality.md", "quality", quality.markdown, "2026-11-22-h200-quality.jsonl"),
+    ("performance.md", "before", first_figures, "2026-11-22-h200-throughput.jsonl"),
+    ("performance.md", "kernels", kernels, "2026-11-22-h200-kernels.jsonl"),
+    ("performance.md", "throughput", throughput, "2026-11-22-h200-steps.jsonl"),
+    ("performance.md", "roofline", roofline.markdown, "2026-11-22-h200-roofline.jsonl"),
+    ("performance.md", "facts", facts_tables.markdown, "2026-11-22-h200-facts.jsonl"),
+    ("performance.md", "equivalence", equivalence_gpu.markdown, "2026-11-22-h200-equivalence.jsonl"),
+]
+
+
+def block(table: Callable[[Path], str], results: str) -> str:
+    """What stands between the markers."""
+    file = RESULTS / results
+    return table(file) if file.exists() else MISSING
+
+
+def pattern(marker: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- {marker} -->\n)(.*?)\n?(<!-- /{marker} -->)", re.DOTALL)
+
+
+def main() -> int:
+    for page, marker, table, results in TABLES:
+        path = CONCEPTS / page
+        text = path.read_text(encoding="utf-8")
+        new = block(table, results)
+        found = pattern(marker).search(text)
+        assert found, f"{page} has no markers `{marker}`"
+        made = text[: found.start(2)] + new + "\n" + text[found.start(3) :]
+        if made != text:
+            path.write_text(made, encoding="utf-8")
+            print(f"{page}: {marker} rewritten from {results}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""One token step over any adopted model, as launches on static buffers: what a CUDA graph captures and replays for every token.
+
+A layer of the usual kind is nine launches: norm, q/k/v with adapter, rotation into the cache, attention in two, output added to
+the residual, norm, gate/up with adapter and activation, down added to the residual. Other layers (norms after, parallel halves,
+fused gate and up) take the same pieces with a few more. Nothing here looks at a value: positions and tokens stay on the device.
+
+Letters: M rows, P places of the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte.generate.reading import Layer, Reading, tables
+from halfbyte.kernels.decode_step import attend, normalise, place
+from halfbyte.kernels.glu import glu
+from halfbyte.kernels.lora_linear.members import Member
+from halfbyte.kernels.packed_gemv import Product, build, multiply
+from halfbyte.layers.fused.parts import Norm, modules_of, operands
+
+PROGRAMS = 256
+"""Pieces of attention over all rows and key heads: about two a multiprocessor of a large GPU."""
+MOST_PIECES = 64
+
+
+@dataclass(frozen=True)
+class Products:
+    """The four groups of a layer, with whatever adapter is on now."""
+
+    qkv: Product
+    out: Product
+    inputs: Product
+    down: Product
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Everything that a step reads and writes. cache `[layers, 2, M, P, G, d]`; token, position int64 `[M]`; logits `[M, V]`."""
+
+    cache: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    token: Tensor
+    position: Tensor
+    residual: Tensor
+    normed: Tensor
+    qkv: Tensor
+    query: Tensor
+    mixed: Tensor
+    side: Tensor
+    wide: Tensor
+    inner: Tensor
+    partial: Tensor
+    logits: Tensor
+
+
+def products(layer: Layer, dtype: torch.dtype) -> Products:
+    """Reads the layer's weights and adapters as they are now."""
+    s = layer.module.structure
+    groups = [[Member(o.weight, o.bias, o.lora) for o in operands(modules)] for modules in modules_of(layer.module, s)]
+    alone = s.gated and len(groups[2]) == 1  # gate and up in one weight: the activation is a launch of its own
+    return Products(
+        build(groups[0], dtype), build(groups[1], dtype), build(groups[2], dtype, None if alone else layer.activation),
+        build(groups[3], dtype),
+    )  # fmt: skip
+
+
+def buffers(reading: Reading, made: list[Products], rows: int, places: int, embedding: Tensor) -> Buffers:
+    """Static memory for `rows` rows of at most `places` tokens."""
+    device, dtype, hidden = embedding.device, embedding.dtype, embedding.shape[1]
+    first = reading.layers[0].heads
+    kinds = {(layer.heads.kv, layer.heads.size) for layer in reading.layers}
+    assert len(kinds) == 1, "layers of different key heads"
+    pieces = 1
+    while pieces * 2 * rows * first.kv <= PROGRAMS and pieces < MOST_PIECES:
+        pieces *= 2
+
+    def empty(*shape: int, like: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=like, device=device)
+
+    queries = max(layer.heads.query for layer in reading.layers)
+    cos, sin = (None, None) if reading.rotary is None else tables(reading.rotary, places, dtype, device)
+    inner = max(p.down.width for p in made)
+    return Buffers(
+        torch.zeros(len(reading.layers), 2, rows, places, first.kv, first.size, dtype=dtype, device=device), cos, sin,
+        torch.zeros(rows, dtype=torch.int64, device=device), torch.zeros(rows, dtype=torch.int64, device=device),
+        empty(rows, hidden), empty(rows, hidden), empty(rows, max(p.qkv.rows for p in made)), empty(rows, queries * first.size),
+        empty(rows, queries * first.size), empty(rows, hidden), empty(rows, max(p.inputs.rows for p in made)), empty(rows, inner),
+        empty(rows, queries, pieces, first.size + 2, like=torch.float32), empty(rows, reading.head.weight.shape[0]),
+    )  # fmt: skip
+
+
+def token_step(reading: Reading, embedding: Tensor, made: list[Products], head: Product, b: Buffers) -> None:
+    """`b.token` at `b.position` through the model: writes the cache and `b.logits`. embedding `[V, hidden]`."""
+    torch.index_select(embedding, 0, b.token, out=b.residual)
+    if reading.embedding_scale != 1.0:
+        b.residual.mul_(reading.embedding_scale)
+    for number, (layer, weights) in enumerate(zip(reading.layers, made, strict=True)):
+        _layer(layer, weights, b.cache[number], b)
+    _norm(reading.norm, b.residual, b.normed)
+    logits(reading, head, b.normed, b.logits)
+
+
+def logits(reading: Reading, head: Product, hidden: Tensor, out: Tensor) -> None:
+    """out `[M, V]` = cap * tanh(scale * (hidden W^T + b) / cap), rounded where the model rounds."""
+    multiply(head, hidden, out)
+    if reading.head.scale != 1.0:
+        out.mul_(reading.head.scale)
+    if reading.head.cap:
+        out.div_(reading.head.cap).tanh_().mul_(reading.head.cap)
+
+
+def _norm(norm: Norm | None, x: Tensor, out: Tensor) -> Tensor:
+    if norm is None:
+        return x
+    normalise(x, norm.spec, norm.weight, norm.bias, out)
+    return out
+
+
+def _layer(layer: Layer, weights: Products, cache: Tensor, b: Buffers) -> None:
+    s, heads = layer.module.structure, layer.heads
+    normed = _norm(layer.before_attention, b.residual, b.normed)
+    qkv = b.qkv[:, : weights.qkv.rows]
+    multiply(weights.qkv, normed, qkv)
+    if layer.full_norms is not None:
+        width = heads.query * heads.size
+        for norm, part in zip(layer.full_norms, (qkv[:, :width], qkv[:, width : width + heads.kv * heads.size]), strict=True):
+            _norm(norm, part, part)
+    query, mixed = (t[:, : heads.query * heads.size] for t in (b.query, b.mixed))
+    place(qkv, b.position, heads, b.cos, b.sin, query, cache[0], cache[1])
+    attend(query, cache[0], cache[1], b.position, heads, b.partial[:, : heads.query], mixed)
+    # Parallel halves read the same norm, which must outlive the residual's change: it does, being another buffer.
+    keeps = normed is b.residual and s.norms.parallel
+    assert not keeps, "a parallel layer without a norm"
+    _added(weights.out, mixed, layer.after_attention, s.residual_multiplier, b)
+    if not s.norms.parallel:
+        normed = _norm(layer.before_mlp, b.residual, b.normed)
+    inner = b.inner[:, : weights.down.width]
+    if weights.inputs.rows == weights.down.width:
+        multiply(weights.inputs, normed, inner)
+    else:
+        wide = b.wide[:, : weights.inputs.rows]
+        multiply(weights.inputs, normed, wide)
+        glu(wide[:, : inner.shape[1]], wide[:, inner.shape[1] :], layer.activation, inner)
+    _added(weights.down, inner, layer.after_mlp, s.residual_multiplier, b)
+
+
+def _added(weights: Product, x: Tensor, norm: Norm | None, multiplier: float, b: Buffers) -> None:
+    """residual += multiplier * norm(x W^T)."""
+    if norm is None:
+        multiply(weights, x, b.residual, add=b.residual, multiplier=multiplier)
+        return
+    multiply(weights, x, b.side)
+    _norm(norm, b.side, b.side)
+    b.residual.add_(b.side, alpha=multiplier)

@@ -1,0 +1,72 @@
+"""The same in plain torch, fp32 inside, one rounding at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte.kernels.norm import NormSpec, add_norm
+from halfbyte.kernels.norm.reference import wide
+from halfbyte.kernels.rotary.reference import Rotation, turned
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A layer's attention as numbers. scale: of the scores. window: places seen, the token's own included. cap: soft cap of scores.
+
+    q_weight, k_weight: of the norm of each head (`spec`), `[d]`; None without.
+    """
+
+    query: int
+    kv: int
+    size: int
+    scale: float
+    window: int | None
+    cap: float | None
+    rotation: Rotation
+    spec: NormSpec | None = None
+    q_weight: Tensor | None = None
+    k_weight: Tensor | None = None
+
+
+def normalise(x: Tensor, spec: NormSpec, weight: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
+    """out = norm(x)."""
+    add_norm(x, None, spec, weight, bias, out)
+
+
+def _normed(x: Tensor, spec: NormSpec | None, weight: Tensor | None) -> Tensor:
+    x = wide(x)
+    if spec is None:
+        return x
+    y = torch.empty_like(x)
+    add_norm(x.flatten(0, 1), None, spec, weight, None, y.flatten(0, 1))
+    return y
+
+
+def place(
+    qkv: Tensor, position: Tensor, heads: Heads, cos: Tensor | None, sin: Tensor | None, q: Tensor, keys: Tensor, values: Tensor
+) -> None:
+    """See the package."""
+    query, key, value = qkv.unflatten(1, (-1, heads.size)).split([heads.query, heads.kv, heads.kv], dim=1)  # type: ignore[no-untyped-call]
+    cos, sin = (None if t is None else t[position] for t in (cos, sin))
+    q.copy_(turned(_normed(query, heads.spec, heads.q_weight), cos, sin, heads.rotation).flatten(1))
+    rows = torch.arange(len(qkv), device=qkv.device)
+    keys[rows, position] = turned(_normed(key, heads.spec, heads.k_weight), cos, sin, heads.rotation).to(keys.dtype)
+    values[rows, position] = value.to(values.dtype)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, heads: Heads, out: Tensor) -> None:
+    """See the package."""
+    place_P = torch.arange(keys.shape[1], device=q.device)[None]
+    seen = place_P <= position[:, None]
+    if heads.window is not None:
+        seen &= place_P > position[:, None] - heads.window
+    # Places that were never written may hold anything.
+    k, v = (torch.where(seen[:, :, None, None], wide(t), 0.0).repeat_interleave(heads.query // heads.kv, 2) for t in (keys, values))
+    scores = torch.einsum("mhd,mphd->mhp", wide(q).unflatten(1, (heads.query, heads.size)), k) * heads.scale  # type: ignore[no-untyped-call]
+    if heads.cap:
+        scores = heads.cap * torch.tanh(scores / heads.cap)
+    scores = scores.masked_fill(~seen[:, None], float("-inf"))
+    out.copy_(torch.einsum("mhp,mphd->mhd", scores.softmax(-1), v).flatten(1))

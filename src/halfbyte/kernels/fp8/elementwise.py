@@ -1,0 +1,190 @@
+"""Elementwise kernels of a layer that write their result in e4m3 as well: the pass that would only quantise falls away.
+
+The same numbers as `kernels.norm` and `kernels.glu` followed by `quantize_rows`: what is quantised is the result as it is stored. A
+program holds whole rows, for the scale is known at their end; rows beyond `LONGEST` take the two steps.
+
+Letters: T tokens, H hidden, F features.
+"""
+
+# Kernels are typed by Triton, whose decorator is not.
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from halfbyte.kernels.dequantize.fused import INTERPRETED, to_dtype
+from halfbyte.kernels.fp8.fused import quantize_rows
+from halfbyte.kernels.fp8.parts import LARGEST, TINY, Rows
+from halfbyte.kernels.fp8.rounding import to_bits
+from halfbyte.kernels.glu import fused as glu_kernels
+from halfbyte.kernels.glu.fused import _value_and_slope
+from halfbyte.kernels.glu.reference import CUBIC, ROOT_2_OVER_PI, Activation
+from halfbyte.kernels.norm import fused as norm_kernels
+from halfbyte.kernels.norm.reference import NormSpec
+
+LONGEST = 16384
+"""Features whose rows stay in registers."""
+NUMBERS = {"LARGEST": LARGEST, "TINY": TINY, "INTERPRETED": INTERPRETED}
+
+
+@triton.jit
+def _write(out8, scale, row, column, y, inside, top, out8_stride, LARGEST: tl.constexpr, INTERPRETED: tl.constexpr):
+    """y (as it was stored) in e4m3, with the scale that its row's largest number top gives."""
+    tl.store(scale + row, top * (1.0 / LARGEST))
+    tl.store(out8 + row * out8_stride + column, to_bits(y * tl.div_rn(LARGEST, top), INTERPRETED), mask=inside)
+
+
+@triton.jit
+def _add_norm(
+    x, delta, residual, out, rstd, mean, weight, bias, out8, scale, x_stride, delta_stride, out_stride, out8_stride, eps, offset,
+    H: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A row a program. delta, mean, weight, bias: None where there is none."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < H
+    r = tl.load(x + row * x_stride + column, mask=inside, other=0.0)
+    if delta is not None:
+        d = tl.load(delta + row * delta_stride + column, mask=inside, other=0.0)
+        r = to_dtype(r.to(tl.float32) + d.to(tl.float32), x.dtype.element_ty, INTERPRETED)
+        tl.store(residual + row * H + column, r, mask=inside)
+    y = r.to(tl.float32)
+    if mean is not None:
+        m = tl.sum(y, axis=0) / H
+        tl.store(mean + row, m)
+        y = tl.where(inside, y - m, 0.0)
+    inverse = tl.rsqrt(tl.sum(y * y, axis=0) / H + eps)
+    tl.store(rstd + row, inverse)
+    y = y * inverse
+    if weight is not None:
+        y = y * (tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset)
+    if bias is not None:
+        y = y + tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    stored = to_dtype(y, out.dtype.element_ty, INTERPRETED)
+    tl.store(out + row * out_stride + column, stored, mask=inside)
+    y = tl.where(inside, stored.to(tl.float32), 0.0)
+    _write(out8, scale, row, column, y, inside, tl.maximum(tl.max(tl.abs(y), 0), TINY), out8_stride, LARGEST, INTERPRETED)
+
+
+@triton.jit
+def _glu(
+    gate, up, out, out8, scale, gate_stride, up_stride, out_stride, out8_stride,
+    ACTIVATION: tl.constexpr, K: tl.constexpr, C: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr, TINY: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A row a program. up: None without it."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < F
+    g = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if up is not None:
+        u = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    value, _ = _value_and_slope(g, ACTIVATION, K, C)
+    if up is not None:
+        value = value * u
+    stored = to_dtype(value, out.dtype.element_ty, INTERPRETED)
+    tl.store(out + row * out_stride + column, stored, mask=inside)
+    y = stored.to(tl.float32)
+    _write(out8, scale, row, column, y, inside, tl.maximum(tl.max(tl.abs(y), 0), TINY), out8_stride, LARGEST, INTERPRETED)
+
+
+@triton.jit
+def _glu_backward(
+    dh, gate, up, out8, scale, dh_stride, gate_stride, up_stride, out8_stride,
+    ACTIVATION: tl.constexpr, K: tl.constexpr, C: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr, TINY: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """In place, a row a program; [d gate | d up] in e4m3 under one scale. up: None without it."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < F
+    dtype: tl.constexpr = dh.dtype.element_ty
+    d_at, gate_at = dh + row * dh_stride + column, gate + row * gate_stride + column
+    d = tl.load(d_at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
+    if up is not None:
+        u = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    value, slope = _value_and_slope(g, ACTIVATION, K, C)
+    top = TINY
+    if up is not None:
+        d_up = to_dtype(d * value, dtype, INTERPRETED)
+        tl.store(up + row * up_stride + column, d_up, mask=inside)
+        value = value * u
+        slope = slope * u
+        top = tl.maximum(tl.max(tl.abs(d_up.to(tl.float32)), 0), TINY)
+    tl.store(d_at, to_dtype(value, dtype, INTERPRETED), mask=inside)
+    d_gate = to_dtype(d * slope, dtype, INTERPRETED)
+    tl.store(gate_at, d_gate, mask=inside)
+    top = tl.maximum(tl.max(tl.abs(d_gate.to(tl.float32)), 0), top)
+    if up is not None:
+        _write(out8 + F, scale, row, column, d_up.to(tl.float32), inside, top, out8_stride, LARGEST, INTERPRETED)
+    _write(out8, scale, row, column, d_gate.to(tl.float32), inside, top, out8_stride, LARGEST, INTERPRETED)
+
+
+def _warps(block: int) -> int:
+    return min(max(block // 1024, 1), 16)
+
+
+def add_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    spec: NormSpec,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    rows: Rows,
+    warps: int = 0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`kernels.norm.add_norm`, with norm(residual) in `rows` too."""
+    length, width = x.shape
+    block = triton.next_power_of_2(width)
+    if block > LONGEST or not length:
+        found = norm_kernels.add_norm(x, delta, spec, weight, bias, out)
+        quantize_rows(out, rows.main, rows.scale)
+        return found
+    residual = x if delta is None else torch.empty((length, width), dtype=x.dtype, device=x.device)
+    rstd = torch.empty(length, dtype=torch.float32, device=x.device)
+    mean = torch.empty_like(rstd) if spec.kind == "layer" else None
+    _add_norm[(length,)](
+        x, delta, None if delta is None else residual, out, rstd, mean, weight, bias, rows.main.view(torch.uint8), rows.scale,
+        x.stride(0), 0 if delta is None else delta.stride(0), out.stride(0), rows.main.stride(0), spec.eps, spec.offset,
+        H=width, BLOCK=block, **NUMBERS, num_warps=warps or _warps(block),
+    )  # fmt: skip
+    return residual, rstd, mean
+
+
+def glu(gate: Tensor, up: Tensor | None, activation: Activation, out: Tensor, rows: Rows, warps: int = 0) -> None:
+    """`kernels.glu.glu`, with h in `rows` too."""
+    length, width = gate.shape
+    block = triton.next_power_of_2(width)
+    if block > LONGEST or not length:
+        glu_kernels.glu(gate, up, activation, out)
+        quantize_rows(out, rows.main, rows.scale)
+        return
+    _glu[(length,)](
+        gate, up, out, rows.main.view(torch.uint8), rows.scale, gate.stride(0), 0 if up is None else up.stride(0), out.stride(0),
+        rows.main.stride(0), ACTIVATION=activation, K=ROOT_2_OVER_PI, C=CUBIC, F=width, BLOCK=block, **NUMBERS,
+        num_warps=warps or _warps(block),
+    )  # fmt: skip
+
+
+def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, activation: Activation, rows: Rows, warps: int = 0) -> None:
+    """`kernels.glu.glu_backward`, with [d gate | d up] `[T, 2F]` in `rows` too; without `up`, d gate.
+
+    gate and up lie behind each other, as the group of gate and up has its outputs.
+    """
+    length, width = gate.shape
+    block = triton.next_power_of_2(width)
+    if block > LONGEST or not length:
+        glu_kernels.glu_backward(dh, gate, up, activation)
+        both = gate if up is None else gate.as_strided((length, 2 * width), gate.stride())
+        quantize_rows(both, rows.main, rows.scale)
+        return
+    _glu_backward[(length,)](
+        dh, gate, up, rows.main.view(torch.uint8), rows.scale, dh.stride(0), gate.stride(0), 0 if up is None else up.stride(0),
+        rows.main.stride(0), ACTIVATION=activation, K=ROOT_2_OVER_PI, C=CUBIC, F=width, BLOCK=block, **NUMBERS,
+        num_warps=warps or _warps(block),
+    )  # fmt: skip

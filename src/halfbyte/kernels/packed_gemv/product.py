@@ -1,0 +1,179 @@
+"""A group of weights made ready for products with few rows: what a launch needs beside x, built once, used every token.
+
+Segments are runs of rows with one output each: a member is one, or two where gate and up are one weight. The adapters' A of a group
+are stacked in one 16-bit copy, s * B beside each member in another: made here from the fp32 masters (product in fp32, one
+rounding), so a group is rebuilt when they have moved. Cost: 2 r (K + N) bytes a member; the weights themselves are not copied.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from halfbyte.formats.packed import Packed
+from halfbyte.kernels.dequantize.levels import levels
+from halfbyte.kernels.lora_linear.members import Member
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+MOST_ROWS = 16
+"""Rows of x that one launch takes."""
+SLICE = 2048
+"""Columns of A that one program multiplies."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the kernel cuts the work. tiles: 16 rows of the weight each, a program. warps: of a program. registers: most a thread.
+
+    fetch: weights into the L2 cache ahead of use. early: start before the launch before has ended. Both on sm_90 and newer only.
+    """
+
+    tiles: int
+    warps: int
+    registers: int | None = None
+    fetch: bool = True
+    early: bool = True
+
+
+@dataclass(frozen=True)
+class Product:
+    """members as given; activation of the first output (times the second where there are two), or None.
+
+    rows: outputs, N (after the activation: of one). launch: what the fused twin needs; None where it cannot run this group.
+    """
+
+    members: tuple[Member, ...]
+    activation: Activation | None
+    width: int
+    rows: int
+    launch: Launch | None
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """segments: by tiles a program, int64 `[S, FIELDS]` on the device (see the kernel) and the number of programs.
+
+    keep: tensors whose addresses stand in there. counters: int64 `[2]`: programs started, programs of A done.
+    """
+
+    kind: Literal["four", "int8", "dense"]
+    nested: bool
+    per: int
+    zero: str
+    count: int
+    paired: bool
+    rank: int
+    slices: int
+    pairs: Tensor
+    a: Tensor
+    xa: Tensor
+    counters: Tensor
+    keep: tuple[Tensor, ...]
+    segments: dict[int, tuple[Tensor, int]]
+
+
+def build(members: Sequence[Member], dtype: torch.dtype, activation: Activation | None = None) -> Product:
+    """The product of a group that shares its input. activation: over one member, or gate and up (two, or one of both)."""
+    members = tuple(members)
+    first = members[0].weight
+    width = first.shape[1]
+    outputs = sum(m.weight.shape[0] for m in members)
+    paired = activation is not None and (len(members) == 2)
+    why_not = _obstacle(members, dtype)
+    launch = None if why_not else _launch(members, dtype, paired)
+    return Product(members, activation, width, outputs // 2 if paired else outputs, launch, why_not)
+
+
+def _obstacle(members: tuple[Member, ...], dtype: torch.dtype) -> str:
+    """Why the kernel cannot take the group; "" if it can."""
+    kinds = {m.weight.format if isinstance(m.weight, Packed) else None for m in members}
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"activations of {dtype}"
+    if len(kinds) > 1:
+        return "weights of several formats in a group"
+    for member in members:
+        weight = member.weight
+        if weight.shape[1] % 64:
+            return f"{weight.shape[1]} columns, no multiple of 64"
+        if isinstance(weight, Tensor):
+            if not weight.is_contiguous() or weight.dtype != dtype or weight.data_ptr() % 16:
+                return f"a weight of {weight.dtype}, transposed, or not at a multiple of 16 bytes"
+            continue
+        block = weight.format.block
+        if weight.format.kind != "int8" and (block % 64 or (weight.format.kind == "int4" and weight.shape[1] % block)):
+            return f"blocks of {block} on rows of {weight.shape[1]}"
+        if weight.codes.data_ptr() % 16:
+            return "codes that do not start at a multiple of 16 bytes"
+    return ""
+
+
+def _launch(members: tuple[Member, ...], dtype: torch.dtype, paired: bool) -> Launch:
+    weight = members[0].weight
+    device = weight.device if isinstance(weight, Tensor) else weight.codes.device
+    width = weight.shape[1]
+    fmt = weight.format if isinstance(weight, Packed) else None
+    kind: Literal["four", "int8", "dense"] = "dense" if fmt is None else "int8" if fmt.kind == "int8" else "four"
+    ranks = [0 if m.lora is None else m.lora.a.shape[0] for m in members]
+    rank = -(-max(ranks) // 16) * 16
+    slices = -(-width // SLICE)
+    a = torch.zeros(max(rank * len(members), 1), width, dtype=dtype, device=device)
+    keep, table, output = [], [], 0
+    for i, member in enumerate(members):
+        b = torch.zeros(member.weight.shape[0] if rank else 0, rank, dtype=dtype, device=device)
+        if member.lora is not None:
+            a[i * rank : i * rank + ranks[i]] = member.lora.a.detach()
+            b[:, : ranks[i]] = member.lora.b.detach().float() * member.lora.scale
+        bias = None if member.bias is None else member.bias.detach().to(dtype).contiguous()
+        stored = (member.weight,) if isinstance(member.weight, Tensor) else member.weight.tensors()
+        addresses = [t.data_ptr() for t in stored] + [0] * (5 - len(stored))
+        rows = member.weight.shape[0]
+        table.append([*addresses, 0 if bias is None else bias.data_ptr(), b.data_ptr(), 0, rows, output, 0, i * rank])
+        keep += [*stored, b, *([] if bias is None else [bias])]
+        output += rows
+    # Counters and segments are copied from the host: an early launch may read before what a kernel wrote last is there.
+    cut = {tiles: _with_tiles(table, 16 if paired else 16 * tiles) for tiles in (1, 2)}
+    last = 0 if paired else -1
+    segments = {
+        tiles: (t.to(device), int(t[last, 10]) + -(-int(t[last, 8]) // (16 if paired else 16 * tiles))) for tiles, t in cut.items()
+    }
+    return Launch(
+        kind, bool(fmt and fmt.nested), (fmt.block // 64 if fmt and kind == "four" else 1), fmt.zero if fmt else "none",
+        len(members), paired, rank, slices, pairs(weight, dtype, str(device)),
+        a, torch.empty(slices, MOST_ROWS, max(rank * len(members), 1), device=device),
+        torch.zeros(2, dtype=torch.int64, device="cpu").to(device), tuple(keep), segments,
+    )  # fmt: skip
+
+
+def _with_tiles(table: list[list[int]], rows: int) -> Tensor:
+    """The table with each segment's first tile, of so many rows, filled in."""
+    first, filled = 0, []
+    for line in table:
+        filled.append([*line[:10], first, line[11]])
+        first += -(-line[8] // rows)
+    return torch.tensor(filled, dtype=torch.int64)
+
+
+def pairs(weight: Packed | Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    """uint32 `[256]`: the two 16-bit levels of a byte of codes, the first of the weight's order in the low half."""
+    if isinstance(weight, Tensor):
+        return torch.zeros(1, dtype=torch.uint32, device=device)
+    symmetric = weight.format.kind == "int4" and weight.format.zero == "none"
+    return _pairs(weight.format.kind, symmetric, dtype, device)
+
+
+@functools.cache
+def _pairs(kind: str, symmetric: bool, dtype: torch.dtype, device: str) -> Tensor:
+    byte = torch.arange(256)
+    if kind == "int8":
+        value = byte.to(torch.uint8).view(torch.int8).float()
+        both = torch.stack([value, value], 1)
+    else:
+        table = levels(kind) if kind in ("nf4", "fp4") else torch.arange(16.0) - (8 if symmetric else 0)
+        both = torch.stack([table[byte >> 4], table[byte & 15]], 1)
+    return both.to(dtype).contiguous().view(torch.uint32).view(-1).to(device)

@@ -1,0 +1,122 @@
+"""The kernels of generation: their references here, their Triton forms under the interpreter, compiled ones on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.formats.packed import Format
+from halfbyte.kernels.lora_linear.members import Member
+from halfbyte.kernels.packed_gemv import build
+from kernels import checks_generation as checks
+from kernels.checks import random_packed
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", checks.CHECKS)
+def test_references(name: str) -> None:
+    checks.CHECKS[name]("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", checks.CHECKS)
+def test_kernels_on_a_gpu(name: str) -> None:
+    checks.CHECKS[name]("cuda")
+
+
+INTERPRETED = """
+import torch
+from kernels import checks_generation as checks
+from halfbyte.kernels.packed_gemv import Shape
+checks.check_packed_gemv("cpu", (torch.bfloat16,), Shape(1, 1), (0, 1, 2, 5, 8, 10))
+checks.check_decode_step("cpu", (torch.float32,))
+print("right")
+"""
+
+
+@pytest.mark.cpu
+def test_kernels_interpreted() -> None:
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1", "HALFBYTE_KERNELS": "fused", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.stdout.strip() == "right", done.stderr
+
+
+def test_what_the_kernel_cannot_take_is_named() -> None:
+    def obstacle(shape: tuple[int, int], fmt: Format, dtype: torch.dtype = torch.bfloat16) -> str:
+        return build([Member(random_packed(shape, fmt, "cpu"), None, None)], dtype).why_not
+
+    nested = Format("nf4", 64, nested=True)
+    assert obstacle((8, 128), nested) == ""
+    assert "float32" in obstacle((8, 128), nested, torch.float32)
+    assert "multiple of 64" in obstacle((8, 96), nested)
+    assert "blocks of 32" in obstacle((8, 128), Format("nf4", 32))
+    assert "blocks of 128" in obstacle((8, 192), Format("int4", 128))
+
+
+COMPILED = """
+import sys
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from halfbyte.kernels.decode_step import fused as step
+from halfbyte.kernels.packed_gemv import fused, ptx
+
+capability = int(sys.argv[1])
+hopper = capability >= 90
+
+def build(kernel, pointers, constants, warps):
+    types = {n: pointers.get(n, "constexpr" if n in constants else "i32") for n in kernel.arg_names}
+    options = dict(num_warps=warps, num_stages=1) | (dict(launch_pdl=True) if hopper else {})
+    return triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32), options=options)
+
+def gemv(half, kind="four", nested=True, zero="none", segments=1, paired=False, rank=16, rows=1, bits=4, add=False):
+    pointers = dict(out="*" + half, x="*" + half, add="*" + half, a="*" + half, segments="*i64", pairs="*u32",
+                    nested_levels="*fp32", xa="*fp32", counters="*i64", multiplier="fp32")
+    constants = dict(COLUMNS=4096, KIND=kind, NESTED=nested, PER=1, ZERO=zero, SEGMENTS=segments, PAIRED=paired,
+                     RANK=rank, ACT="silu" if paired else "none", ADD=add, SLICES=2, RT=2 if paired else 1, NT=rows, WARPS=8,
+                     HALF=tl.bfloat16 if half == "bf16" else tl.float16, TABLE=ptx.table(256), BITS=bits, PDL=hopper,
+                     PREFETCHED=hopper, INTERPRETED=False)
+    text = build(fused._gemv, pointers, constants, 8).asm["ptx"]
+    assert f"f32.{half.replace('fp', 'f')}.{half.replace('fp', 'f')}.f32" in text
+    assert text.count("halfbyte_levels[") == (kind != "dense")
+
+gemv("bf16", segments=3)
+gemv("fp16", segments=2, paired=True)
+gemv("bf16", zero="float", nested=False, rows=2, add=True)
+gemv("fp16", kind="dense", bits=16, rank=0)
+same = dict(PDL=hopper, INTERPRETED=False)
+for half in ("*bf16", "*fp32"):
+    build(step._normalise, dict(x=half, weight=half, bias=half, out=half, eps="fp32", offset="fp32"),
+          dict(LAYER=False, WEIGHT=True, BIAS=False, BLOCK=4096) | same, 8)
+    build(step._place, dict(qkv=half, position="*i64", q_weight=half, k_weight=half, cos=half, sin=half, q=half, keys=half,
+          values=half, eps="fp32", offset="fp32"),
+          dict(H=32, G=8, D=128, BLOCK=128, ROTATION="half", NORM=True, LAYER=False) | same, 1)
+    build(step._attend, dict(q=half, keys=half, values=half, position="*i64", partial="*fp32", scale="fp32", cap="fp32"),
+          dict(H=32, G=8, D=128, BLOCK=128, QUERIES=16, SPLITS=32, KEYS=64, CAP=True, WINDOW=True) | same, 4)
+    build(step._join, dict(partial="*fp32", out=half), dict(H=32, D=128, BLOCK=128, SPLITS=32) | same, 2)
+print("compiled")
+"""
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile(capability: int, tmp_path: Path) -> None:
+    """Ampere and Hopper: what the interpreter accepts, the compiler may refuse; instructions given as text are read here only."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT / "src")}
+    program = tmp_path / "build.py"
+    program.write_text(COMPILED)
+    command = [sys.executable, str(program), str(capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.stdout.strip() == "compiled", done.stderr
