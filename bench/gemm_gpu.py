@@ -1,10 +1,10 @@
 """The products of a decoder layer on a CUDA GPU: `kernels.gemm` against torch.mm, hot and in turn. Needs torch and cuBLAS.
 
-    python bench/gemm_gpu.py --out DIR          # under half a minute; writes DIR/gemm_gpu.jsonl and DIR/gemm_gate.json
+    python bench/gemm_gpu.py --out DIR          # about half a minute; writes DIR/gemm_gpu.jsonl and DIR/gemm_gate.json
 
 The gate: `tests/kernels/checks_gemm.py`; if a check is off, nothing is reported and the exit code is 1.
 Shapes are those of an 8B Llama 3 with adapters of rank 16: of each group XA and Y forward, s dY B and dX backward (sixteen
-products), and dA and dB. The profiler comes last where it can: it makes every later launch slower. Choices are made anew, in a directory of the run.
+products), and dA and dB. Choices are made anew, in a directory of the run. The profiler comes last: it slows every later launch.
 """
 
 from __future__ import annotations
@@ -130,13 +130,13 @@ def compare(report: Report, found: dict[str, Product], repeats: int, **note: Any
 
 
 def layers(report: Report, functions: dict[str, list[Callable[[], Any]]], **note: Any) -> None:
-    """All products of a layer in a row, a quarter of a second one way, then the next: each pays for its own heat."""
+    """All products of a layer in a row, a fifth of a second one way, then the next: each pays for its own heat."""
     taken: dict[str, list[float]] = {way: [] for way in functions}
     ways = list(functions)
-    for _ in range(5):
+    for _ in range(4):
         for way in ways:
             start, count = time.perf_counter(), 0
-            while time.perf_counter() - start < 0.25:
+            while time.perf_counter() - start < 0.2:
                 for f in functions[way]:
                     f()
                 count += 1
@@ -163,8 +163,8 @@ class Candidates:
         self.texts = [x.text() for x in algorithms]
 
 
-def sustained(calls: list[Callable[[], Any]], scratch: Tensor, seconds: float = 0.1) -> list[float]:
-    """Milliseconds of each alone at the clock that it earns itself: a tenth of a second of each, there and back, L2 swept between."""
+def sustained(calls: list[Callable[[], Any]], scratch: Tensor, seconds: float = 0.05) -> list[float]:
+    """Milliseconds of each alone at the clock that it earns itself: so long of each, there and back, L2 swept between."""
     totals = [0.0] * len(calls)
     order = list(range(len(calls)))
     for i in order + order[::-1]:
@@ -185,7 +185,7 @@ def sustained(calls: list[Callable[[], Any]], scratch: Tensor, seconds: float = 
 
 
 def rules(report: Report, found: dict[str, Product], tokens: int) -> None:
-    """Which way to choose makes the fastest layer: the first guess, our short measurement, or a long one of each algorithm alone."""
+    """Which choice makes the fastest layer: the first guess, our short measurement, or a long one of each algorithm alone."""
     scratch = torch.empty(128 << 20, dtype=torch.uint8, device=DEVICE)
     load({name: torchs(p) for name, p in found.items()}, 0.4)
     ways: dict[str, list[Callable[[], Any]]] = {"torch": [], "first": [], "short": [], "long": []}
@@ -271,7 +271,7 @@ def measure(report: Report) -> None:
     version = vendor._library().version if CUDA else None
     report(what="machine", device=torch.cuda.get_device_name() if CUDA else "cpu", torch=torch.__version__, cublaslt=version)
     host(report)
-    for tokens in (8192, 2048) if CUDA else (8,):
+    for tokens in (2048, 8192) if CUDA else (8,):
         found, gradients = products(tokens)
         if CUDA:
             rules(report, found, tokens)

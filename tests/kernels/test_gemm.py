@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.kernels.gemm import choice
+from halfbyte.kernels.augmented import Group
+from halfbyte.kernels.gemm import choice, report
 from halfbyte.kernels.gemm.choice import Memory, fastest
 from halfbyte.kernels.gemm.cublaslt import Algorithm, Library, Plan, Problem, Refused, Stored, stored
+from halfbyte.kernels.lora_linear.members import LowRank, Member
+from halfbyte.kernels.products import Augmented
 from kernels import checks_gemm as checks
 
 TESTS = Path(__file__).parents[1]
@@ -224,6 +227,25 @@ def test_a_full_disk_is_survived(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     memory = Memory(tmp_path / "file" / "below.json")
     memory.keep("a", "00")
     assert memory.entries == {"a": "00"} and "not kept" in caplog.text
+
+
+def test_a_residual_is_added_inside_the_product() -> None:
+    torch.manual_seed(0)
+    for rank in (0, 4):
+        lora = LowRank(torch.randn(rank, 24), torch.randn(32, rank), 0.5) if rank else None
+        group = Group([Member(torch.randn(32, 24), None, lora)])
+        x, residual, bias = torch.randn(7, 24 + group.rank), torch.randn(7, 32), torch.randn(32)
+        for columns in {24, 24 + group.rank}:
+            got, without = torch.empty(7, 32), torch.empty(7, 32)
+            Augmented().project(group, x[:, :columns].clone(), got, bias, None, residual=residual)
+            Augmented().project(group, x[:, :columns].clone(), without, bias, None)
+            torch.testing.assert_close(got, without + residual)
+
+
+def test_nothing_is_reported_where_nothing_was_measured(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "halfbyte.kernels"):
+        report()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", checks.CHECKS)
