@@ -39,6 +39,7 @@ Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 _calls: dict[tuple[object, ...], Call] = {}
 _workspaces: dict[tuple[int, int], Tensor] = {}
 _measured: dict[tuple[int, Problem], list[tuple[int, str]]] = {}
+_said: set[str] = set()
 _news: list[tuple[bool, float]] = []
 _lock = threading.RLock()
 stream_of: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
@@ -66,7 +67,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, c: Tensor | N
         return False
     status = call(pa, pb, pc, pd)
     if status:
-        log.warning("gemm: a product of %s and %s is torch's (cuBLASLt status %d)", tuple(a.shape), tuple(b.shape), status)
+        log.warning("gemm: a product of %s and %s is torch's: cuBLASLt status %d", tuple(a.shape), tuple(b.shape), status)
         _calls[key] = refused
     return not status
 
@@ -80,10 +81,11 @@ def _prepare(
     assert bias is None or bias.shape == (n,), "shapes do not fit"
     device, stream = a.get_device(), stream_of(a.get_device())
     capturing = torch.cuda.is_current_stream_capturing()
+    if not a.numel() or not out.numel() or twin(a.device) != "fused":
+        _calls[key] = refused
+        return refused
     with _lock, torch.cuda.device(device):
         try:
-            if not a.numel() or not out.numel() or twin(a.device) != "fused":
-                raise Refused("empty, or the reference is asked for")
             low = a.data_ptr() | b.data_ptr() | source.data_ptr() | out.data_ptr() | ALIGNED
             problem = Problem.of(a, b, out, bias, source, beta, low & -low)
             plan = Plan(_library(), device, problem, 0 if bias is None else bias.data_ptr())
@@ -98,8 +100,10 @@ def _prepare(
                 algorithm = _chosen(plan, bind, (a, b, source, out))
             call = _guarded(bind(algorithm), device)
         except Refused as error:
-            log.info("gemm: a product of %s and %s is torch's (%s)", tuple(a.shape), tuple(b.shape), error)
             call = refused
+            if str(error) not in _said:
+                _said.add(str(error))
+                log.warning("gemm: products like %s times %s are torch's: %s", tuple(a.shape), tuple(b.shape), error)
         if not capturing or call is refused:
             while len(_calls) >= KEPT:
                 del _calls[next(iter(_calls))]
