@@ -58,8 +58,8 @@ def capture_calls(model: PreTrainedModel, layers: list[nn.Module]) -> dict[nn.Mo
 
 def prove(layer: nn.Module, structure: Structure, call: dict[str, Any]) -> Structure:
     """The completed structure under which the generic layer equals `layer`. Raises NotUnderstood with the reason."""
-    call = {name: _to_fp32(value) for name, value in _bind(structure, call).items()}
-    original = _fp32_copy(layer).eval()
+    call = {name: to_fp32(value) for name, value in _bind(structure, call).items()}
+    original = fp32_copy(layer).eval()
     try:
         with torch.no_grad():
             return _prove(original, structure, call)
@@ -138,13 +138,13 @@ def _bind(structure: Structure, call: dict[str, Any]) -> dict[str, Any]:
     return {"attention_mask": None} | dict(zip(("hidden_states", *structure.arguments), call["args"], strict=False)) | keywords
 
 
-def _to_fp32(value: Any) -> Any:
+def to_fp32(value: Any) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.float()
-    return tuple(_to_fp32(v) for v in value) if isinstance(value, tuple) else value
+    return tuple(to_fp32(v) for v in value) if isinstance(value, tuple) else value
 
 
-def _fp32_copy(layer: nn.Module) -> nn.Module:
+def fp32_copy(layer: nn.Module) -> nn.Module:
     """A copy in fp32 that shares the packed bytes, with a config of its own."""
     shared: dict[int, Any] = {id(p): p for p in layer.parameters() if not p.is_floating_point()}
     return copy.deepcopy(layer, shared).float()
