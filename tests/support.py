@@ -77,6 +77,16 @@ QWEN3_8B = {
     "vocab_size": 151936,
     "tie_word_embeddings": False,
 }
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
 SMOLLM2 = {
     "model_type": "llama",
     "hidden_size": 576,
@@ -87,7 +97,7 @@ SMOLLM2 = {
     "vocab_size": 49152,
     "tie_word_embeddings": True,
 }
-"""The shapes of two real models, as their config.json says."""
+"""The shapes of real models, as their config.json says."""
 
 
 def tiny_config(family: str = "llama", **changes: Any) -> dict[str, Any]:

@@ -146,8 +146,8 @@ def test_patches_nothing(file: Path) -> None:
             while isinstance(root, ast.Attribute):
                 root = root.value
             patched = isinstance(target, ast.Attribute) and isinstance(root, ast.Name) and root.id in modules
-            # torch.backends holds switches that torch documents as settings, not code.
-            assert not patched or ast.unparse(target).startswith("torch.backends"), (
+            # These hold switches that torch documents as settings, not code.
+            assert not patched or ast.unparse(target).startswith(("torch.backends", "torch.utils.deterministic")), (
                 f"{ids(file)}:{node.lineno}: {ast.unparse(node)}"
             )
 

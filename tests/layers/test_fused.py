@@ -12,10 +12,11 @@ from halfbyte.adapters import lora
 from halfbyte.adapters.config import AdapterConfig
 from halfbyte.errors import ModelError
 from halfbyte.formats.packed import Format
-from halfbyte.layers import forward, fused, recompute
+from halfbyte.layers import forward, recompute
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused import gradients
-from halfbyte.layers.fused.keep import Keep
+from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep
+from halfbyte.layers.fused.prepare import prepare, remove
 from halfbyte.optim.flat import flatten
 from layers.families import ADOPTED, FUSED, NF4, pair, peft_gradients, row, with_adapters
 
@@ -41,12 +42,12 @@ def _compare(adapter: lora.Adapter, theirs: dict[str, Tensor], tolerance: float 
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("fmt", [pytest.param(NF4, id="nf4"), pytest.param(None, id="none")])
-@pytest.mark.parametrize("keep", [fused.EVERYTHING, fused.INPUTS], ids=["everything", "inputs"])
+@pytest.mark.parametrize("keep", [EVERYTHING, INPUTS], ids=["everything", "inputs"])
 @pytest.mark.parametrize("family", FUSED)
 def test_a_packed_row_equals_transformers_and_peft(family: str, keep: Keep, fmt: Format | None) -> None:
     ours, plain = pair(family, fmt, **STILL.get(family, {}))
     adapter, reference = with_adapters(ours, plain)
-    done = fused.prepare(ours, keep)
+    done = prepare(ours, keep)
     assert (done.layers, done.left) == (2, {})
     hidden = _hidden(ours.train())
     inner = reference.base_model.model.base_model
@@ -63,7 +64,7 @@ def test_a_packed_row_equals_transformers_and_peft(family: str, keep: Keep, fmt:
 def test_unpacked_rows_too(family: str) -> None:
     ours, plain = pair(family, NF4, **STILL.get(family, {}))
     adapter, reference = with_adapters(ours, plain)
-    fused.prepare(ours)
+    prepare(ours)
     ids = row((24,))[0].view(2, 12)
     got = ours.train()(input_ids=ids, use_cache=False).logits
     expected = reference(input_ids=ids, use_cache=False).logits
@@ -109,19 +110,21 @@ def test_every_adapter_stays_on_the_path(family: str, config: AdapterConfig) -> 
         config = config.model_copy(update={"targets": ["qkv_proj", "down_proj"]})
     model, adapter = _llama(config, family)
     hidden, expected = _gradients(model, adapter)
-    assert fused.prepare(model).layers == 2
+    assert prepare(model).layers == 2
     got_hidden, got = _gradients(model, adapter)
     torch.testing.assert_close(got_hidden, hidden, atol=2e-5, rtol=1e-4)
     for name, grad in expected.items():
         assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
 
 
-@pytest.mark.parametrize("keep", [*KEEPS, fused.OFFLOADED], ids=lambda k: "".join(str(int(v)) for v in (k.normed, k.qkv, k.attended, k.mid, k.inputs)))
+@pytest.mark.parametrize(
+    "keep", [*KEEPS, OFFLOADED], ids=lambda k: "".join(str(int(v)) for v in (k.normed, k.qkv, k.attended, k.mid, k.inputs))
+)
 def test_whatever_is_kept_the_gradients_are_the_same_bits(keep: Keep) -> None:
     model, adapter = _llama(AdapterConfig(rank=4, dropout=0.2), "qwen3")
-    fused.prepare(model)
+    prepare(model)
     hidden, expected = _gradients(model, adapter)
-    fused.prepare(model, keep)
+    prepare(model, keep)
     got_hidden, got = _gradients(model, adapter)
     assert torch.equal(got_hidden, hidden)
     for name, grad in expected.items():
@@ -130,11 +133,11 @@ def test_whatever_is_kept_the_gradients_are_the_same_bits(keep: Keep) -> None:
 
 def test_gradients_in_place_are_added_to_the_flat_buffers() -> None:
     model, adapter = _llama(AdapterConfig(rank=4))
-    fused.prepare(model)
+    prepare(model)
     _, expected = _gradients(model, adapter)
     expected = {name: g.clone() for name, g in expected.items()}
     flat = flatten(adapter.parameters())
-    fused.prepare(model, in_place=True)
+    prepare(model, in_place=True)
     for _ in range(2):
         hidden = _hidden(model)
         (hidden * _weight(hidden)).sum().backward()
@@ -157,7 +160,7 @@ def test_neighbouring_gradients_are_one_product() -> None:
 
 def test_backward_twice_is_refused() -> None:
     model, adapter = _llama(AdapterConfig(rank=4))
-    fused.prepare(model)
+    prepare(model)
     loss = _hidden(model).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(ModelError, match="ran twice"):
@@ -167,7 +170,7 @@ def test_backward_twice_is_refused() -> None:
 
 def test_an_adapter_that_changed_between_forward_and_backward_is_found() -> None:
     model, adapter = _llama(AdapterConfig(rank=4))
-    fused.prepare(model)
+    prepare(model)
     loss = _hidden(model).sum()
     with torch.no_grad():
         next(iter(adapter.layers.values())).lora_b.add_(1.0)
@@ -178,35 +181,35 @@ def test_an_adapter_that_changed_between_forward_and_backward_is_found() -> None
 def test_what_cannot_be_fused_is_left_and_named() -> None:
     model, _ = pair("llama", NF4)
     lora.attach(model, AdapterConfig(rank=4, modules_to_save=["input_layernorm"]), seed=1)
-    done = fused.prepare(model)
+    done = prepare(model)
     assert done.layers == 0 and all("learns beside the adapter" in reason for reason in done.left.values())
     model, _ = pair("gpt2", None, resid_pdrop=0.1)
-    assert "dropout of the base" in fused.prepare(model).summary()
+    assert "dropout of the base" in prepare(model).summary()
 
 
 @pytest.mark.parametrize("family", sorted(set(ADOPTED) - set(FUSED)))
 def test_families_whose_layers_are_not_fused_are_named(family: str) -> None:
     reasons = {"cohere-qk-norm": "the norm CohereLayerNorm has another shape of weight or no eps"}
-    done = fused.prepare(pair(family, NF4)[0])
+    done = prepare(pair(family, NF4)[0])
     assert set(done.left.values()) == {reasons.get(family, "queries, keys and values are interleaved in one projection")}
 
 
 def test_a_layer_that_disagrees_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = _llama(AdapterConfig(rank=4))
     monkeypatch.setattr("halfbyte.layers.fused.backward.glu_backward", lambda dh, gate, up, activation: None)
-    done = fused.prepare(model)
+    done = prepare(model)
     assert done.layers == 0 and "is off by" in done.summary()
 
 
 def test_recompute_by_modules_stops_and_switching_off_brings_the_modules_back() -> None:
     model, adapter = _llama(AdapterConfig(rank=4))
     recompute.set_recompute(model, True)
-    fused.prepare(model, fused.INPUTS)
+    prepare(model, INPUTS)
     layers = [m for m in model.modules() if isinstance(m, DecoderLayer)]
     assert not any(layer.gradient_checkpointing for layer in layers)
     with adapter.enabled(False), torch.no_grad():
         base = _hidden(model)
-    fused.remove(model)
+    remove(model)
     assert all(layer.fused is None for layer in layers)
     with adapter.enabled(False), torch.no_grad():
         torch.testing.assert_close(base, _hidden(model), atol=2e-5, rtol=1e-4)
@@ -218,5 +221,5 @@ def test_a_cache_and_a_dense_mask_go_through_the_modules() -> None:
     ids, _, _ = row((9,))
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = model.generate(ids, **settings)
-    fused.prepare(model)
+    prepare(model)
     assert torch.equal(model.generate(ids, **settings), expected)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 
 from halfbyte.config import Recipe
 from halfbyte.errors import MemoryPlanError, RecipeError
-from halfbyte.memory.budget import GIB, budget
+from halfbyte.machine import Device
+from halfbyte.memory.budget import GIB, Budget, budget
 from halfbyte.memory.gpus import CARDS
 from halfbyte.memory.measure import peak_rss, ram, rss
-from halfbyte.memory.plan import json_schema, plan
+from halfbyte.memory.plan import Plan, json_schema, plan
 from halfbyte.recipe import recipe_from
 from support import QWEN3_8B, SMOLLM2
 
@@ -55,6 +57,38 @@ def test_bytes_are_the_sum_of_parts() -> None:
     assert found.microbatch * found.microbatches == 8
     assert found.parameters.base == 134_515_008
     assert found.parameters.packed == 106_168_320
+
+
+def test_what_waits_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With recompute, where there is room for it; the reason says how much."""
+    monkeypatch.setattr("halfbyte.memory.plan.twin", lambda device: "fused")
+    here = Budget("cuda", "a card", 24 * GIB, 24 * GIB, True, "")
+
+    def planned(free: int, *overrides: str) -> Plan:
+        monkeypatch.setattr("halfbyte.machine.ram", lambda: Device("CPU", free * GIB, 64 * GIB))
+        return plan(recipe_of("memory.microbatch=4", *overrides), here, config=QWEN3_8B)
+
+    roomy, tight = planned(64, "memory.recompute=on"), planned(4, "memory.recompute=on")
+    assert roomy.offloaded > 2 * GIB and re.fullmatch(r"auto: it takes .* GiB of host memory, 64.00 GiB are free", roomy.offload)
+    assert f"{roomy.offloaded / GIB:.2f} GiB wait in host memory" in roomy.table().replace("\n", " ")
+    assert tight.offloaded == 0 and tight.offload.endswith("no more than 50% of that is pinned")
+    assert roomy.bytes < tight.bytes
+    assert planned(64, "memory.recompute=off").offload == "auto: everything is kept on the GPU"
+    assert planned(64, "memory.recompute=on", "memory.offload=off").offload == "asked for"
+    everything = planned(64, "memory.recompute=off", "memory.offload=on")
+    assert everything.offloaded > 2 * roomy.offloaded and everything.offload == "asked for"
+    elsewhere = plan(recipe_of("memory.recompute=on"), "24GiB", config=QWEN3_8B)
+    assert elsewhere.offloaded and elsewhere.offload.startswith("auto: needs ")
+
+
+def test_modules_are_planned_where_the_layers_run_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Budget("cuda", "a card", 80 * GIB, 80 * GIB, True, "")
+    found = {}
+    for kernels in ("fused", "reference"):
+        monkeypatch.setattr("halfbyte.memory.plan.twin", lambda device, kernels=kernels: kernels)
+        found[kernels] = plan(recipe_of("memory.microbatch=2", "memory.recompute=off"), here, config=QWEN3_8B)
+    assert found["reference"].bytes > found["fused"].bytes
+    assert found["reference"].offload == "auto: only fused layers can"
 
 
 def test_format_and_length_change_the_bytes() -> None:

@@ -62,7 +62,7 @@ def test_a_stored_choice_is_kept_unless_another_is_asked_for() -> None:
 
 
 def test_fp8_is_taken_only_where_it_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RecipeError, match="8.9 or newer") as refused:
+    with pytest.raises(RecipeError, match=r"8\.9 or newer") as refused:
         choices.require("fp8", CPU)
     assert refused.value.code == "recipe.compute" and "bf16" in refused.value.hint
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))

@@ -16,5 +16,8 @@ class MemoryConfig(Section):
     """Memory budget: auto (what the device has free), a size such as 24GiB, or a card such as rtx4090."""
     recompute: Literal["auto", "on", "off"] = "auto"
     """Recompute each layer in backward instead of keeping its activations: less memory, about a third more arithmetic."""
+    offload: Literal["auto", "on", "off"] = "auto"
+    """Layer inputs wait in pinned host memory between forward and backward (fused layers on a GPU); auto: with recompute, where
+    host memory has room."""
     microbatch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Rows a forward pass sees at once: a divisor of `train.batch`, or auto: the most that fits."""

@@ -9,7 +9,7 @@ Letters: T = tokens in a microbatch (m rows), H = hidden, N/K = outputs/inputs o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,8 @@ from transformers import PretrainedConfig
 from halfbyte.config import Recipe
 from halfbyte.kernels.cross_entropy import CHUNK_BYTES
 from halfbyte.kernels.cross_entropy.slices import SLICE_BYTES
+from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep
+from halfbyte.memory import fused
 from halfbyte.memory.shapes import SEGMENT, Shapes, shapes, skeleton
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
@@ -47,23 +49,43 @@ def parts(
     recompute: bool = False,
     compute: str = "bf16",
     device: Literal["cuda", "cpu"] = "cuda",
+    offload: bool = False,
 ) -> list[Part]:
-    """The parts of a run of `recipe` on the model of `config` (a config.json), the largest first."""
+    """The parts of a run of `recipe` on the model of `config` (a config.json), the largest first; on a GPU with fused layers."""
     dtype = DTYPES[compute]
-    return count(shapes(skeleton(config, dtype), recipe.format, recipe.adapter), recipe, microbatch, recompute, dtype, device)
+    s = shapes(skeleton(config, dtype), recipe.format, recipe.adapter)
+    keep = keep_of(recompute, offload) if device == "cuda" else None
+    return count(s, recipe, microbatch, recompute, dtype, device, keep)
+
+
+def keep_of(recompute: bool, offload: bool) -> Keep:
+    """What fused layers keep."""
+    if offload:
+        return OFFLOADED if recompute else replace(EVERYTHING, offload=True)
+    return INPUTS if recompute else EVERYTHING
 
 
 def count(
-    s: Shapes, recipe: Recipe, microbatch: int, recompute: bool, dtype: torch.dtype, device: Literal["cuda", "cpu"]
+    s: Shapes,
+    recipe: Recipe,
+    microbatch: int,
+    recompute: bool,
+    dtype: torch.dtype,
+    device: Literal["cuda", "cpu"],
+    keep: Keep | None = None,
 ) -> list[Part]:
-    """The same from shapes that are known."""
+    """The same from shapes that are known. keep: of the fused path; None where the layers run as modules."""
     tokens = microbatch * recipe.data.tokens
-    found = [*weights(s, recipe), *learning(s, recipe), *activations(s, tokens, recompute, dtype)]
-    found.append(working(s, tokens, recompute, dtype, device))
+    found = [*weights(s, recipe), *learning(s, recipe)]
+    one = s.layer if keep is not None and isinstance(s.layer, fused.Layer) else None
+    if one is not None and keep is not None:
+        found += fused_activations(s, one, tokens, keep, dtype)
+    else:
+        found += [*activations(s, tokens, recompute, dtype), working(s, tokens, recompute, dtype, device)]
     kept = next(p.bytes for p in found if p.name == "activations")
     if recipe.adapter.kind == "none":
         found += casts(s, dtype)
-    if s.report.packed:
+    if s.report.packed and one is None:
         scratch = 2 * s.largest * dtype.itemsize
         found.append(Part("decode scratch", scratch, f"the largest weight decoded ({s.largest:,} numbers), and what it is made of"))
         if device == "cpu" and recipe.train.prompts:
@@ -129,17 +151,41 @@ def working(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype, device:
     c = dtype.itemsize
     wide = max((n for n, _ in s.linears), default=s.hidden)
     backward = tokens * (3 * wide + 4 * s.hidden) * c
+    logits, note = _logits(s, tokens, c, device)
+    loss = logits - (tokens * layer_bytes(s, c) if recompute else 0)
+    if loss > backward:
+        return Part("loss", loss, note, grows=True)
+    return Part("backward", backward, "gradients on their way through one layer", grows=True)
+
+
+def _logits(s: Shapes, tokens: int, c: int, device: Literal["cuda", "cpu"]) -> tuple[int, str]:
+    """Bytes of a chunk of logits and what is made of them, and of a packed head decoded for it; and their names."""
     if device == "cuda":
         logits, note = min(tokens * s.vocab * c, CHUNK_BYTES[device]), "logits of a chunk of tokens"
     else:
         logits, note = 3 * min(tokens * s.vocab * 4, CHUNK_BYTES[device]), "logits of a chunk of tokens, exponentials and gradient"
     if any(row.kind == "head" for row in s.report.packed):
         whole = s.vocab * s.hidden * c
-        logits, note = logits + (min(whole, SLICE_BYTES) if device == "cuda" else whole), f"{note}; the packed head decoded"
-    loss = logits - (tokens * layer_bytes(s, c) if recompute else 0)
-    if loss > backward:
-        return Part("loss", loss, note, grows=True)
-    return Part("backward", backward, "gradients on their way through one layer", grows=True)
+        return logits + (min(whole, SLICE_BYTES) if device == "cuda" else whole), f"{note}; the packed head decoded"
+    return logits, note
+
+
+def fused_activations(s: Shapes, layer: fused.Layer, tokens: int, keep: Keep, dtype: torch.dtype) -> list[Part]:
+    """Fused layers on a GPU: what they keep (and the last hidden state), and the largest of what comes and goes.
+
+    The final norm is a module: it keeps its input in fp32, and four tensors of that size meet in its backward.
+    """
+    c, h = dtype.itemsize, tokens * s.hidden
+    held = fused.resident(layer, s.layers, keep, tokens, c) + c * h
+    where = "what waits in host memory, of two layers" if keep.offload else f"what {s.layers} fused layers keep for backward"
+    logits, note = _logits(s, tokens, c, "cuda")
+    moments = [
+        Part("loss", (4 + c) * h + logits, f"{note}, the hidden state's gradient", grows=True),
+        Part("backward", (4 + c + 16) * h, "gradients in fp32 on their way through the final norm", grows=True),
+        Part("backward", fused.backward(layer, keep, tokens, c), "gradients on their way through one layer", grows=True),
+        Part("forward", fused.forward(layer, keep, tokens, c), "one layer while it runs", grows=True),
+    ]
+    return [Part("activations", held, where, grows=True), max(moments, key=lambda p: p.bytes)]
 
 
 def layer_bytes(s: Shapes, c: int) -> int:

@@ -11,18 +11,24 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 from transformers import PretrainedConfig
 
+from halfbyte import machine
 from halfbyte.checkpoints import description, hub
 from halfbyte.config import Recipe
 from halfbyte.errors import MemoryPlanError
+from halfbyte.kernels.dispatch import twin
 from halfbyte.memory.budget import Budget
 from halfbyte.memory.budget import budget as budget_of
-from halfbyte.memory.parts import DTYPES, Part, count
+from halfbyte.memory.fused import Layer, waiting
+from halfbyte.memory.parts import DTYPES, Part, count, keep_of
 from halfbyte.memory.shapes import Shapes, shapes, skeleton
 
 ENOUGH_TOKENS = {"cuda": 16384, "cpu": 2048}
 """Tokens of a microbatch beyond which more rows gain nothing."""
+HOST_SHARE = 0.5
+"""Of the host memory that is free, what layers may pin for what waits there: pinned memory is out of reach for everybody else."""
 VERSION = 1
 
 
@@ -39,8 +45,9 @@ class Parameters:
 class Plan:
     """version: of this layout. fits: whether `bytes` <= `budget.bytes`. bytes: the peak, the sum of `parts`.
 
-    microbatch: rows at once; microbatches: of them in a step. recompute: `none` or `all` layers. offloaded, streamed: bytes kept
-    in host memory instead (0 here). tokens_per_second: predicted speed, null where it is not predicted. reason: of the choice.
+    microbatch: rows at once; microbatches: of them in a step. recompute: `none` or `all` layers. offloaded: bytes of what layers
+    keep that wait in host memory, offload: why, or why not. streamed: bytes of weights there (0 here).
+    tokens_per_second: predicted speed, null where it is not predicted. reason: of the choice.
     advice: what would make it fit, or fit better.
     """
 
@@ -57,6 +64,7 @@ class Plan:
     tokens: int
     recompute: Literal["none", "all"]
     offloaded: int
+    offload: str
     streamed: int
     tokens_per_second: float | None
     parameters: Parameters
@@ -140,13 +148,47 @@ def _options(recipe: Recipe, budget: Budget) -> list[Choice]:
     return [(m, mode) for mode in modes for m in rows]
 
 
+def _parts(s: Shapes, recipe: Recipe, choice: Choice, budget: Budget, compute: str) -> list[Part]:
+    m, recompute = choice
+    dtype = DTYPES[compute]
+    keep = None
+    if _is_fused(s, budget):
+        keep = keep_of(recompute, _offload(s, recipe, choice, budget, dtype)[0] > 0)
+    return count(s, recipe, m, recompute, dtype, budget.kind, keep)
+
+
+def _is_fused(s: Shapes, budget: Budget) -> bool:
+    """Whether the layers will run fused; of another machine it is assumed that Triton is there."""
+    return budget.kind == "cuda" and isinstance(s.layer, Layer) and (not budget.here or twin(torch.device("cuda")) == "fused")
+
+
+def _offload(s: Shapes, recipe: Recipe, choice: Choice, budget: Budget, dtype: torch.dtype) -> tuple[int, str]:
+    """Bytes that wait in host memory, 0 for none, and the reason."""
+    if not _is_fused(s, budget) or not isinstance(s.layer, Layer):
+        return 0, "auto: only fused layers can"
+    m, recompute = choice
+    wanted = s.layers * waiting(s.layer, keep_of(recompute, True), m * recipe.data.tokens, dtype.itemsize)
+    if recipe.memory.offload != "auto":
+        return wanted if recipe.memory.offload == "on" else 0, "asked for"
+    if not recompute:
+        return 0, "auto: everything is kept on the GPU"
+    if not budget.here:
+        return wanted, f"auto: needs {_gib(wanted)} of host memory"
+    free = machine.ram().free
+    told = f"it takes {_gib(wanted)} of host memory, {_gib(free)} are free"
+    if wanted > HOST_SHARE * free:
+        return 0, f"auto: {told}, and no more than {HOST_SHARE:.0%} of that is pinned"
+    return wanted, f"auto: {told}"
+
+
 def _bytes(s: Shapes, recipe: Recipe, choice: Choice, budget: Budget, compute: str) -> int:
-    return sum(p.bytes for p in count(s, recipe, *choice, DTYPES[compute], budget.kind))
+    return sum(p.bytes for p in _parts(s, recipe, choice, budget, compute))
 
 
 def _plan(s: Shapes, recipe: Recipe, budget: Budget, compute: str, choice: Choice, reason: str) -> Plan:
     m, recompute = choice
-    found = tuple(count(s, recipe, m, recompute, DTYPES[compute], budget.kind))
+    found = tuple(_parts(s, recipe, choice, budget, compute))
+    offloaded, offload = _offload(s, recipe, choice, budget, DTYPES[compute])
     total = sum(p.bytes for p in found)
     fits = total <= budget.bytes
     return Plan(
@@ -162,7 +204,8 @@ def _plan(s: Shapes, recipe: Recipe, budget: Budget, compute: str, choice: Choic
         microbatches=recipe.train.batch // m,
         tokens=recipe.data.tokens,
         recompute="all" if recompute else "none",
-        offloaded=0,
+        offloaded=offloaded,
+        offload=offload,
         streamed=0,
         tokens_per_second=None,
         parameters=Parameters(s.report.params, sum(r.params for r in s.report.packed), s.trained),

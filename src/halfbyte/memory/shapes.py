@@ -24,6 +24,7 @@ from halfbyte.formats.config import FormatConfig
 from halfbyte.formats.packed import Format
 from halfbyte.layers import swap
 from halfbyte.layers.report import Row, SwapReport
+from halfbyte.memory import fused
 
 SEGMENT = 256
 """Elements to which each trainable parameter is padded in the flat buffer (`optim/flat.py`)."""
@@ -35,7 +36,8 @@ class Shapes:
 
     report: packed and kept rows with bytes at `compute`. layers: decoder layers. hidden, vocab: widths. linears: (N, K) of
     every linear layer of the widest decoder layer, attention first. heads. trained: elements that learn; padded: the same in
-    the flat buffer; rank_sum: of all adapters' ranks in that layer. largest: elements of the largest packed weight."""
+    the flat buffer; rank_sum: of all adapters' ranks in that layer. largest: elements of the largest packed weight. layer: the
+    widest decoder layer as the fused path sees it, or why it cannot take it."""
 
     report: SwapReport
     layers: int
@@ -47,6 +49,7 @@ class Shapes:
     padded: int
     rank_sum: int
     largest: int
+    layer: fused.Layer | str
 
 
 def skeleton(config: dict[str, Any] | PretrainedConfig, compute: torch.dtype) -> PreTrainedModel:
@@ -86,6 +89,7 @@ def shapes(net: PreTrainedModel, fmt: FormatConfig, adapter: AdapterConfig) -> S
         padded=sum(-(-n // SEGMENT) * SEGMENT for n in sizes),
         rank_sum=sum(ranks.get(r.module, 0) for r in widest),
         largest=max((r.params for r in report.rows if r.kind in ("linear", "conv1d")), default=0),
+        layer=fused.read(net, adapter, ranks),
     )
 
 

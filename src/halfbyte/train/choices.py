@@ -24,6 +24,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 PROBE = (512, 576, 1536)
 ROUNDS = 3
 KEPT = "; kept from the checkpoint"
+UNTIMED = "auto: a deterministic run chooses nothing by the clock"
 ROOM = 4
 """Decoded weights are held when the plan leaves this many times their size: other programs want memory too."""
 
@@ -54,6 +55,8 @@ def compute(asked: Compute, device: torch.device) -> Choice:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Choice("bf16", "auto: the GPU computes in bf16")
         return Choice("fp16", "auto: the GPU has no bf16; fp16 with loss scaling")
+    if torch.are_deterministic_algorithms_enabled():
+        return Choice("fp32", UNTIMED)
     seconds = {name: _gemm_seconds(DTYPES[name]) for name in ("fp32", "bf16")}
     name = min(seconds, key=lambda key: seconds[key])
     measured = ", ".join(f"{key} {1e3 * value:.1f} ms" for key, value in seconds.items())
@@ -67,6 +70,8 @@ def threads(device: torch.device) -> Choice:
     if "OMP_NUM_THREADS" in os.environ:
         return Choice(torch.get_num_threads(), "OMP_NUM_THREADS")
     cores = torch.get_num_threads()
+    if torch.are_deterministic_algorithms_enabled():
+        return Choice(cores, UNTIMED)
     candidates = sorted({cores, max(1, cores // 2)}, reverse=True)
     if len(candidates) == 1:
         return Choice(cores, "auto: one core")

@@ -30,6 +30,9 @@ class TrainConfig(Section):
     """Largest norm of the whole gradient; 0 never clips."""
     seed: int = Field(default=0, ge=0)
     """Seed of data order, adapter initialisation and dropout."""
+    deterministic: bool = False
+    """The same bits from two runs on one machine, by torch's deterministic algorithms: on a GPU slower, and an operation that has
+    none is an error."""
     eval_every: int = Field(default=100, ge=0)
     """Optimizer steps between evaluations; 0 evaluates at the start and the end only."""
     save_every: int = Field(default=100, ge=0)

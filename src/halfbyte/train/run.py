@@ -31,11 +31,12 @@ from halfbyte.layers import decoded, forward, head, recompute
 from halfbyte.memory.plan import Plan
 from halfbyte.memory.plan import plan as make_plan
 from halfbyte.optim.adamw import AdamW
-from halfbyte.optim.flat import flatten
+from halfbyte.optim.flat import Flat, flatten
 from halfbyte.optim.scaling import LossScale
 from halfbyte.train import choices as choosing
-from halfbyte.train import finish, lock, loop, metrics, saving, signals
+from halfbyte.train import finish, fusing, lock, loop, metrics, saving, signals
 from halfbyte.train.choices import Choice
+from halfbyte.train.determinism import deterministic
 from halfbyte.train.finish import Result
 from halfbyte.train.identity import identity
 from halfbyte.train.report import OnEvent, Report
@@ -53,7 +54,7 @@ def train(recipe: Recipe, *, on_event: OnEvent | None = None) -> Result:
     output = Path(recipe.output).expanduser()
     report = Report(output, on_event)
     metrics.check_trackers(recipe.log.to)
-    with lock.hold(output, report.tell), _words(report):
+    with lock.hold(output, report.tell), _words(report), deterministic(recipe.train.deterministic):
         resume.sweep(output / CHECKPOINTS, report.tell)
         stored = resume.newest(output / CHECKPOINTS, report.tell)
         base, adapter, prepared, parts, plan = compose(recipe, report, stored)
@@ -77,6 +78,7 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Ba
     """Everything a run is made of, checked."""
     device = choosing.device(report.tell)
     choosing.require(recipe.compute, device)
+    fusing.require(recipe.memory.offload, device)
     kept = choosing.from_document(stored.documents["choices"]) if stored is not None else {}
     chosen = {
         "compute": choosing.settle("compute", recipe.compute, kept, lambda: choosing.compute(recipe.compute, device)),
@@ -103,9 +105,18 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Ba
     checks.embeddings(prepared.train, base.tokenizer, embedding, trainable=embedding.requires_grad)
     recompute.set_recompute(base.model, chosen["recompute"].value == "on")
     forward.prove_isolation(base.model)
-    for name in ("compute", "threads", "attention", "microbatch", "recompute", "decoded weights"):
+    flat = flatten(adapter.parameters())
+    chosen |= fusing.place(
+        base.model,
+        device,
+        compute=chosen["compute"].value,
+        recompute=chosen["recompute"].value == "on",
+        offload=fusing.planned(plan, chosen["recompute"].value == "on"),
+        tell=report.tell,
+    )
+    for name in ("compute", "threads", "attention", "layers", "microbatch", "recompute", "offload", "decoded weights"):
         report.tell(f"{name}: {chosen[name]}")
-    parts = _parts(recipe, report, device, compute, base, adapter, prepared, chosen)
+    parts = _parts(recipe, report, device, compute, base, adapter, flat, prepared, chosen)
     if stored is not None:
         resume.refuse_other_run(stored, parts.identity, parts.checkpoints)
     return base, adapter, prepared, parts, plan
@@ -138,11 +149,11 @@ def _parts(
     compute: torch.dtype,
     base: Base,
     adapter: Adapter,
+    flat: Flat,
     prepared: Prepared,
     chosen: Mapping[str, Choice],
 ) -> Parts:
     config, tokens = recipe.train, recipe.data.tokens
-    flat = flatten(adapter.parameters())
     loader = Loader(prepared.train, tokens, config.batch, config.seed)
     steps = loader.steps(config.epochs)
     full_model = recipe.adapter.kind == "none"

@@ -3,6 +3,7 @@
 `chunked` lets the vendor's GEMM write logits, which one kernel turns into their gradient; `tiled` has a GEMM of ours that gathers
 the sums of the softmax while it writes the logits, so that the kernel after it reads them once; `exact` keeps logits in fp32.
 Which of the first two is faster depends on the chip's GEMM rate against its memory's, so `auto` times both on one chunk.
+Where bit-equal runs are asked for (`torch.use_deterministic_algorithms`) nothing is chosen by the clock: `chunked` runs.
 Cost: the first call of a shape waits for the device and runs each way twice, on one chunk of rows.
 """
 
@@ -50,7 +51,7 @@ def _choose(task: Task) -> Way:
     hidden, weight = task.hidden, task.head.weight
     if isinstance(weight, Packed) or not hidden.is_cuda or hidden.dtype == torch.float32:
         return "chunked"
-    if task.labelled < ROWS or torch.cuda.is_current_stream_capturing():
+    if task.labelled < ROWS or torch.cuda.is_current_stream_capturing() or torch.are_deterministic_algorithms_enabled():
         return "chunked"
     key = (hidden.device, hidden.dtype, tuple(weight.shape), task.head.bias is None, task.head.scale, task.head.cap, task.extras)
     if key not in _chosen:

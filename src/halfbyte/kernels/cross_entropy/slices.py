@@ -16,7 +16,7 @@ SLICE_BYTES = 1 << 27
 
 
 def slices(packed: Packed, slice_bytes: int = 0) -> Iterator[tuple[slice, Packed]]:
-    """Rows of the weight `[V, H]` and the same as a packed weight of its own; int8, nf4, fp4. slice_bytes: default `SLICE_BYTES`."""
+    """Rows of the weight `[V, H]`, and those as a packed weight of their own; int8, nf4, fp4. slice_bytes: 0 is `SLICE_BYTES`."""
     fmt, (rows, width) = packed.format, packed.shape
     assert fmt.kind in ("int8", "nf4", "fp4"), fmt
     unit = 1 if fmt.kind == "int8" else fmt.block * (NESTED_BLOCK if fmt.nested else 1)

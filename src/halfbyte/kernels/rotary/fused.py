@@ -295,7 +295,8 @@ def rotate(
     b = _blocks(heads, k.shape[1], size, cos.shape[1])
     _rotate[(-(-length // rows),)](
         q, k, cos, sin, q.stride(0), q.stride(1), k.stride(0), k.stride(1), cos.stride(0), length,
-        b["R"], b["HALF"], rotation, inverse, b["Q"], b["QB"], b["K"], b["KB"], rows, INTERPRETED, num_warps=warps, enable_fp_fusion=False,
+        b["R"], b["HALF"], rotation, inverse, b["Q"], b["QB"], b["K"], b["KB"], rows, INTERPRETED,
+        num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 

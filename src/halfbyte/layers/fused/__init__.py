@@ -7,10 +7,3 @@ adapter inside (`kernels.augmented`), gradients overwrite the activations they b
 
 `prepare` puts it under every adopted layer that it can run and says why not for the others.
 """
-
-from __future__ import annotations
-
-from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep
-from halfbyte.layers.fused.prepare import Preparation, prepare, remove
-
-__all__ = ["EVERYTHING", "INPUTS", "OFFLOADED", "Keep", "Preparation", "prepare", "remove"]

@@ -17,7 +17,6 @@ from halfbyte.layers.fused.backward import backward
 from halfbyte.layers.fused.forward import Activations, Call, drop, forward
 from halfbyte.layers.fused.gradients import Gradients
 
-
 MOVABLE = ("x", "normed", "qkv", "q", "k", "attended", "attended_raw", "mid", "normed_mlp", "inputs", "mlp_raw")
 """Fields of `Activations` that can wait elsewhere: those of the tokens' size."""
 

@@ -2,8 +2,9 @@
 
 Why: the bus is idle during training. What a layer keeps can cross it twice for nothing, as long as a copy takes no longer than the
 layer's own work: 36 KB a token for all but gate and up at 8B, which 55 GB/s move in the time of an H200's forward.
-Copies run on a stream of their own: out behind the layer that made the tensors, in one layer ahead of the backward that needs them. Host
-buffers are kept and used again. Cost: twice a layer's share on the GPU, host memory for all of them. On a CPU nothing moves.
+Copies run on a stream of their own: out behind the layer that made the tensors, in one layer ahead of the backward that needs
+them. Host buffers are kept and used again. On a CPU nothing moves.
+Cost: twice a layer's share on the GPU, host memory for all of them.
 """
 
 from __future__ import annotations

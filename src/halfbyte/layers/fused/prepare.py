@@ -27,11 +27,33 @@ class Preparation:
     layers: int
     left: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def total(self) -> int:
+        """Adopted layers, fused or not."""
+        return self.layers + len(self.left)
+
+    def reasons(self) -> list[str]:
+        """Why layers are left, a line a reason: `model.layers.0-3: dropout of the base is active`."""
+        by_reason: dict[str, list[str]] = {}
+        for path, reason in self.left.items():
+            by_reason.setdefault(reason, []).append(path)
+        return [f"{_named(paths)}: {reason}" for reason, paths in by_reason.items()]
+
     def summary(self) -> str:
         """One line for people."""
-        total = self.layers + len(self.left)
-        reasons = "; ".join(sorted(set(self.left.values())))
-        return f"{self.layers} of {total} fused" + (f" (left: {reasons})" if reasons else "")
+        return f"{self.layers} of {self.total} fused" + (f" (left: {'; '.join(self.reasons())})" if self.left else "")
+
+
+def _named(paths: list[str]) -> str:
+    """`model.layers.0-3, model.layers.7`: neighbours are told as a range."""
+    ranges: list[list[str]] = []
+    for path in paths:
+        stem, _, number = path.rpartition(".")
+        if ranges and number.isdigit() and ranges[-1][-1] == f"{stem}.{int(number) - 1}":
+            ranges[-1].append(path)
+        else:
+            ranges.append([path])
+    return ", ".join(r[0] if len(r) == 1 else f"{r[0]}-{r[-1].rpartition('.')[2]}" for r in ranges)
 
 
 def prepare(

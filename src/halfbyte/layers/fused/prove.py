@@ -1,9 +1,9 @@
 """The proof that a fused layer is the layer: output and all gradients, on the model's own first activations.
 
-A fused layer may be as wrong as its modules are, no more: truth is the modules in fp32, and the fused error at most twice theirs. In
-16 bits that matters, since gradients of q and k are differences of large numbers: there both are off by 5 to 20 percent.
-Cost: three forwards and backwards of a few tokens, and one layer in fp32, for each kind of layer. It runs on the device and with the
-kernels of the run, so that what would be a wrong gradient there is found before the first step.
+A fused layer may be as wrong as its modules are, no more: truth is the modules in fp32, and the fused error at most twice
+theirs. In 16 bits that matters, since gradients of q and k are differences of large numbers: there both are off by 5 to 20 percent.
+Cost: three forwards and backwards of a few tokens, and one layer in fp32, for each kind of layer. It runs on the device and with
+the kernels of the run, so that what would be a wrong gradient there is found before the first step.
 """
 
 from __future__ import annotations

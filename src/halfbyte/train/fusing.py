@@ -1,0 +1,80 @@
+"""Which path the decoder layers take in a run: the fused layer where the device's kernels are the fused twins, else modules.
+
+The path is chosen, proven (`layers.fused.prove`, and isolation of packed examples once more) and told before the first step; layers
+that cannot take it are named with the reason and run their modules. Evaluation takes the same path; generation has a cache and
+never does. A checkpoint tells the choices and does not decide them again: they follow from recipe and machine.
+Cost: two forwards and backwards of a few tokens for each kind of layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from halfbyte.errors import RecipeError
+from halfbyte.kernels.dispatch import VARIABLE, twin
+from halfbyte.kernels.products import Augmented, Float8, Products
+from halfbyte.layers import forward
+from halfbyte.layers.fused.prepare import prepare
+from halfbyte.memory.parts import keep_of
+from halfbyte.memory.plan import Plan
+from halfbyte.train.choices import Choice
+
+Asked = Literal["auto", "on", "off"]
+ASKED = "asked for"
+
+
+def require(offload: Asked, device: torch.device) -> None:
+    """Raises RecipeError (memory.offload) where offloading is asked for and the device's layers do not run fused."""
+    if offload == "on" and (device.type != "cuda" or twin(device) != "fused"):
+        raise _no_offload(f"it is part of the fused layers, which need CUDA with Triton (and {VARIABLE} not set to reference)")
+
+
+def place(
+    model: PreTrainedModel,
+    device: torch.device,
+    *,
+    compute: str,
+    recompute: bool,
+    offload: Choice,
+    tell: Callable[[str], None],
+) -> dict[str, Choice]:
+    """Puts the layers on their path; the choices `layers` and `offload`. Gradients of the adapter must lie in flat buffers.
+
+    compute: by name. offload: `on` or `off`, as planned. Raises RecipeError (memory.offload), ModelError (`model.leak`).
+    """
+    if twin(device) != "fused":
+        why = f"auto: the kernels of this {device.type} device are the {twin(device)} ones"
+        return {"layers": Choice("modules", why), "offload": Choice("off", "auto: layers that run as modules keep their inputs")}
+    keep = keep_of(recompute, offload.value == "on")
+    products: Products = Float8() if compute == "fp8" else Augmented()
+    done = prepare(model, keep, products, in_place=True)
+    for line in done.reasons():
+        tell(f"layers left to their modules: {line}")
+    if not done.layers:
+        if offload == Choice("on", ASKED):
+            raise _no_offload("no layer of this model runs fused")
+        why = "auto: no layer can run fused" if done.total else "auto: the model's layers are not adopted"
+        return {"layers": Choice("modules", why), "offload": Choice("off", "auto: layers that run as modules keep their inputs")}
+    forward.prove_isolation(model)
+    what = "everything that backward reads is kept"
+    if recompute:
+        what = "norms, gate and up are computed again" if keep.offload else "each layer's input is kept, the rest computed again"
+    return {
+        "layers": Choice(f"fused ({done.layers} of {done.total})", f"auto: proven against their modules; {what}"),
+        "offload": offload,
+    }
+
+
+def planned(plan: Plan, recompute: bool) -> Choice:
+    """The choice `offload` of a plan; recompute: as it became, which a checkpoint may have settled before the plan."""
+    if plan.offloaded and not recompute and plan.offload != ASKED:
+        return Choice("off", "auto: everything is kept on the GPU")
+    return Choice("on" if plan.offloaded else "off", plan.offload)
+
+
+def _no_offload(why: str) -> RecipeError:
+    return RecipeError(f"memory.offload: on cannot be had here: {why}", hint="set `memory.offload: auto`", code="memory.offload")
