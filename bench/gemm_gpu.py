@@ -1,10 +1,10 @@
 """The products of a decoder layer on a CUDA GPU: `kernels.gemm` against torch.mm, hot and in turn. Needs torch and cuBLAS.
 
-    python bench/gemm_gpu.py --out DIR          # under half a minute; writes DIR/gemm_gpu.jsonl and DIR/gemm_gate.json
+    python bench/gemm_gpu.py --out DIR          # about half a minute; writes DIR/gemm_gpu.jsonl and DIR/gemm_gate.json
 
 The gate: `tests/kernels/checks_gemm.py`; if a check is off, nothing is reported and the exit code is 1.
-Shapes are those of an 8B Llama 3 with adapters of rank 16: of each group XA and Y forward, s dY B and dX backward (sixteen products),
-and dA and dB. Choices are made anew, in a directory of the run.
+Shapes are those of an 8B Llama 3 with adapters of rank 16: of each group XA and Y forward, s dY B and dX backward (sixteen
+products), and dA and dB. Choices are made anew, in a directory of the run. The profiler comes last: it slows every later launch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "bench")]
 os.environ["HALFBYTE_CACHE"] = tempfile.mkdtemp()
 
-import torch
-from gputime import CUDA, DEVICE, kernels, load, sync, turns
-from torch import Tensor
+import torch  # noqa: E402
+from gputime import CUDA, DEVICE, kernels, load, sync, turns  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-from halfbyte.kernels.gemm import choice, matmul, reference, vendor
-from halfbyte.kernels.gemm.cublaslt import Plan, Problem
-from halfbyte.layers.fused.gradients import add_product
-from kernels import checks_gemm
+from halfbyte.kernels.gemm import choice, matmul, reference, vendor  # noqa: E402
+from halfbyte.kernels.gemm.cublaslt import Plan, Problem  # noqa: E402
+from halfbyte.layers.fused.gradients import add_product  # noqa: E402
+from kernels import checks_gemm  # noqa: E402
 
 GROUPS = {"qkv": (6144, 4096, 48), "o": (4096, 4096, 16), "gate+up": (28672, 4096, 32), "down": (4096, 14336, 16)}
 BF16 = torch.bfloat16
@@ -128,24 +129,89 @@ def compare(report: Report, found: dict[str, Product], repeats: int, **note: Any
         report(what="sum", way=way, ms=round(sum(ms[f"{name}|{way}"] for name in found), 3), **note)
 
 
-def layers(report: Report, found: dict[str, Product], **note: Any) -> None:
-    """All products of a layer behind each other, a quarter of a second of one way, then of the other: each pays for its own heat."""
-    functions = {way: [make(p) for p in found.values()] for way, make in (("torch", torchs), ("ours", ours))}
-    taken: dict[str, list[float]] = {"torch": [], "ours": []}
-    for _ in range(5):
-        for way, all_of_them in functions.items():
+def layers(report: Report, functions: dict[str, list[Callable[[], Any]]], **note: Any) -> None:
+    """All products of a layer in a row, a fifth of a second one way, then the next: each pays for its own heat."""
+    taken: dict[str, list[float]] = {way: [] for way in functions}
+    ways = list(functions)
+    for _ in range(4):
+        for way in ways:
             start, count = time.perf_counter(), 0
-            while time.perf_counter() - start < 0.25:
-                for f in all_of_them:
+            while time.perf_counter() - start < 0.2:
+                for f in functions[way]:
                     f()
                 count += 1
                 if count % 4 == 0:
                     sync()
             sync()
             taken[way].append((time.perf_counter() - start) / count * 1e3)
-    ms = {way: statistics.median(one[1:]) for way, one in taken.items()}
-    report(
-        what="layer", gain=round(ms["torch"] / ms["ours"] - 1, 4), **{f"{way}_ms": round(one, 3) for way, one in ms.items()}, **note
+        ways.reverse()
+    ms = {way: round(statistics.median(one[1:]), 3) for way, one in taken.items()}
+    report(what="layer", **ms, **note)
+
+
+class Candidates:
+    """Every algorithm of a product as a call, the library's favourite first; `texts` are what is remembered of them."""
+
+    def __init__(self, product: Product) -> None:
+        a, b, out, beta = product
+        self.name = (problem := Problem.of(a, b, out, None, out, beta, 256)).name
+        plan = Plan(vendor._library(), 0, problem, 0)
+        algorithms = plan.algorithms(vendor.CANDIDATES)
+        room, stream = vendor._workspace(0, vendor.stream_of(0)), vendor.stream_of(0)
+        pointers = (a.data_ptr(), b.data_ptr(), out.data_ptr(), out.data_ptr())
+        self.calls = [partial(plan.bound(x, 1.0, beta, room, stream), *pointers) for x in algorithms]
+        self.texts = [x.text() for x in algorithms]
+
+
+def sustained(calls: list[Callable[[], Any]], scratch: Tensor, seconds: float = 0.05) -> list[float]:
+    """Milliseconds of each alone at the clock that it earns itself: so long of each, there and back, L2 swept between."""
+    totals = [0.0] * len(calls)
+    order = list(range(len(calls)))
+    for i in order + order[::-1]:
+        start, events = time.perf_counter(), []
+        while time.perf_counter() - start < seconds:
+            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            scratch.zero_()
+            pair[0].record()
+            calls[i]()
+            pair[1].record()
+            events.append(pair)
+            if len(events) % 8 == 0:
+                pair[1].synchronize()
+        sync()
+        late = [a.elapsed_time(b) for a, b in events[len(events) // 3 :]]
+        totals[i] += sum(late) / len(late) / 2
+    return totals
+
+
+def rules(report: Report, found: dict[str, Product], tokens: int) -> None:
+    """Which choice makes the fastest layer: the first guess, our short measurement, or a long one of each algorithm alone."""
+    scratch = torch.empty(128 << 20, dtype=torch.uint8, device=DEVICE)
+    load({name: torchs(p) for name, p in found.items()}, 0.4)
+    ways: dict[str, list[Callable[[], Any]]] = {"torch": [], "first": [], "short": [], "long": []}
+    for name, product in found.items():
+        candidates = Candidates(product)
+        small = product[0].shape[0] * product[1].numel() < vendor.MEASURED_FROM
+        number, brief = (0, [0.0]) if small else choice.fastest(candidates.calls, partial(choice.on_device, scratch))
+        ms = [0.0] if small else sustained(candidates.calls, scratch)
+        best = min(range(len(ms)), key=lambda i: ms[i])
+        best = best if ms[best] < ms[0] * (1 - choice.GAIN) else 0
+        ways["torch"].append(torchs(product))
+        for way, index in (("first", 0), ("short", number), ("long", best)):
+            ways[way].append(candidates.calls[index])
+        if not small:
+            report(
+                what="rule", product=name, tokens=tokens, short=number, long=best, short_ms=[round(x, 4) for x in brief],
+                long_ms=[round(x, 4) for x in ms],
+            )  # fmt: skip
+    layers(report, ways, tokens=tokens)
+    # Other work between the products, as in training: the clock is not the products' alone.
+    gap = partial(torch.Tensor.zero_, scratch)
+    layers(
+        report,
+        {way: [g for f in all_of_them for g in (f, gap)] for way, all_of_them in ways.items()},
+        tokens=tokens,
+        between="zeros",
     )
 
 
@@ -187,25 +253,6 @@ def launches(report: Report, found: dict[str, Product], **note: Any) -> None:
             report(what="launches", way=way, product=name, count=len(names), names=[n[:80] for n in names], **note)
 
 
-def without_workspace(report: Report, found: dict[str, Product]) -> None:
-    """Whether an algorithm that was found without a workspace comes without the memset."""
-    for name in ("o Y", "gate+up Y", "o XA"):
-        a, b, out, beta = found[name]
-        plan = Plan(vendor._library(), 0, Problem.of(a, b, out, None, out, beta, 256), 0)
-        room, stream = vendor._workspace(0, vendor.stream_of(0)), vendor.stream_of(0)
-        pointers = (a.data_ptr(), b.data_ptr(), out.data_ptr(), out.data_ptr())
-        calls = {
-            f"{size >> 20} MiB, number {i}": plan.bound(algorithm, 1.0, 0.0, room, stream)
-            for size in (0, 32 << 20)
-            for i, algorithm in enumerate(plan.algorithms(16, size))
-        }
-        functions: dict[str, Callable[[], Any]] = {way: lambda call=call: call(*pointers) for way, call in calls.items()}  # type: ignore[misc]
-        load(functions, 0.3)
-        ms, names = turns(functions, 7), kernels(functions)
-        for way in functions:
-            report(what="workspace", product=name, way=way, ms=round(ms[way], 4), names=[n[:80] for n in names[way]])
-
-
 def residual(report: Report, tokens: int) -> None:
     """mid + h Wᵀ of `down`: torch.mm and add_, against C in the product."""
     n, k, r = GROUPS["down"]
@@ -221,27 +268,21 @@ def residual(report: Report, tokens: int) -> None:
 
 
 def measure(report: Report) -> None:
-    props = torch.cuda.get_device_name() if CUDA else "cpu"
-    report(what="machine", device=props, torch=torch.__version__, cublaslt=vendor._library().version if CUDA else None)
-    for tokens in (8192, 2048) if CUDA else (8,):
+    version = vendor._library().version if CUDA else None
+    report(what="machine", device=torch.cuda.get_device_name() if CUDA else "cpu", torch=torch.__version__, cublaslt=version)
+    host(report)
+    for tokens in (2048, 8192) if CUDA else (8,):
         found, gradients = products(tokens)
-        choose(report, found, tokens=tokens, state="cold")
-        load({name: torchs(p) for name, p in found.items()}, 0.4)
+        if CUDA:
+            rules(report, found, tokens)
         choose(report, found, tokens=tokens, state="hot")
-        compare(report, found, 12 if CUDA else 1, tokens=tokens, measured="large")
-        compare(report, gradients, 12 if CUDA else 1, tokens=tokens, measured="none")
-        layers(report, found, tokens=tokens) if CUDA else None
+        compare(report, found, 12 if CUDA else 1, tokens=tokens)
+        compare(report, gradients, 12 if CUDA else 1, tokens=tokens)
+        residual(report, tokens)
         if tokens == 8192:
             launches(report, found, tokens=tokens)
-            without_workspace(report, found)
-        residual(report, tokens)
-        threshold, vendor.MEASURED_FROM = vendor.MEASURED_FROM, 0
-        choose(report, found | gradients, tokens=tokens, state="hot", measured="all")
-        compare(report, found | gradients, 12 if CUDA else 1, tokens=tokens, measured="all")
-        vendor.MEASURED_FROM = threshold
         forget()
         del found, gradients
-    host(report)
 
 
 def main() -> int:

@@ -14,13 +14,13 @@ import functools
 import logging
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from halfbyte.kernels import fp8
 from halfbyte.kernels.augmented import Group
 from halfbyte.kernels.dropout import Dropout, apply
 from halfbyte.kernels.fp8 import Rows
+from halfbyte.kernels.gemm import matmul
 
 log = logging.getLogger("halfbyte")
 
@@ -35,11 +35,19 @@ class Products(Protocol):
         ...
 
     def project(
-        self, group: Group, x: Tensor, out: Tensor, bias: Tensor | None, mask: Dropout | None, rows: Rows | None = None
+        self,
+        group: Group,
+        x: Tensor,
+        out: Tensor,
+        bias: Tensor | None,
+        mask: Dropout | None,
+        rows: Rows | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor | None:
         """Writes Y `[T, N]` into `out` (rows strided) and returns XA `[T, R]`, or None without adapters.
 
         x `[T, K + R]`: the last R columns are free and become XA. x `[T, K]` is taken as well. rows: X quantised already.
+        residual `[T, N]`: added to Y.
         """
         ...
 
@@ -63,7 +71,7 @@ def _project_small(group: Group, x: Tensor, a: Tensor, mask: Dropout | None) -> 
     k = group.width
     xa = x[:, k:] if x.shape[1] > k else x.new_empty(x.shape[0], group.rank)
     if mask is None:
-        torch.mm(x[:, :k], a.T, out=xa)
+        matmul(x[:, :k], a.T, xa)
         return xa
     xa.zero_()
     for layer, ranks in _adapted(group):
@@ -86,32 +94,36 @@ class Augmented:
         return None
 
     def project(
-        self, group: Group, x: Tensor, out: Tensor, bias: Tensor | None, mask: Dropout | None, rows: Rows | None = None
+        self,
+        group: Group,
+        x: Tensor,
+        out: Tensor,
+        bias: Tensor | None,
+        mask: Dropout | None,
+        rows: Rows | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor | None:
         n, k = group.rows, group.width
         s = group.matrix(out.dtype)
         xa = _project_small(group, x, s[n:, :k], mask) if group.rank else None
         whole = x.shape[1] == s.shape[1]
         left, right = (x, s[:n]) if whole else (x[:, :k], s[:n, :k])
-        if bias is None:
-            torch.mm(left, right.T, out=out)
-        else:
-            torch.addmm(bias, left, right.T, out=out)
+        matmul(left, right.T, out, bias=bias, c=residual, beta=0.0 if residual is None else 1.0)
         if xa is not None and not whole:
-            out.addmm_(xa, s[:n, k:].T)
+            matmul(xa, s[:n, k:].T, out, beta=1.0)
         return xa
 
     def project_back(self, group: Group, dy: Tensor, out: Tensor | None, mask: Dropout | None, rows: Rows | None = None) -> None:
         n, k = group.rows, group.width
         s = group.matrix(dy.dtype)
         if group.rank:
-            torch.mm(dy[:, :n], s[:n, k:], out=dy[:, n:])
+            matmul(dy[:, :n], s[:n, k:], dy[:, n:])
         if out is None:
             return
         if mask is None:
-            torch.mm(dy, s[:, :k], out=out)
+            matmul(dy, s[:, :k], out)
             return
-        torch.mm(dy[:, :n], s[:n, :k], out=out)
+        matmul(dy[:, :n], s[:n, :k], out)
         _add_dropped(group, dy[:, n:], s[n:, :k], mask, out)
 
 
@@ -142,7 +154,14 @@ class Float8:
         return Rows(tokens, group.rows if back else group.width, group.rank, group.device) if _fits(group) else None
 
     def project(
-        self, group: Group, x: Tensor, out: Tensor, bias: Tensor | None, mask: Dropout | None, rows: Rows | None = None
+        self,
+        group: Group,
+        x: Tensor,
+        out: Tensor,
+        bias: Tensor | None,
+        mask: Dropout | None,
+        rows: Rows | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor | None:
         if not _fits(group):
             return self._other.project(group, x, out, bias, mask)
@@ -150,6 +169,8 @@ class Float8:
         xa = _project_small(group, x, a, mask) if group.rank else None
         rows = _quantized(x[:, : group.width], xa, rows)
         fp8.product(rows, weight, bias, None, out)
+        if residual is not None:
+            out.add_(residual)
         return xa
 
     def project_back(self, group: Group, dy: Tensor, out: Tensor | None, mask: Dropout | None, rows: Rows | None = None) -> None:
@@ -159,7 +180,7 @@ class Float8:
         n = group.rows
         weight, sb = fp8.backward_weight(group, dy.dtype)
         if group.rank:
-            torch.mm(dy[:, :n], sb, out=dy[:, n:])
+            matmul(dy[:, :n], sb, dy[:, n:])
         if out is None:
             return
         rows = _quantized(dy[:, :n], dy[:, n:] if group.rank and mask is None else None, rows, group.rank)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 from halfbyte.errors import Interrupted, TrainingError
+from halfbyte.kernels import gemm
 from halfbyte.train import metrics, saving
 from halfbyte.train.evaluate import evaluate, record
 from halfbyte.train.signals import Stop
@@ -40,6 +41,7 @@ def train(parts: Parts, state: State, stop: Stop) -> None:
         if outcome is None:
             break
         pending.append(outcome)
+        gemm.report()
         if at_boundary(parts, state):
             read(parts, state, pending)
         if due(state.step, parts.config.log_every):

@@ -24,13 +24,13 @@ from torch import Tensor
 from halfbyte.formats.packed import Packed
 from halfbyte.kernels.cross_entropy import tiled
 from halfbyte.kernels.cross_entropy.choice import Way
-from halfbyte.kernels.cross_entropy.chunked import product
 from halfbyte.kernels.cross_entropy.parts import Head, Results, Task
 from halfbyte.kernels.cross_entropy.slices import slices
 from halfbyte.kernels.cross_entropy.softmax import TUNING, Tuning, softmax_
 from halfbyte.kernels.cross_entropy.tiled import TILE, Tile
 from halfbyte.kernels.dequantize import decode
 from halfbyte.kernels.dequantize.fused import INTERPRETED, to_dtype
+from halfbyte.kernels.gemm import matmul
 
 ALIGNED = 64
 """Rows of logits start at multiples of this many numbers, whatever V is."""
@@ -88,19 +88,16 @@ class Products:
         """z `[c, V]` = h Wᵀ, in 16 bits or, where z is, in fp32."""
         parts = [(slice(None), self.weight)] if self.weight is not None else self._slices()
         for at, weight in parts:
-            if z.dtype == h.dtype:
-                torch.mm(h, weight.T, out=z[:, at])
-            else:
-                torch.mm(h, weight.T, out_dtype=z.dtype, out=z[:, at])
+            matmul(h, weight.T, z[:, at])
 
     def gradient(self, d: Tensor, out: Tensor) -> None:
         """out `[c, H]` = d W; the slices of a packed head are summed in fp32."""
         if self.weight is not None:
-            torch.mm(d, self.weight, out=out)
+            matmul(d, self.weight, out)
             return
         total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
         for at, weight in self._slices():
-            total += product(d[:, at], weight)
+            matmul(d[:, at], weight, total, beta=1.0)
         out.copy_(total)
 
 
@@ -141,7 +138,7 @@ def cross_entropy(task: Task, tuning: Tuning = TUNING, way: Way = "chunked", til
         if dh is not None:
             products.gradient(d, dh[at])
         if dw is not None:
-            dw += product(d.T, h)
+            matmul(d.T, h, dw, beta=1.0)
     return Results(
         losses.sum(),
         hits.sum(),

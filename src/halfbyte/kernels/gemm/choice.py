@@ -1,7 +1,7 @@
 """Which of a product's algorithms runs: measured once a shape on the operands themselves, and remembered on disk.
 
 Why in turn and on real numbers: the chip is limited by its power, so it runs a product faster when it is cold, or when the numbers
-are zeros, and another algorithm may then be the best. Cost: at most about `BUDGET` a shape, at its first sight.
+are zeros, and another algorithm may then be the best. Cost: at most about `BUDGET` and one run of each, at a shape's first sight.
 """
 
 from __future__ import annotations
@@ -16,40 +16,43 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from halfbyte.machine import cache_root
 
 log = logging.getLogger("halfbyte.kernels")
 
-BUDGET = 0.060
-"""Seconds for the measurement of one shape."""
-ROUNDS = 12
+BUDGET = 0.045
+"""Seconds for the measurement of one shape, behind a first run of each algorithm."""
+ROUNDS = 20
 FINALISTS = 4
 NEAR = 1.05
 """After one round, who took longer than the best by this factor is out."""
-GAIN = 0.01
+GAIN = 0.015
 """Another algorithm than the first must be faster by this share."""
-SAMPLE_MS = 0.3
-"""A sample is as many calls as take about so long, so that the gaps in front of it do not count."""
 
 Run = Callable[[], int]
 """One product; 0 for success."""
-Stopwatch = Callable[[Sequence[Run], Sequence[int]], list[float]]
-"""Runs each as often as it says, in this order; milliseconds a call, infinitely many for one that fails."""
+Stopwatch = Callable[[Sequence[Run]], list[float]]
+"""Runs each once, in this order; milliseconds, infinitely many for one that fails."""
 
 
-def on_device(runs: Sequence[Run], repeats: Sequence[int]) -> list[float]:
-    """The stopwatch of the current CUDA stream."""
-    failed = [False] * len(runs)
+def on_device(scratch: Tensor | None, runs: Sequence[Run]) -> list[float]:
+    """The stopwatch of the current CUDA stream. scratch: larger than the L2 cache, written before each run.
+
+    In training an operand comes from memory, not from the run before; and while the device writes, the host gets ahead of it.
+    """
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in runs]  # type: ignore[no-untyped-call]
-    for i, (run, times, (start, stop)) in enumerate(zip(runs, repeats, events, strict=True)):
+    statuses = []
+    for run, (start, stop) in zip(runs, events, strict=True):
+        if scratch is not None:
+            scratch.zero_()
         start.record()
-        for _ in range(times):
-            failed[i] |= run() != 0
+        statuses.append(run())
         stop.record()
     events[-1][1].synchronize()
-    spans = [start.elapsed_time(stop) / times for times, (start, stop) in zip(repeats, events, strict=True)]
-    return [math.inf if bad else ms for bad, ms in zip(failed, spans, strict=True)]
+    spans = [start.elapsed_time(stop) for start, stop in events]
+    return [math.inf if status else ms for status, ms in zip(statuses, spans, strict=True)]
 
 
 def fastest(runs: Sequence[Run], stopwatch: Stopwatch, budget: float = BUDGET) -> tuple[int, list[float]]:
@@ -58,24 +61,16 @@ def fastest(runs: Sequence[Run], stopwatch: Stopwatch, budget: float = BUDGET) -
     All in one round, then the first and the best few in turn while `budget` seconds last. The kernels must be loaded already.
     """
     end = time.perf_counter() + budget
-    ones = [1] * len(runs)
-    rough = stopwatch(runs, ones)
-    repeats = [max(1, min(50, round(SAMPLE_MS / max(ms, 1e-4)))) for ms in rough]
-    # What was gathered with one call a sample counts only where one call is a sample.
-    samples = [[ms] if times == 1 else [] for ms, times in zip(rough, repeats, strict=True)]
-    if max(repeats) > 1:
-        for one, ms in zip(samples, stopwatch(runs, repeats), strict=True):
-            one.append(ms)
-    order = sorted(range(len(runs)), key=lambda i: statistics.median(samples[i]))
-    limit = NEAR * statistics.median(samples[order[0]])
-    able = [i for i in order[:FINALISTS] if statistics.median(samples[i]) <= limit]
+    samples = [[ms] for ms in stopwatch(runs)]
+    order = sorted(range(len(runs)), key=lambda i: samples[i][0])
+    able = [i for i in order[:FINALISTS] if samples[i][0] <= NEAR * samples[order[0]][0]]
     able = able if 0 in able else [0, *able]
-    cost = sum(samples[i][0] * repeats[i] for i in able) / 1e3
-    for turn in range(ROUNDS):
+    cost = sum(samples[i][0] for i in able) / 1e3
+    for _ in range(ROUNDS):
         if len(able) == 1 or time.perf_counter() + cost > end:
             break
-        able = able[::-1] if turn else able
-        for i, ms in zip(able, stopwatch([runs[i] for i in able], [repeats[i] for i in able]), strict=True):
+        able.reverse()
+        for i, ms in zip(able, stopwatch([runs[i] for i in able]), strict=True):
             samples[i].append(ms)
     medians = [statistics.median(one) for one in samples]
     best = min(able, key=lambda i: medians[i])

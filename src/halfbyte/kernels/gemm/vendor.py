@@ -28,16 +28,18 @@ log = logging.getLogger("halfbyte.kernels")
 MEASURED_FROM = 1 << 33
 """Products m · n · k; smaller ones take the library's first algorithm."""
 CANDIDATES = 16
-SHORT = 128
-"""Rows of the product that loads an algorithm's kernel before it is timed."""
 SIMILAR = 1.25
 """Rows may differ by this factor from a measured product, for its algorithm to be taken over: packed batches differ in length."""
 KEPT = 4096
 """Prepared calls."""
 
+Operands = tuple[Tensor, Tensor, Tensor, Tensor]
+"""a, b, C and out."""
+
 _calls: dict[tuple[object, ...], Call] = {}
 _workspaces: dict[tuple[int, int], Tensor] = {}
 _measured: dict[tuple[int, Problem], list[tuple[int, str]]] = {}
+_said: set[str] = set()
 _news: list[tuple[bool, float]] = []
 _lock = threading.RLock()
 stream_of: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
@@ -65,7 +67,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, c: Tensor | N
         return False
     status = call(pa, pb, pc, pd)
     if status:
-        log.warning("gemm: a product of %s and %s is torch's (cuBLASLt status %d)", tuple(a.shape), tuple(b.shape), status)
+        log.warning("gemm: a product of %s and %s is torch's: cuBLASLt status %d", tuple(a.shape), tuple(b.shape), status)
         _calls[key] = refused
     return not status
 
@@ -79,27 +81,29 @@ def _prepare(
     assert bias is None or bias.shape == (n,), "shapes do not fit"
     device, stream = a.get_device(), stream_of(a.get_device())
     capturing = torch.cuda.is_current_stream_capturing()
+    if not a.numel() or not out.numel() or twin(a.device) != "fused":
+        _calls[key] = refused
+        return refused
     with _lock, torch.cuda.device(device):
         try:
-            if not a.numel() or not out.numel() or twin(a.device) != "fused":
-                raise Refused("empty, or the reference is asked for")
             low = a.data_ptr() | b.data_ptr() | source.data_ptr() | out.data_ptr() | ALIGNED
             problem = Problem.of(a, b, out, bias, source, beta, low & -low)
             plan = Plan(_library(), device, problem, 0 if bias is None else bias.data_ptr())
             room = _workspace(device, stream)
-            algorithms = plan.algorithms(CANDIDATES)
 
             def bind(algorithm: Algorithm) -> Call:
                 return plan.bound(algorithm, alpha, beta, room, stream)
 
             if capturing or problem.m * problem.n * problem.k < MEASURED_FROM or torch.are_deterministic_algorithms_enabled():
-                algorithm = algorithms[0]
+                algorithm = plan.algorithms(1)[0]
             else:
-                algorithm = _chosen(plan, algorithms, bind, a, b, source, out)
+                algorithm = _chosen(plan, bind, (a, b, source, out))
             call = _guarded(bind(algorithm), device)
         except Refused as error:
-            log.info("gemm: a product of %s and %s is torch's (%s)", tuple(a.shape), tuple(b.shape), error)
             call = refused
+            if str(error) not in _said:
+                _said.add(str(error))
+                log.warning("gemm: products like %s times %s are torch's: %s", tuple(a.shape), tuple(b.shape), error)
         if not capturing or call is refused:
             while len(_calls) >= KEPT:
                 del _calls[next(iter(_calls))]
@@ -138,9 +142,7 @@ def _memory(device: int) -> Memory:
     return Memory.of(_library().version, device)
 
 
-def _chosen(
-    plan: Plan, algorithms: list[Algorithm], bind: Callable[[Algorithm], Call], a: Tensor, b: Tensor, source: Tensor, out: Tensor
-) -> Algorithm:
+def _chosen(plan: Plan, bind: Callable[[Algorithm], Call], operands: Operands) -> Algorithm:
     """Of a product that is worth it: what is remembered, what a similar one measured, or a measurement."""
     problem, device = plan.problem, plan.device
     known = _memory(device).entries.get(problem.name)
@@ -149,11 +151,12 @@ def _chosen(
         near = [(abs(m - problem.m), text) for m, text in family if max(m, problem.m) <= SIMILAR * min(m, problem.m)]
         known = min(near)[1] if near else None
     if known is not None:
-        found = _recalled(plan, known, algorithms[0])
+        found = _recalled(plan, known)
         if found is not None:
             return found
     started = time.perf_counter()
-    number, ms = _measure(plan, algorithms, bind, a, b, source, out)
+    algorithms = plan.algorithms(CANDIDATES)
+    number, ms = _measure(plan, algorithms, bind, operands)
     seconds = time.perf_counter() - started
     text = algorithms[number].text() if number else ""
     family.append((problem.m, text))
@@ -164,10 +167,10 @@ def _chosen(
     return algorithms[number]
 
 
-def _recalled(plan: Plan, text: str, first: Algorithm) -> Algorithm | None:
+def _recalled(plan: Plan, text: str) -> Algorithm | None:
     """The algorithm of a choice that was made before; None if it does not do here."""
     if not text:
-        return first
+        return plan.algorithms(1)[0]
     try:
         found = Algorithm.of(text)
     except ValueError as error:
@@ -177,24 +180,24 @@ def _recalled(plan: Plan, text: str, first: Algorithm) -> Algorithm | None:
 
 
 def _measure(
-    plan: Plan, algorithms: list[Algorithm], bind: Callable[[Algorithm], Call], a: Tensor, b: Tensor, source: Tensor, out: Tensor
+    plan: Plan, algorithms: list[Algorithm], bind: Callable[[Algorithm], Call], operands: Operands
 ) -> tuple[int, list[float]]:
     """The number of the algorithm to take, and what was measured. Writes `out` many times; where that is C too, a scratch."""
     problem = plan.problem
-    target = out
-    if problem.accumulate and problem.in_place:
-        try:
+    a, b, source, out = operands
+    try:
+        target = out
+        if problem.accumulate and problem.in_place:
             target = torch.empty(problem.m, problem.ldd, dtype=out.dtype, device=out.device)
-        except torch.OutOfMemoryError:
-            log.info("gemm: %s is not measured: no memory for a second output", problem.name)
-            return 0, []
-    addresses = (a.data_ptr(), b.data_ptr(), source.data_ptr(), target.data_ptr())
-    short = Plan(plan.library, plan.device, replace(problem, m=min(SHORT, problem.m), bias=False), 0)
-    stream = stream_of(plan.device)
-    for algorithm in algorithms:  # the driver loads a kernel when it is first asked for
-        short.bound(algorithm, 1.0, 0.0, _workspace(plan.device, stream), stream)(*addresses)
-    calls = [bind(algorithm) for algorithm in algorithms]
-    return fastest([functools.partial(call, *addresses) for call in calls], on_device)
+        cache = torch.cuda.get_device_properties(plan.device).L2_cache_size
+        scratch = torch.empty(2 * cache, dtype=torch.uint8, device=out.device)
+    except torch.OutOfMemoryError:
+        log.info("gemm: %s is not measured: no memory for it", problem.name)
+        return 0, []
+    calls = [functools.partial(bind(algorithm), *(t.data_ptr() for t in (a, b, source, target))) for algorithm in algorithms]
+    for call in calls:  # the driver loads a kernel when it is first asked for
+        call()
+    return fastest(calls, functools.partial(on_device, scratch))
 
 
 def report() -> None:

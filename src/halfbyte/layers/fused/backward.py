@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import norm, rotary
-from halfbyte.kernels.glu import glu_backward
+from halfbyte.kernels import fp8, norm, rotary
 from halfbyte.layers.fused import forward as stages
 from halfbyte.layers.fused.forward import Activations, Call, buffer
 from halfbyte.layers.fused.gradients import Gradients
@@ -99,11 +98,12 @@ def _mlp(call: Call, a: Activations, grad: Tensor, gradients: Gradients) -> Tens
     dh = grad.new_empty(grad.shape[0], p.down.width)
     gate, up = stages.gate_up(call, a.inputs)
     call.products.project_back(p.down.group, d_down, dh, call.mask)
-    glu_backward(dh, gate, up, p.activation)  # dh is h now, gate and up are their gradients
+    rows = call.products.rows(p.inputs.group, grad.shape[0], back=True)
+    fp8.glu_backward(dh, gate, up, p.activation, rows)  # dh is h now, gate and up are their gradients
     adapter_gradients(p.down, d_down, dh, a.xa_down, gradients, call.mask)
     del dh, d_down
     d_source = grad.new_empty(grad.shape[0], p.inputs.width)
-    call.products.project_back(p.inputs.group, a.inputs, d_source, call.mask)
+    call.products.project_back(p.inputs.group, a.inputs, d_source, call.mask, rows)
     if p.inputs.rank:
         adapter_gradients(p.inputs, a.inputs, stages.normed_mlp(call, a), a.xa_inputs, gradients, call.mask)
     a.inputs = None

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfbyte.kernels import attention, norm, rotary
+from halfbyte.kernels import attention, fp8, rotary
 from halfbyte.kernels.attention import Documents, Method
 from halfbyte.kernels.dropout import Dropout
-from halfbyte.kernels.glu import glu
+from halfbyte.kernels.fp8 import Rows
 from halfbyte.kernels.products import Products
 from halfbyte.layers.fused.keep import Keep
 from halfbyte.layers.fused.parts import LayerParts, Norm
@@ -69,7 +69,8 @@ class Activations:
 
     x `[T, H]`. normed, normed_mlp: `[T, H + R]`. qkv `[T, N + R]`: rotated in place, or before the q/k norm. q, k: what attention
     read where a q/k norm stands before it. attended `[T, N_q]`. attended_raw, mlp_raw `[T, H]`: inputs of the norms behind the
-    branches. mid `[T, H]`. inputs `[T, N + R]`: gate and up. xa_*: XA `[T, R]` of the groups. rstd_*, mean_*: fp32 `[T]`.
+    branches. mid `[T, H]`. rows_mlp: normed_mlp in e4m3, until it is multiplied. inputs `[T, N + R]`: gate and up. xa_*: XA
+    `[T, R]` of the groups. rstd_*, mean_*: fp32 `[T]`.
     """
 
     x: Tensor | None = None
@@ -95,6 +96,7 @@ class Activations:
     mlp_raw: Tensor | None = None
     mlp_rstd: Tensor | None = None
     mlp_mean: Tensor | None = None
+    rows_mlp: Rows | None = None
     xa_qkv: Tensor | None = None
     xa_out: Tensor | None = None
     xa_inputs: Tensor | None = None
@@ -143,9 +145,17 @@ def buffer(p: Projection, like: Tensor, width: int) -> Tensor:
     return like.new_empty(like.shape[0], width + p.rank)
 
 
-def project(call: Call, p: Projection, x: Tensor, out: Tensor) -> Tensor | None:
-    """Y of a group into `out`; XA `[T, R]`."""
-    return call.products.project(p.group, x, out, p.bias, call.mask)
+def project(
+    call: Call, p: Projection, x: Tensor, out: Tensor, rows: Rows | None = None, residual: Tensor | None = None
+) -> Tensor | None:
+    """Y of a group, plus `residual`, into `out`; XA `[T, R]`. rows: x quantised already, where products are in fp8."""
+    return call.products.project(p.group, x, out, p.bias, call.mask, rows, residual)
+
+
+def quantised(call: Call, p: Projection, like: Tensor | None) -> Rows | None:
+    """Where the kernel in front of a group writes its input in e4m3 too; None where products are not in fp8."""
+    assert like is not None
+    return call.products.rows(p.group, like.shape[0])
 
 
 def scale_of(s: Structure) -> float:
@@ -158,30 +168,34 @@ def tail(xa: Tensor | None, stays: bool) -> Tensor | None:
     return xa if stays or xa is None else xa.clone()
 
 
-def through(n: Norm | None, x: Tensor, delta: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """residual = x + delta, out = norm(residual); a copy where there is no norm. Returns residual, rstd, mean."""
+def through(
+    n: Norm | None, x: Tensor, delta: Tensor | None, out: Tensor, rows: Rows | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """residual = x + delta, out = norm(residual), quantised too with `rows`; a copy where there is no norm. Returns residual,
+    rstd, mean."""
     if n is not None:
-        return norm.add_norm(x, delta, n.spec, n.weight, n.bias, out)
+        return fp8.add_norm(x, delta, n.spec, n.weight, n.bias, out, rows)
     residual = x if delta is None else x + delta
     out.copy_(residual)
     return residual, None, None
 
 
-def normed(call: Call, a: Activations) -> Tensor:
+def normed(call: Call, a: Activations, rows: Rows | None = None) -> Tensor:
     """The attention's input `[T, H + R]`, computed if it is not there."""
     if a.normed is None:
         p = call.parts
         assert a.x is not None
         a.normed = buffer(p.qkv, a.x, p.qkv.width)
-        _, a.rstd, a.mean = through(p.before_attention, a.x, None, a.normed[:, : p.qkv.width])
+        _, a.rstd, a.mean = through(p.before_attention, a.x, None, a.normed[:, : p.qkv.width], rows)
     return a.normed
 
 
 def _projected(call: Call, a: Activations) -> None:
     p, s = call.parts, call.parts.structure
-    source = normed(call, a)
+    rows = None if a.normed is not None or p.before_attention is None else quantised(call, p.qkv, a.x)
+    source = normed(call, a, rows)
     a.qkv = buffer(p.qkv, source, p.qkv.rows)
-    xa = project(call, p.qkv, source, a.qkv[:, : p.qkv.rows])
+    xa = project(call, p.qkv, source, a.qkv[:, : p.qkv.rows], rows)
     a.xa_qkv = tail(xa, call.keep.normed and not call.keep.offload)
     q, k, _ = split(call.parts.structure, a.qkv)
     if s.qk_norm == "none":
@@ -230,7 +244,8 @@ def _mid(call: Call, a: Activations) -> None:
         a.mid = delta.add_(a.x)
         return
     a.normed_mlp = buffer(p.inputs, a.x, p.inputs.width)
-    a.mid, a.mid_rstd, a.mid_mean = through(p.before_mlp, a.x, delta, a.normed_mlp[:, : p.inputs.width])
+    a.rows_mlp = quantised(call, p.inputs, a.x) if a.inputs is None and p.before_mlp is not None else None
+    a.mid, a.mid_rstd, a.mid_mean = through(p.before_mlp, a.x, delta, a.normed_mlp[:, : p.inputs.width], a.rows_mlp)
 
 
 def normed_mlp(call: Call, a: Activations) -> Tensor:
@@ -254,7 +269,10 @@ def _mlp_inputs(call: Call, a: Activations) -> None:
     p = call.parts
     source = normed_mlp(call, a)
     a.inputs = buffer(p.inputs, source, p.inputs.rows)
-    a.xa_inputs = tail(project(call, p.inputs, source, a.inputs[:, : p.inputs.rows]), call.keep.normed and not call.keep.offload)
+    rows, a.rows_mlp = a.rows_mlp, None
+    a.xa_inputs = tail(
+        project(call, p.inputs, source, a.inputs[:, : p.inputs.rows], rows), call.keep.normed and not call.keep.offload
+    )
 
 
 def gate_up(call: Call, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -269,9 +287,14 @@ def down(call: Call, a: Activations) -> Tensor:
     assert a.inputs is not None and a.mid is not None
     h = buffer(p.down, a.inputs, p.down.width)
     gate, up = gate_up(call, a.inputs)
-    glu(gate, up, p.activation, h[:, : p.down.width])
+    rows = quantised(call, p.down, h)
+    fp8.glu(gate, up, p.activation, h[:, : p.down.width], rows)
     delta = torch.empty_like(a.mid)
-    a.xa_down = tail(project(call, p.down, h, delta), stays=False)
+    # With nothing between the product and the sum, the product adds.
+    plain = p.after_mlp is None and s.residual_multiplier == 1.0
+    a.xa_down = tail(project(call, p.down, h, delta, rows, a.mid if plain else None), stays=False)
+    if plain:
+        return delta
     if p.after_mlp is not None:
         a.mlp_raw = delta
         delta = torch.empty_like(a.mid)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.gemm import matmul
+
 _NARROW = (torch.bfloat16, torch.float16)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
     """total fp32 `[m, n]` += alpha · leftᵀ right, with left `[T, m]`, right `[T, n]`: on CUDA inside the product, in fp32."""
     if total.is_cuda and left.dtype in _NARROW:
-        torch.ops.aten.addmm.dtype_out(total, left.T, right, torch.float32, alpha=alpha, out=total)
+        matmul(left.T, right, total, beta=1.0, alpha=alpha)
     else:
         total.add_(left.T.float() @ right.float(), alpha=alpha)
 
