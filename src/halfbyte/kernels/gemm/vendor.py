@@ -25,7 +25,7 @@ from halfbyte.kernels.gemm.cublaslt import ALIGNED, WORKSPACE, Algorithm, Call, 
 
 log = logging.getLogger("halfbyte.kernels")
 
-MEASURED_FROM = 1 << 33
+MEASURED_FROM = 1 << 37
 """Products m · n · k; smaller ones take the library's first algorithm."""
 CANDIDATES = 16
 SIMILAR = 1.25
