@@ -42,10 +42,10 @@ def plain(hidden: Tensor, labels: Tensor, head: Head, extras: Extras) -> Tensor:
 
 
 def example(device: str, dtype: torch.dtype, v: int = 431, h: int = 60, t: int = 63) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden, weight (fp32), labels with two fifths unlabelled."""
+    """hidden, weight (fp32, of numbers that `dtype` holds: truth sees what the twins multiply), labels with two fifths unlabelled."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(t, h, generator=generator).to(device, dtype).requires_grad_()
-    weight = (torch.randn(v, h, generator=generator) * 0.3).to(device)
+    weight = (torch.randn(v, h, generator=generator) * 0.3).to(device, dtype).float()
     labels = torch.randint(0, v, (t,), generator=generator)
     labels[torch.rand(t, generator=generator) < 0.4] = -100
     return hidden, weight, labels.to(device)
