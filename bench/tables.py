@@ -135,11 +135,33 @@ def first_steps(rows: list[dict[str, Any]]) -> list[str]:
     return text if found else []
 
 
+LARGE = 0.2
+"""Milliseconds: a GEMM kernel that takes longer multiplies by a weight or the head, a shorter one by an adapter."""
+
+
+def profiled(results: Path) -> str:
+    """A profile as it was printed, `ms launches name` a kernel and step, by part: the time of all kernels is what 100 % are."""
+    parts: dict[str, list[float]] = {}
+    for ms, launches, name in re.findall(r"^ +([\d.]+) ms +([\d.]+) +(\S.*)$", results.read_text(encoding="utf-8"), re.MULTILINE):
+        part = roofline.part_of(name)
+        if part == "GEMM of unknown shape":
+            part = "base GEMM and head" if float(ms) / float(launches) > LARGE else "LoRA products"
+        total = parts.setdefault(part, [0.0, 0.0])
+        total[0] += float(ms)
+        total[1] += float(launches)
+    everything = sum(ms for ms, _ in parts.values())
+    text = ["| part | ms a step | share | launches a layer |", "| --- | ---: | ---: | ---: |"]
+    for part, (ms, launches) in sorted(parts.items(), key=lambda item: -item[1][0]):
+        text.append(f"| {part} | {ms:.1f} | {ms / everything:.1%} | {launches / 32:.1f} |")
+    return "\n".join([*text, f"| all | {everything:.1f} | | {sum(n for _, n in parts.values()) / 32:.1f} |"])
+
+
 TABLES: list[tuple[str, str, Callable[[Path], str], str]] = [
     ("quality.md", "quality", quality.markdown, "2026-11-22-h200-quality.jsonl"),
     ("performance.md", "before", first_figures, "2026-11-22-h200-throughput.jsonl"),
     ("performance.md", "kernels", kernels, "2026-11-22-h200-kernels.jsonl"),
     ("performance.md", "throughput", throughput, "2026-11-22-h200-steps.jsonl"),
+    ("performance.md", "profile", profiled, "2026-11-22-h200-profile.txt"),
     ("performance.md", "roofline", roofline.markdown, "2026-11-22-h200-roofline.jsonl"),
     ("performance.md", "facts", facts_tables.markdown, "2026-11-22-h200-facts.jsonl"),
     ("performance.md", "equivalence", equivalence_gpu.markdown, "2026-11-22-h200-equivalence.jsonl"),
