@@ -43,7 +43,8 @@ def _expand(out, compact, index, factor, H, BLOCK: tl.constexpr, INTERPRETED: tl
     source = tl.load(index + row).to(tl.int64)
     times = tl.load(factor)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(compact + source * H + k, mask=(k < H) & (source >= 0), other=0.0).to(tl.float32)
+    # Not `(k < H) & (source >= 0)`: Triton's interpreter (3.9) takes no mask of a block and a number.
+    x = tl.load(compact + source * H + k, mask=k < tl.where(source >= 0, H, 0), other=0.0).to(tl.float32)
     tl.store(out + row * H + k, to_dtype(x * times, out.dtype.element_ty, INTERPRETED), mask=k < H)
 
 

@@ -82,7 +82,7 @@ def _place(
         other = i ^ 1
         if ROTATION == "interleaved-halves":
             table = i // 2
-    turning = inside & (i < turns) & (head < H + G)
+    turning = inside & (i < tl.where(head < H + G, turns, 0))  # a number beside a block would be no mask for the interpreter
     source = qkv + row * stride + head * D
     x = tl.load(source + i, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(source + other, mask=turning, other=0.0).to(tl.float32)
