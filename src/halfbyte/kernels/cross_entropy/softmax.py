@@ -11,7 +11,6 @@ Letters: V = vocabulary.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import triton
@@ -21,7 +20,6 @@ from torch import Tensor
 from halfbyte.kernels.cross_entropy.parts import Task
 from halfbyte.kernels.dequantize.fused import INTERPRETED, to_dtype
 
-LOG2E: tl.constexpr = tl.constexpr(math.log2(math.e))
 LOWEST: tl.constexpr = tl.constexpr(-1.0e38)
 
 
@@ -43,7 +41,7 @@ TUNING = Tuning()
 @triton.jit
 def _tanh(x):
     """tanh by one exponential: never overflows, exact at both ends."""
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))  # the block first: a constant times a block is no block for every Triton
+    e = tl.exp(tl.abs(x) * -2.0)
     t = (1.0 - e) / (1.0 + e)
     return tl.where(x < 0.0, -t, t)
 
@@ -67,7 +65,7 @@ def gradient_of(
     SCALED: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the products from their logits x at k; factor: the derivative by the log of the sum, over that sum."""
-    g = tl.exp2((x - largest) * LOG2E) * factor
+    g = tl.exp(x - largest) * factor
     if SMOOTH:
         g -= smoothing / V
     g -= tl.where(k == target, 1.0 - smoothing, 0.0)
@@ -113,12 +111,12 @@ def _softmax(
         x = logits_of(stored, bias, k, V, scale, cap, BIAS, SCALED, CAPPED)
         before = tl.where(start == home, top, before)
         higher = tl.maximum(top, tl.max(x, 1))
-        total = total * tl.exp2((top - higher) * LOG2E) + tl.sum(tl.exp2((x - higher[:, None]) * LOG2E), 1)
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(x - higher[:, None]), 1)
         top = higher
         if SMOOTH:
             plain_sum += tl.sum(tl.where(k < V, x, 0.0), 1)
     largest = tl.max(top, 0)
-    whole = tl.sum(total * tl.exp2((top - largest) * LOG2E), 0)
+    whole = tl.sum(total * tl.exp(top - largest), 0)
     log_sum = tl.log(whole) + largest
     loss = log_sum - at_target
     if SMOOTH:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte.kernels.cross_entropy.parts import Task
-from halfbyte.kernels.cross_entropy.softmax import LOG2E, LOWEST, gradient_of, logits_of
+from halfbyte.kernels.cross_entropy.softmax import LOWEST, gradient_of, logits_of
 from halfbyte.kernels.dequantize.fused import INTERPRETED, to_dtype
 
 
@@ -75,7 +75,7 @@ def _logits(
     top = tl.maximum(tl.max(x, 1), LOWEST)
     at = m.to(tl.int64) * tiles + column
     tl.store(tops + at, top, mask=m < rows)
-    tl.store(sums + at, tl.sum(tl.exp2((x - top[:, None]) * LOG2E), 1), mask=m < rows)
+    tl.store(sums + at, tl.sum(tl.exp(x - top[:, None]), 1), mask=m < rows)
     if SMOOTH:
         tl.store(plain_sums + at, tl.sum(tl.where((n < V)[None, :], x, 0.0), 1), mask=m < rows)
 
@@ -93,7 +93,7 @@ def _combine(
     at = row * TILES + t
     top = tl.load(tops + at, mask=t < TILES, other=LOWEST)
     largest = tl.max(top, 0)
-    whole = tl.sum(tl.load(sums + at, mask=t < TILES, other=0.0) * tl.exp2((top - largest) * LOG2E), 0)
+    whole = tl.sum(tl.load(sums + at, mask=t < TILES, other=0.0) * tl.exp(top - largest), 0)
     # The first of equal logits is the prediction: those before the target in its tile are looked at again.
     home = (target // N).to(tl.int32)
     k = home * N + tl.arange(0, N)
