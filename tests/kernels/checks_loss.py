@@ -42,7 +42,7 @@ def plain(hidden: Tensor, labels: Tensor, head: Head, extras: Extras) -> Tensor:
 
 
 def example(device: str, dtype: torch.dtype, v: int = 431, h: int = 60, t: int = 63) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden, weight (fp32, of numbers that `dtype` holds: truth sees what the twins multiply), labels with two fifths unlabelled."""
+    """hidden; weight, fp32, of numbers that `dtype` holds: truth sees what the twins multiply; labels, two fifths of them none."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(t, h, generator=generator).to(device, dtype).requires_grad_()
     weight = (torch.randn(v, h, generator=generator) * 0.3).to(device, dtype).float()
