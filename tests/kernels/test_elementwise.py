@@ -79,7 +79,7 @@ def outcome() -> dict[str, str]:
     return found
 
 
-@pytest.mark.cpu
+@pytest.mark.slow
 @pytest.mark.parametrize("name", checks.CHECKS)
 def test_interpreted(outcome: dict[str, str], name: str) -> None:
     assert not outcome[name], outcome[name]

@@ -37,7 +37,7 @@ def test_cuda(name: str) -> None:
     checks_fp8.CHECKS[name]("cuda")
 
 
-@pytest.mark.cpu
+@pytest.mark.slow
 def test_interpreted() -> None:
     path = os.pathsep.join([str(SOURCE), str(SOURCE.parent / "tests")])
     environment = os.environ | {"HALFBYTE_KERNELS": "fused", "TRITON_INTERPRET": "1", "PYTHONPATH": path}

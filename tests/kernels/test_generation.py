@@ -40,7 +40,7 @@ print("right")
 """
 
 
-@pytest.mark.cpu
+@pytest.mark.slow
 def test_kernels_interpreted() -> None:
     environment = os.environ | {
         "TRITON_INTERPRET": "1", "HALFBYTE_KERNELS": "fused", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}",

@@ -117,6 +117,7 @@ def test_every_adapter_stays_on_the_path(family: str, config: AdapterConfig) -> 
         assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     "keep", [*KEEPS, OFFLOADED], ids=lambda k: "".join(str(int(v)) for v in (k.normed, k.qkv, k.attended, k.mid, k.inputs))
 )
