@@ -73,8 +73,6 @@ def documents_of(hidden: Tensor, call: dict[str, Any]) -> Documents | None:
         assert isinstance(documents, Documents)
         return documents
     rows, tokens = hidden.shape[:2]
-    if call.get("cu_seqlens") is not None:
-        return Documents(call["cu_seqlens"], call.get("boundaries"), call.get("longest") or tokens)
     if call.get("attention_mask") is not None:
         return None
     boundaries = tuple(range(0, rows * tokens + 1, tokens))

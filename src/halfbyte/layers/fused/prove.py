@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.attention import Documents
 from halfbyte.kernels.products import Augmented
 from halfbyte.layers import probe
 from halfbyte.layers.decoder import DecoderLayer
@@ -35,10 +36,7 @@ def prove(layer: DecoderLayer, fused: Fused, captured: dict[str, Any]) -> None:
     hidden: Tensor = call.pop("hidden_states").detach()
     call["attention_mask"] = None
     tokens = hidden.shape[1]
-    middle = tokens // 3
-    call["boundaries"] = (0, middle, tokens)
-    call["cu_seqlens"] = torch.tensor(call["boundaries"], dtype=torch.int32, device=hidden.device)
-    call["longest"] = tokens - middle
+    call["documents"] = Documents.of(torch.tensor([0, tokens // 3, tokens], dtype=torch.int32), hidden.device, tokens)
     grad = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
     before = layer.fused, layer.gradient_checkpointing
     exact = fused.products.error == 0
