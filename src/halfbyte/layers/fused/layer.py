@@ -36,7 +36,7 @@ class Fused:
         self.keep, self.products, self.in_place, self.dtype = keep, products, in_place, dtype
         self.room = room
         self.modules = reading.modules_of(layer, structure)
-        self.parts = reading.read(layer, structure, dtype)
+        self.parts = reading.read(layer, structure, dtype, products.padded_to)
 
     def run(self, hidden: Tensor, call: dict[str, Any]) -> Tensor | None:
         """The layer's output `[B, S, H]`; None for a call that it does not serve (a cache, a dense mask, another dtype)."""
@@ -46,7 +46,7 @@ class Fused:
         groups = [reading.operands(modules) for modules in self.modules]
         key = reading.key_of(groups)
         if key != self.parts.key:
-            qkv, out, inputs, down = reading.projections(groups, self.dtype)
+            qkv, out, inputs, down = reading.projections(groups, self.dtype, self.products.padded_to)
             self.parts = replace(self.parts, qkv=qkv, out=out, inputs=inputs, down=down, key=key)
         members = [o for group in groups for o in group]
         x = hidden.reshape(-1, hidden.shape[-1])

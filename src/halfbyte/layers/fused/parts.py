@@ -92,7 +92,7 @@ def key_of(groups: list[list[Operand]]) -> tuple[int, ...]:
     return tuple(key)
 
 
-def read(layer: nn.Module, s: Structure, dtype: torch.dtype) -> LayerParts:
+def read(layer: nn.Module, s: Structure, dtype: torch.dtype, padded_to: int) -> LayerParts:
     """The parts of an adopted layer that computes in `dtype`. Raises NotUnderstood with the reason."""
     if s.dropout_after_attention or s.dropout_after_mlp or s.attention_dropout:
         raise NotUnderstood("dropout of the base is active")
@@ -110,14 +110,14 @@ def read(layer: nn.Module, s: Structure, dtype: torch.dtype) -> LayerParts:
         for name in (places.before_attention, places.after_attention, places.before_mlp, places.after_mlp)
     ]
     qk = [read_norm(attention.get_submodule(n)) if s.qk_norm != "none" else None for n in ("q_norm", "k_norm")]
-    built = projections(groups, dtype)
+    built = projections(groups, dtype, padded_to)
     activation = read_activation(getattr(layer.get_submodule(s.mlp), s.activation))
     return LayerParts(s, activation, key_of(groups), *norms, *qk, *built)  # type: ignore[arg-type]
 
 
-def projections(groups: list[list[Operand]], dtype: torch.dtype) -> list[Projection]:
+def projections(groups: list[list[Operand]], dtype: torch.dtype, padded_to: int) -> list[Projection]:
     """q/k/v, output, gate/up and down, of their operands."""
-    return [Projection.of([Member(o.weight, o.bias, o.lora) for o in group], dtype) for group in groups]
+    return [Projection.of([Member(o.weight, o.bias, o.lora) for o in group], dtype, padded_to) for group in groups]
 
 
 @torch.no_grad()

@@ -27,9 +27,9 @@ class Projection:
     bias: Tensor | None
 
     @classmethod
-    def of(cls, members: list[Member], dtype: torch.dtype) -> Projection:
-        """dtype: of the bias, the compute dtype."""
-        group = Group(members)
+    def of(cls, members: list[Member], dtype: torch.dtype, padded_to: int) -> Projection:
+        """dtype: of the bias, the compute dtype. padded_to: see `Group`."""
+        group = Group(members, padded_to)
         if all(m.bias is None for m in members):
             return cls(group, None)
         parts = [
