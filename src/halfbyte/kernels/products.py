@@ -26,10 +26,12 @@ log = logging.getLogger("halfbyte")
 
 
 class Products(Protocol):
-    """How a group multiplies. error: about the relative error that a product has beyond its dtype's. padded_to: of its ranks."""
+    """How a group multiplies. error: about the relative error that a product has beyond its dtype's. padded_to: what R is a
+    multiple of. adds: whether a product adds a residual on its way out, without a pass of its own."""
 
     error: float
     padded_to: int
+    adds: bool
 
     def rows(self, group: Group, tokens: int, back: bool = False) -> Rows | None:
         """Where the kernel in front may write the quantised X (or, `back`, dY); None when nobody wants it."""
@@ -90,6 +92,7 @@ class Augmented:
     """In the dtype of the activations: one matrix holds the weights and the adapters (`kernels.augmented`)."""
 
     error = 0.0
+    adds = True
 
     def __init__(self, padded_to: int = PADDED_TO) -> None:
         self.padded_to = padded_to
@@ -151,6 +154,7 @@ class Float8:
 
     error = 0.04
     padded_to = PADDED_TO
+    adds = False
 
     def __init__(self) -> None:
         self._other = Augmented()
