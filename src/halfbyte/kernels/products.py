@@ -27,11 +27,13 @@ log = logging.getLogger("halfbyte")
 
 class Products(Protocol):
     """How a group multiplies. error: about the relative error that a product has beyond its dtype's. padded_to: what R is a
-    multiple of. adds: whether a product adds a residual on its way out, without a pass of its own."""
+    multiple of. adds: whether a product adds a residual on its way out, without a pass of its own. holds: whether the matrices of
+    `kernels.augmented` are what it multiplies by, so that holding them saves making them."""
 
     error: float
     padded_to: int
     adds: bool
+    holds: bool
 
     def rows(self, group: Group, tokens: int, back: bool = False) -> Rows | None:
         """Where the kernel in front may write the quantised X (or, `back`, dY); None when nobody wants it."""
@@ -93,6 +95,7 @@ class Augmented:
 
     error = 0.0
     adds = True
+    holds = True
 
     def __init__(self, padded_to: int = PADDED_TO) -> None:
         self.padded_to = padded_to
@@ -155,6 +158,7 @@ class Float8:
     error = 0.04
     padded_to = PADDED_TO
     adds = False
+    holds = False
 
     def __init__(self) -> None:
         self._other = Augmented()

@@ -68,7 +68,10 @@ class Group:
         return weight.codes.device if isinstance(weight, Packed) else weight.device
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """S `[N + R, K + R]` in `dtype`: fresh, or the held one with s*B and A brought up to date."""
+        """S `[N + R, K + R]` in `dtype`: fresh, or the held one with s*B and A brought up to date; without adapters the members
+        themselves (rows strided) where they lie behind each other in `dtype`."""
+        if self.rank == 0 and self._held is None and (joined := self._joined(dtype)) is not None:
+            return joined
         if self._held is not None:
             assert self._held.dtype == dtype, f"held in {self._held.dtype}, asked for {dtype}"
             self._write(self._held, weights=False)
@@ -77,6 +80,19 @@ class Group:
         self._write(out, weights=True)
         return out
 
+    def _joined(self, dtype: torch.dtype) -> Tensor | None:
+        """`[N, K]` over dense members of one storage that follow each other in `dtype`."""
+        weights = [m.weight for m in self.members if isinstance(m.weight, Tensor)]
+        if len(weights) < len(self.members) or any(w.dtype != dtype or w.stride(1) != 1 for w in weights):
+            return None
+        first = weights[0]
+        stride, storage, end = first.stride(0), first.untyped_storage().data_ptr(), first.data_ptr()
+        for w in weights:
+            if w.stride(0) != stride or w.untyped_storage().data_ptr() != storage or w.data_ptr() != end:
+                return None
+            end += w.shape[0] * stride * w.element_size()
+        return first.detach().as_strided((self.rows, self.width), (stride, 1))
+
     def _write(self, out: Tensor, weights: bool) -> None:
         if twin(out.device) == "fused":
             from halfbyte.kernels.augmented import fused
@@ -84,6 +100,11 @@ class Group:
             fused.write(self, out, weights)
         else:
             reference.write(self, out, weights)
+
+    @property
+    def held(self) -> bool:
+        """Whether `matrix` returns the same S at every call."""
+        return self._held is not None
 
     def hold(self, dtype: torch.dtype) -> Tensor:
         """Allocates and fills S now; from here on `matrix(dtype)` returns this one and rewrites s*B and A only.

@@ -38,7 +38,7 @@ class Call:
 
 
 class Room:
-    """The gradient that a layer handed down last, with the room behind it: one for all layers of a model.
+    """What the layers of a model hand to each other: the last gradient with the room behind it, and the rotary tables.
 
     Why: autograd passes on a view of it, and the layer below wants the columns behind (its s dY B) without a copy. The buffer is
     held until then, so a gradient at its address is that gradient.
@@ -46,6 +46,19 @@ class Room:
 
     def __init__(self) -> None:
         self.buffer: Tensor | None = None
+        self._tables: tuple[object, int, Tensor, Tensor] | None = None
+
+    def tables(self, tokens: int, embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+        """cos and sin `[T, r]` of tables `[1 or B, S, r]`: made once for layers that are called with the same ones."""
+        if embeddings is None:
+            return None, None
+        known = self._tables
+        if known is None or known[0] is not embeddings or known[1] != tokens:
+            cos, sin = (t.reshape(-1, t.shape[-1]) for t in embeddings)
+            times = tokens // cos.shape[0]
+            known = (embeddings, tokens, cos if times == 1 else cos.repeat(times, 1), sin if times == 1 else sin.repeat(times, 1))
+            self._tables = known
+        return known[2], known[3]
 
     def leave(self, buffer: Tensor, width: int) -> Tensor:
         """The view `[T, width]` to hand down."""

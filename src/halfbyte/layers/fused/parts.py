@@ -42,11 +42,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class LayerParts:
-    """Everything fixed about a layer. key: addresses of what the groups were built from."""
+    """Everything fixed about a layer. key: of what the groups were built from (`key_of`)."""
 
     structure: Structure
     activation: Activation
-    key: tuple[int, ...]
+    key: tuple[float, ...]
     before_attention: Norm | None
     after_attention: Norm | None
     before_mlp: Norm | None
@@ -81,14 +81,15 @@ def operands(modules: list[nn.Module]) -> list[Operand]:
     return found
 
 
-def key_of(groups: list[list[Operand]]) -> tuple[int, ...]:
-    """Addresses of the stored weights and adapters: another tuple means that the groups must be built again."""
-    key = []
+def key_of(groups: list[list[Operand]]) -> tuple[float, ...]:
+    """Addresses of what is stored, and who and how large the adapters are: another tuple means other groups."""
+    key: list[float] = []
     for group in groups:
         for o in group:
             key.append((o.weight.codes if isinstance(o.weight, Packed) else o.weight).data_ptr())
+            key.append(0 if o.bias is None else o.bias.data_ptr())
             if o.lora is not None:
-                key += [o.lora.a.data_ptr(), o.lora.b.data_ptr()]
+                key += [o.lora.a.data_ptr(), o.lora.b.data_ptr(), id(o.lora.a), id(o.lora.b), o.lora.scale]
     return tuple(key)
 
 

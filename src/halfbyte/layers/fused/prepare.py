@@ -62,14 +62,21 @@ def _named(paths: list[str]) -> str:
 
 
 def prepare(
-    model: PreTrainedModel, keep: Keep = EVERYTHING, products: Products | None = None, *, in_place: bool = False
+    model: PreTrainedModel,
+    keep: Keep = EVERYTHING,
+    products: Products | None = None,
+    *,
+    in_place: bool = False,
+    decoded: bool = False,
 ) -> Preparation:
     """Every adopted layer that can runs fused from now on, and the norm behind them, in the dtype of the model's activations.
 
     products: how groups multiply (default: in the activations' dtype). in_place: gradients of A and B are added to
     `parameter.grad`, which must exist (`optim.flat.flatten`), and never pass through autograd. A layer that recomputes by
-    `layers.recompute` stops doing so: `keep` decides.
+    `layers.recompute` stops doing so: `keep` decides. Weights in that dtype move into the matrices that products read
+    (`layers.fused.holding`; `remove` gives them back); decoded: weights in a format are decoded into such matrices too, once.
     """
+    remove(model)
     products, room = products or Augmented(), Room()
     layers = {path: m for path, m in model.named_modules() if isinstance(m, DecoderLayer)}
     dtype = next(p.dtype for p in model.get_input_embeddings().parameters())
@@ -84,6 +91,8 @@ def prepare(
     for path in built.keys() - left.keys():
         layers[path].fused = built[path]
         layers[path].gradient_checkpointing = False
+        if products.holds:
+            built[path].hold(packed=decoded)
     norm = _final(model, layers, dtype, room) if len(left) < len(layers) else ""
     done = Preparation(len(layers) - len(left), left, norm)
     log.info("decoder layers: %s", done.summary())
@@ -124,4 +133,6 @@ def remove(model: PreTrainedModel) -> None:
     final.remove(model)
     for module in model.modules():
         if isinstance(module, DecoderLayer):
+            if isinstance(module.fused, Fused):
+                module.fused.release()
             module.fused = None
