@@ -12,6 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 
+Values = list[tuple[str, Any]]
+
+
 class Watch:
     """Of modules and everything in them: plain attributes and parameters by identity, parameters' memory by address, hooks."""
 
@@ -19,7 +22,7 @@ class Watch:
 
     def __init__(self, modules: Iterable[nn.Module], parents: Iterable[nn.Module] = ()) -> None:
         """parents: of these, what they are and whom they have, but not what is in those."""
-        self._seen: list[tuple[nn.Module, list[tuple[str, Any]], list[tuple[str, Any]], list[tuple[str, Any]], tuple[int, ...]]] = []
+        self._seen: list[tuple[nn.Module, Values, Values, Values, tuple[int, ...]]] = []
         self._tensors: list[Tensor] = []
         for module in (*parents, *(part for one in modules for part in one.modules())):
             values = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
