@@ -27,15 +27,21 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class Group:
-    """Linear layers that share an input: n outputs, k inputs, r ranks, padded."""
+    """Linear layers that share an input: n outputs, k inputs, r ranks, padded. held: the weights are in 16 bits and live inside the
+    matrix that products read (`layers.fused.holding`)."""
 
     n: int
     k: int
     r: int
+    held: bool = False
 
     def matrix(self, c: int) -> int:
-        """Bytes of the weights decoded, with the adapters beside them."""
-        return c * (self.n + self.r) * (self.k + self.r)
+        """Bytes of the weights decoded, with the adapters beside them, while they are multiplied."""
+        return 0 if self.held else c * (self.n + self.r) * (self.k + self.r)
+
+    def beside(self, c: int) -> int:
+        """Bytes that a held matrix has beyond the weights'."""
+        return c * self.r * (self.n + self.k + self.r) if self.held else 0
 
 
 @dataclass(frozen=True)
@@ -67,11 +73,15 @@ class Layer:
         """Numbers of a token's keys, and as many of its values."""
         return self.kv_heads * self.head_size
 
+    def beside(self, c: int) -> int:
+        """Bytes of adapters in the compute dtype beside held weights."""
+        return sum(group.beside(c) for group in (self.qkv, self.out, self.inputs, self.down))
 
-def read(net: PreTrainedModel, adapter: AdapterConfig, ranks: dict[str, int]) -> Layer | str:
+
+def read(net: PreTrainedModel, adapter: AdapterConfig, ranks: dict[str, int], packed: set[str]) -> Layer | str:
     """The widest decoder layer of a model without weights; or why its layers do not run fused, as far as that can be told here.
 
-    ranks: of the adapter, by path.
+    ranks: of the adapter, by path. packed: paths of the modules whose weight is in a format.
     """
     if adapter.kind == "none":
         return "full fine-tuning"
@@ -91,16 +101,19 @@ def read(net: PreTrainedModel, adapter: AdapterConfig, ranks: dict[str, int]) ->
             return "modules of a layer learn beside the adapter"
         if adapter.bias != "none" and any(name.endswith("bias") for name, _ in layer.named_parameters()):
             return "biases learn beside the adapter"
-        found.append(_layer(path, layer, s, ranks, adapter.dropout > 0))
+        found.append(_layer(path, layer, s, ranks, adapter.dropout > 0, packed))
     return max(found, key=lambda one: one.inputs.n, default="no decoder layers were found")
 
 
-def _layer(path: str, layer: GradientCheckpointingLayer, s: Structure, ranks: dict[str, int], dropout: bool) -> Layer:
+def _layer(
+    path: str, layer: GradientCheckpointingLayer, s: Structure, ranks: dict[str, int], dropout: bool, packed: set[str]
+) -> Layer:
     def group(parent: str, names: tuple[str, ...]) -> Group:
         paths = [f"{parent}.{name}" for name in names]
         sizes = [shape_of(layer.get_submodule(p)) for p in paths]
         rank = sum(ranks.get(f"{path}.{p}", 0) for p in paths)
-        return Group(sum(n for n, _ in sizes), sizes[0][1], -(-rank // PADDED_TO) * PADDED_TO)
+        held = not any(f"{path}.{p}" in packed for p in paths) and (rank > 0 or len(paths) == 1)
+        return Group(sum(n for n, _ in sizes), sizes[0][1], -(-rank // PADDED_TO) * PADDED_TO, held)
 
     return Layer(
         group(s.attention, s.qkv),
@@ -133,10 +146,11 @@ def wide(one: Layer, keep: Keep) -> list[int]:
 
 
 def small(one: Layer, keep: Keep, c: int) -> int:
-    """Bytes a token that a layer keeps besides: XA of its groups unless it stands behind a kept input, and fp32 numbers a row."""
-    ranks = one.out.r + one.down.r
+    """Bytes a token that a layer keeps besides: XA of groups that are not computed again, unless it stands behind a kept input, and
+    fp32 numbers a row."""
+    ranks = one.down.r + (one.out.r if keep.mid else 0)
     if not keep.normed or keep.offload:
-        ranks += one.qkv.r + one.inputs.r
+        ranks += (one.qkv.r if keep.qkv else 0) + (one.inputs.r if keep.inputs else 0)
     rows = 2 + one.raw + (one.heads if keep.attended else 0) + (one.heads + one.kv_heads if one.qk_norm else 0)
     return c * ranks + FLOAT * rows
 
