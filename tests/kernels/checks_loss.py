@@ -6,10 +6,8 @@ python tests/kernels/checks_loss.py cuda        on a GPU: the gate of bench/loss
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from halfbyte.formats.packed import Format, Packed
 from halfbyte.kernels.cross_entropy import Extras, Head, Method, cross_entropy, slices
 from halfbyte.kernels.dequantize import dequantize
 from kernels.checks import DTYPES, as_wrong_as_honest, poisoned
+from kernels.runner import main, named
 
 HEADS = ((False, 1.0, 0.0), (True, 0.25, 0.0), (True, 2.0, 5.0))
 EXTRAS = (Extras(0.1, 0.0), Extras(0.0, 1e-2), Extras(0.2, 1e-1))
@@ -167,22 +166,7 @@ def check_bits(device: str) -> None:
     assert float(loss) == 0 and int(correct) == 0 and not grad.any()
 
 
-CHECKS: dict[str, Callable[[str], None]] = {name[6:]: f for name, f in list(globals().items()) if name.startswith("check_")}
-
-
-def run(device: str) -> dict[str, str]:
-    """Every check on `device`: name to "" or what went wrong."""
-    found = {}
-    for name, check in CHECKS.items():
-        try:
-            check(device)
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc(limit=-3)
-    return found
-
+CHECKS = named(globals())
 
 if __name__ == "__main__":
-    outcome = run(sys.argv[1])
-    print(json.dumps(outcome))
-    sys.exit(1 if any(outcome.values()) else 0)
+    sys.exit(main(CHECKS))
