@@ -243,10 +243,10 @@ def plain_cross_entropy(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
 
 
 def check_cross_entropy(device: str) -> None:
-    """Loss and the gradients of hidden, weight and bias against float64; every head, few and many chunks."""
+    """Loss and the gradients of hidden, weight and bias against float64; every head, one chunk and several; a row a chunk once."""
     for dtype in DTYPES:
         for bias, scale, cap in ((False, 1.0, 0.0), (True, 0.25, 0.0), (True, 2.0, 5.0), (False, 1.0, 30.0)):
-            for chunk_bytes in (1, 431 * 4 * 7, 1 << 26):
+            for chunk_bytes in (*((1,) if cap == 5.0 else ()), 431 * 4 * 7, 1 << 26):
                 with poisoned():
                     _check_head(device, dtype, bias, scale, cap, chunk_bytes)
 
