@@ -17,7 +17,7 @@ class MemoryConfig(Section):
     recompute: Literal["auto", "on", "off"] = "auto"
     """Recompute each layer in backward instead of keeping its activations: less memory, about a third more arithmetic."""
     offload: Literal["auto", "on", "off"] = "auto"
-    """Layer inputs wait in pinned host memory between forward and backward (fused layers on a GPU); auto: with recompute, where
-    host memory has room."""
+    """What a fused layer keeps for backward, gate and up excepted, waits in pinned host memory (on a GPU); auto: with recompute,
+    where host memory has room."""
     microbatch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Rows a forward pass sees at once: a divisor of `train.batch`, or auto: the most that fits."""
