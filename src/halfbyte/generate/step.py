@@ -1,7 +1,7 @@
 """One token step over any adopted model, as launches on static buffers: what a CUDA graph captures and replays for every token.
 
-A layer of the usual kind is nine launches: norm, q/k/v with adapter, rotation into the cache, attention in two, output added to
-the residual, norm, gate/up with adapter and activation, down added to the residual. Other layers (norms after, parallel halves,
+A layer of the usual kind is seven launches: norm, q/k/v with adapter, attention with rotation and cache, output added to the
+residual, norm, gate/up with adapter and activation, down added to the residual. Other layers (norms after, parallel halves,
 fused gate and up) take the same pieces with a few more. Nothing here looks at a value: positions and tokens stay on the device.
 
 Letters: M rows, P places of the cache.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.generate.reading import Layer, Reading, tables
-from halfbyte.kernels.decode_step import attend, normalise, place
+from halfbyte.kernels.decode_step import Scratch, attend, normalise
 from halfbyte.kernels.glu import glu
 from halfbyte.kernels.lora_linear.members import Member
 from halfbyte.kernels.packed_gemv import Product, build, multiply
@@ -48,12 +48,11 @@ class Buffers:
     residual: Tensor
     normed: Tensor
     qkv: Tensor
-    query: Tensor
     mixed: Tensor
     side: Tensor
     wide: Tensor
     inner: Tensor
-    partial: Tensor
+    scratch: Scratch
     logits: Tensor
 
 
@@ -78,8 +77,8 @@ def buffers(reading: Reading, made: list[Products], rows: int, places: int, embe
     while pieces * 2 * rows * first.kv <= PROGRAMS and pieces < MOST_PIECES:
         pieces *= 2
 
-    def empty(*shape: int, like: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=like, device=device)
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
 
     queries = max(layer.heads.query for layer in reading.layers)
     cos, sin = (None, None) if reading.rotary is None else tables(reading.rotary, places, dtype, device)
@@ -88,8 +87,8 @@ def buffers(reading: Reading, made: list[Products], rows: int, places: int, embe
         torch.zeros(len(reading.layers), 2, rows, places, first.kv, first.size, dtype=dtype, device=device), cos, sin,
         torch.zeros(rows, dtype=torch.int64, device=device), torch.zeros(rows, dtype=torch.int64, device=device),
         empty(rows, hidden), empty(rows, hidden), empty(rows, max(p.qkv.rows for p in made)), empty(rows, queries * first.size),
-        empty(rows, queries * first.size), empty(rows, hidden), empty(rows, max(p.inputs.rows for p in made)), empty(rows, inner),
-        empty(rows, queries, pieces, first.size + 2, like=torch.float32), empty(rows, reading.head.weight.shape[0]),
+        empty(rows, hidden), empty(rows, max(p.inputs.rows for p in made)), empty(rows, inner),
+        Scratch.empty(rows, queries, first.kv, first.size, pieces, device), empty(rows, reading.head.weight.shape[0]),
     )  # fmt: skip
 
 
@@ -129,9 +128,8 @@ def _layer(layer: Layer, weights: Products, cache: Tensor, b: Buffers) -> None:
         width = heads.query * heads.size
         for norm, part in zip(layer.full_norms, (qkv[:, :width], qkv[:, width : width + heads.kv * heads.size]), strict=True):
             _norm(norm, part, part)
-    query, mixed = (t[:, : heads.query * heads.size] for t in (b.query, b.mixed))
-    place(qkv, b.position, heads, b.cos, b.sin, query, cache[0], cache[1])
-    attend(query, cache[0], cache[1], b.position, heads, b.partial[:, : heads.query], mixed)
+    mixed = b.mixed[:, : heads.query * heads.size]
+    attend(qkv, b.position, heads, b.cos, b.sin, cache[0], cache[1], b.scratch, mixed)
     # Parallel halves read the same norm, which must outlive the residual's change: it does, being another buffer.
     keeps = normed is b.residual and s.norms.parallel
     assert not keeps, "a parallel layer without a norm"
