@@ -19,7 +19,8 @@ from halfbyte.kernels.decode_step import Scratch, attend, normalise
 from halfbyte.kernels.glu import glu
 from halfbyte.kernels.lora_linear.members import Member
 from halfbyte.kernels.packed_gemv import Product, build, multiply
-from halfbyte.layers.fused.parts import Norm, modules_of, operands
+from halfbyte.layers.fused.parts import Norm
+from halfbyte.layers.linear import Operand
 
 PROGRAMS = 256
 """Pieces of attention over all rows and key heads: about two a multiprocessor of a large GPU."""
@@ -56,10 +57,10 @@ class Buffers:
     logits: Tensor
 
 
-def products(layer: Layer, dtype: torch.dtype) -> Products:
-    """Reads the layer's weights and adapters as they are now."""
+def products(layer: Layer, operands: list[list[Operand]], dtype: torch.dtype) -> Products:
+    """Of the layer's weights and adapters as they are now."""
     s = layer.module.structure
-    groups = [[Member(o.weight, o.bias, o.lora) for o in operands(modules)] for modules in modules_of(layer.module, s)]
+    groups = [[Member(o.weight, o.bias, o.lora) for o in group] for group in operands]
     alone = s.gated and len(groups[2]) == 1  # gate and up in one weight: the activation is a launch of its own
     return Products(
         build(groups[0], dtype), build(groups[1], dtype), build(groups[2], dtype, None if alone else layer.activation),
