@@ -36,8 +36,8 @@ def adapt(base) -> lora.Adapter:
     return adapter
 
 
-def plainly(base, prompt: str, tokens: int) -> list[int]:
-    ids = encode(base, prompt)
+def plainly(base, text: str, tokens: int) -> list[int]:
+    ids = encode(base, text)
     start = len(ids)
     with torch.no_grad():
         for _ in range(tokens):
@@ -77,8 +77,8 @@ def test_an_answer_ends_with_its_end_and_others_go_on() -> None:
 def test_the_same_engine_answers_again() -> None:
     base = adopted()
     engine = Engine(base.model, 1, 128, 16)
-    for prompt in (*PROMPTS, PROMPTS[0]):
-        assert engine.answer([encode(base, prompt)], 16, set()) == [plainly(base, prompt, 16)]
+    for text in (*PROMPTS, PROMPTS[0]):
+        assert engine.answer([encode(base, text)], 16, set()) == [plainly(base, text, 16)]
 
 
 def counted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:

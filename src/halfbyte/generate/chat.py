@@ -4,8 +4,9 @@ How tokens come is `routes`: one CUDA graph a token on a GPU, transformers' `gen
 adapter needs around it: the chat template that it was trained with, the tokens that end its turn, an answer that depends on
 nothing but its arguments (greedy at temperature 0, a private random state otherwise), and a model that is left exactly as it was
 found, so that a run can sample between two steps.
-Cost: a pass over the prompt (in a `Chat` over what is new of it), then one pass a token; the cache holds 2 * layers * heads * head_dim numbers a token. On a CPU the
-weights are decoded once an answer and held meanwhile, when half of the free memory has room for them.
+Cost: a pass over the prompt (in a `Chat` over what is new of it), then one pass a token; the cache holds
+2 * layers * heads * head_dim numbers a token. On a CPU the weights are decoded once an answer and held meanwhile, when half of the
+free memory has room for them.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 Why: for a single row a token costs reading the weights once, 0.9 ms for 8B packed weights on an H200; everything else (thousands of
 launches, a cache that grows, a look at every token) has to disappear beside that. So buffers are static, positions and tokens stay
 on the device, the choice of a token is part of the graph, and the host looks at tokens a few at a time while the next ones are
-made. The cache outlives an answer: of the next prompt only what differs from it is read (`prompt.py`). On a CPU the same step runs without a graph on the references: that is how it is tested. Cost: the cache, 2 layers G d numbers
-a token of room; 16-bit copies of the adapter, 2 r (K + N) bytes a weight.
+made. The cache outlives an answer: of the next prompt only what differs from it is read (`prompt.py`). On a CPU the same step runs
+without a graph on the references: that is how it is tested. Cost: the cache, 2 layers G d numbers a token of room; 16-bit copies of
+the adapter, 2 r (K + N) bytes a weight.
 """
 
 from __future__ import annotations

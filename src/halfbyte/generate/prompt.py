@@ -93,9 +93,7 @@ def _pass(
     room, products = Room(), Augmented()
     for number, (layer, parts) in enumerate(zip(reading.layers, layers, strict=True)):
         turned = parts.structure.rotation != "none"
-        call = Call(
-            parts, EVERYTHING, documents, cos if turned else None, sin if turned else None, None, products, False, room
-        )
+        call = Call(parts, EVERYTHING, documents, cos if turned else None, sin if turned else None, None, products, False, room)
         a = Activations(x=x)
         stages.projected(call, a)
         a.attended = _attended(layer.module, call, a, cache[number], batch)

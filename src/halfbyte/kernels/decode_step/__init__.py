@@ -1,9 +1,9 @@
 """What stands between the products of one token step: norm, and attention with rotation and cache. Few rows, small launches.
 
-Why apart from training's kernels: a step of one token is bound by how fast its launches follow each other, so here attention also
-norms and turns its heads and writes the cache, cuts the cache into pieces so that every multiprocessor has one, and joins them in
-the same launch; on sm_90 each launch starts, and reads the cache, while the one before it ends. Positions are read on the device: a step is the same launches for every token, in one
-CUDA graph.
+Why apart from training's kernels: a step of one token is bound by how fast its launches follow each other. So attention also norms
+and turns its heads and writes the cache, cuts the cache into pieces so that every multiprocessor has one, and joins them, in one
+launch; on sm_90 each launch starts, and reads the cache, while the one before it ends. Positions are read on the device: a step is
+the same launches for every token, in one CUDA graph.
 
 Letters: M rows, P places of the cache, S pieces, H query heads, G key/value heads, d head size, r elements of a head that turn.
 """
@@ -34,10 +34,9 @@ def attend(
     qkv: Tensor, position: Tensor, heads: Heads, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor,
     scratch: Scratch, out: Tensor,
 ) -> None:  # fmt: skip
-    """out `[M, H d]` = attention of qkv `[M, (H + 2 G) d]`, whose heads are normed and turned, over places 0..position (the window's
-    last ones). Keys and values of qkv are written into the cache at `position`.
+    """out `[M, H d]` = attention of qkv `[M, (H + 2 G) d]`, heads normed and turned, over places 0..position (the window's last ones).
 
-    position: int64 `[M]`. cos, sin: `[P, r]`. keys, values: `[M, P, G, d]`, of one layer. On a GPU `position` and the older places
+    Keys and values of qkv are written into the cache at `position`. position: int64 `[M]`. cos, sin: `[P, r]`. keys, values: `[M, P, G, d]`, of one layer. On a GPU `position` and the older places
     must have been written before the launch in front of this one began.
     """
     if twin(qkv.device) != "fused":

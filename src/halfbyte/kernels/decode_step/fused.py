@@ -1,5 +1,5 @@
-"""The Triton twins. Attention is cut along the cache: every piece keeps its maximum, its sum and its output, and whichever piece of a
-key head ends last joins them.
+"""The Triton twins. Attention is cut along the cache: every piece keeps its maximum, its sum and its output, and whichever piece of
+a key head ends last joins them.
 
 Each launch lets the next one start at once and waits for the one before it where it first reads what that wrote (`gdc_wait`). What
 was written before the step began can be read earlier: launches without early starts (torch's) stand between two tokens.
@@ -228,10 +228,10 @@ def attend(
     """See the package."""
     spec, turns, device = heads.spec or NormSpec(), 0 if cos is None else cos.shape[1], qkv.device
     assert keys.is_contiguous() and values.is_contiguous() and (cos is None or cos.is_contiguous())
-    splits, block = scratch.partial.shape[2], max(triton.next_power_of_2(heads.size), 16)
+    partial, splits, block = scratch.partial, scratch.partial.shape[2], max(triton.next_power_of_2(heads.size), 16)
     _attend[(qkv.shape[0] * heads.kv, splits)](
         qkv, position, qkv if heads.q_weight is None else heads.q_weight, qkv if heads.k_weight is None else heads.k_weight,
-        qkv if cos is None else cos, qkv if sin is None else sin, keys, values, scratch.partial, scratch.tops, scratch.counters, out,
+        qkv if cos is None else cos, qkv if sin is None else sin, keys, values, partial, scratch.tops, scratch.counters, out,
         qkv.stride(0), out.stride(0), keys.shape[1], turns, spec.eps, spec.offset, heads.scale, heads.cap or 1.0, heads.window or 0,
         H=heads.query, G=heads.kv, D=heads.size, BLOCK=block, QUERIES=max(triton.next_power_of_2(heads.query // heads.kv), 16),
         SPLITS=splits, KEYS=keys_of(block, keys.dtype), ROTATION=heads.rotation if cos is not None else "none",
