@@ -22,6 +22,11 @@ from halfbyte.kernels.dequantize.fused import INTERPRETED, to_dtype
 from halfbyte.kernels.norm import NormSpec
 from halfbyte.kernels.packed_gemv.launch import hopper
 
+WARPS = 4
+"""Of a program of attention."""
+READ = 16384
+"""Bytes of keys that a program reads at a time; as many of values, and the next ones meanwhile, in registers."""
+
 
 @triton.jit
 def _begin(PDL: tl.constexpr):
@@ -236,10 +241,10 @@ def attend(
         H=heads.query, G=heads.kv, D=heads.size, BLOCK=block, QUERIES=max(triton.next_power_of_2(heads.query // heads.kv), 16),
         SPLITS=splits, KEYS=keys_of(block, keys.dtype), ROTATION=heads.rotation if cos is not None else "none",
         NORM=heads.spec is not None, LAYER=spec.kind == "layer", CAP=bool(heads.cap), WINDOW=heads.window is not None,
-        PDL=hopper(device), INTERPRETED=INTERPRETED, **_options(device, 4),
+        PDL=hopper(device), INTERPRETED=INTERPRETED, **_options(device, WARPS),
     )  # fmt: skip
 
 
 def keys_of(block: int, dtype: torch.dtype) -> int:
-    """Places that a program reads at a time: 16 KiB of keys, twice over in registers with their values."""
-    return max(16, min(64, 16384 // (block * dtype.itemsize)))
+    """Places that a program reads at a time."""
+    return max(16, min(64, READ // (block * dtype.itemsize)))
