@@ -149,7 +149,7 @@ def at_depth(engine: Engine, place: int, tokens: int) -> float:
     """Milliseconds a token from `place` on."""
     engine.forget()
     engine.b.position.fill_(place)
-    engine.number.zero_()
+    engine.b.number.zero_()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(tokens):

@@ -42,10 +42,11 @@ class Choose:
         """The draws of another seed, in place; the first ones do not depend on how many there are."""
         self.draws.copy_(torch.rand(self.draws.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
 
-    def __call__(self, scores: Tensor, number: Tensor) -> Tensor:
-        """int64 `[M]` from logits `[M, V]`. number: int64 `[1]`, which token of the answer this is."""
+    def __call__(self, scores: Tensor, number: Tensor, out: Tensor) -> None:
+        """Into `out`, int64 `[M]`, from logits `[M, V]`. number: int64 `[1]`, which token of the answer this is."""
         if self.temperature == 0:
-            return scores.argmax(-1)
+            torch.argmax(scores, -1, out=out)
+            return
         likely = (scores.float() / self.temperature).softmax(-1)
         order = None
         if self.top_p < 1:
@@ -54,7 +55,7 @@ class Choose:
         sums = likely.double().cumsum(-1)
         draw = self.draws.index_select(0, number)[0, :, None] * sums[:, -1:]
         found = torch.searchsorted(sums, draw, right=True).clamp_(max=scores.shape[-1] - 1)
-        return (found if order is None else order.gather(-1, found))[:, 0]
+        out.copy_((found if order is None else order.gather(-1, found))[:, 0])
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -82,7 +83,6 @@ class Engine:
             self.head = build([Member(self.reading.head.weight, self.reading.head.bias, None)], self.dtype)
             self.b = buffers(self.reading, self.products, rows, places, self.embedding)
         self.choose = choose or Choose(0.0, 1.0, 0, tokens, rows, self.device)
-        self.number = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.history = torch.zeros(tokens + AT_A_TIME, rows, dtype=torch.int64, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.cached: list[list[int]] = [[] for _ in range(rows)]
@@ -117,16 +117,14 @@ class Engine:
         normalise(hidden, norm.spec, norm.weight, norm.bias, self.b.normed)
         logits(self.reading, self.head, self.b.normed, self.b.logits)
         self.cached = [list(prompt) for prompt in prompts]
-        self.b.position.copy_(torch.tensor([len(p) - 1 for p in prompts]))
-        self.number.zero_()
+        self.b.counted.copy_(torch.tensor([*(len(p) - 1 for p in prompts), 0]))
         self._chosen()
 
     def _chosen(self) -> None:
         """The next token from `logits`: into the history and before the next step."""
-        self.b.token.copy_(self.choose(self.b.logits, self.number))
-        self.history.index_copy_(0, self.number, self.b.token[None])
-        self.b.position.add_(1)
-        self.number.add_(1)
+        self.choose(self.b.logits, self.b.number, self.b.token)
+        self.history.index_copy_(0, self.b.number, self.b.token[None])
+        self.b.counted.add_(1)
 
     def _step(self) -> None:
         token_step(self.reading, self.embedding, self.products, self.head, self.b)
@@ -141,13 +139,11 @@ class Engine:
         side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
-            self.b.position.zero_()
-            self.number.zero_()
+            self.b.counted.zero_()
             self._step()
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        self.b.position.zero_()
-        self.number.zero_()
+        self.b.counted.zero_()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         self.graph = graph

@@ -39,13 +39,16 @@ class Products:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Everything that a step reads and writes. cache `[layers, 2, M, P, G, d]`; token, position int64 `[M]`; logits `[M, V]`."""
+    """Everything that a step reads and writes. cache `[layers, 2, M, P, G, d]`; token int64 `[M]`; logits `[M, V]`.
+
+    counted: int64 `[M + 1]`, the rows' positions and the number of the token of the answer: one addition moves them all.
+    """
 
     cache: Tensor
     cos: Tensor | None
     sin: Tensor | None
     token: Tensor
-    position: Tensor
+    counted: Tensor
     residual: Tensor
     normed: Tensor
     qkv: Tensor
@@ -55,6 +58,16 @@ class Buffers:
     inner: Tensor
     scratch: Scratch
     logits: Tensor
+
+    @property
+    def position(self) -> Tensor:
+        """int64 `[M]`."""
+        return self.counted[:-1]
+
+    @property
+    def number(self) -> Tensor:
+        """int64 `[1]`."""
+        return self.counted[-1:]
 
 
 def products(layer: Layer, operands: list[list[Operand]], dtype: torch.dtype) -> Products:
@@ -86,7 +99,7 @@ def buffers(reading: Reading, made: list[Products], rows: int, places: int, embe
     inner = max(p.down.width for p in made)
     return Buffers(
         torch.zeros(len(reading.layers), 2, rows, places, first.kv, first.size, dtype=dtype, device=device), cos, sin,
-        torch.zeros(rows, dtype=torch.int64, device=device), torch.zeros(rows, dtype=torch.int64, device=device),
+        torch.zeros(rows, dtype=torch.int64, device=device), torch.zeros(rows + 1, dtype=torch.int64, device=device),
         empty(rows, hidden), empty(rows, hidden), empty(rows, max(p.qkv.rows for p in made)), empty(rows, queries * first.size),
         empty(rows, hidden), empty(rows, max(p.inputs.rows for p in made)), empty(rows, inner),
         Scratch.empty(rows, queries, first.kv, first.size, pieces, device), empty(rows, reading.head.weight.shape[0]),

@@ -34,7 +34,7 @@ def attend(
     qkv: Tensor, position: Tensor, heads: Heads, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor,
     scratch: Scratch, out: Tensor,
 ) -> None:  # fmt: skip
-    """out `[M, H d]` = attention of qkv `[M, (H + 2 G) d]`, heads normed and turned, over places 0..position (a window: the last ones).
+    """out `[M, H d]` = attention of qkv `[M, (H + 2 G) d]`, heads normed and turned, over places 0..position (the window).
 
     Keys and values of qkv are written into the cache at `position`. position: int64 `[M]`. cos, sin: `[P, r]`. keys, values:
     `[M, P, G, d]`, of one layer. On a GPU an early launch reads `position` and the older places: what wrote them must have ended
