@@ -134,3 +134,26 @@ def _tokenizer(folder: Path) -> None:
     made = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
     special = {"unk_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
+
+
+def test_a_profile_folds_by_the_order_of_its_launches() -> None:
+    fold = bench("profile_fold").fold
+
+    def events(before: str, layer: str, behind: str) -> list[tuple[float, float, str]]:
+        names, found, now = [*before, *(layer * 8), *behind], [], 0.0
+        for _ in range(3):
+            for name in names:  # each starts before the one in front has ended
+                found.append((now - 1, now + 2, name))
+                now += 2
+        return found
+
+    lines = fold(events("i", "ngagngg", "nghx"), 3, 8)
+    assert [line["kernel"] for line in lines[:-1]] == list("ngagngg") and all(line["us"] == 3 for line in lines[:-1])
+    assert [line["adds_us"] for line in lines[:-1]] == [2] * 7
+    assert {k: lines[-1][k] for k in ("launches_a_layer", "layers", "us_a_layer", "us_behind")} == {
+        "launches_a_layer": 7, "layers": 8, "us_a_layer": 14, "us_behind": 8,
+    }  # fmt: skip
+    other = fold(events("in", "gaggn", "h"), 3, 8)  # the norm stands behind: another cut of the same layer
+    assert len(other) == 6
+    with pytest.raises(ValueError, match="no cycle of 8 layers"):
+        fold([(float(i), i + 1.0, f"k{i}") for i in range(60)], 1, 8)

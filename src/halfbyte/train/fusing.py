@@ -1,14 +1,16 @@
 """Which path the decoder layers take in a run: the fused layer where the device's kernels are the fused twins, else modules.
 
 The path is chosen, proven (`layers.fused.prove`, and isolation of packed examples once more) and told before the first step; layers
-that cannot take it are named with the reason and run their modules. Evaluation takes the same path; generation has a cache and
-never does. A checkpoint tells the choices and does not decide them again: they follow from recipe and machine.
+that cannot take it are named with the reason and run their modules. Evaluation takes the same path, in a run and without one
+(`attached`); generation reads prompts with the same forward and makes tokens with kernels of its own (`generate/`). A checkpoint
+tells the choices and does not decide them again: they follow from recipe and machine.
 Cost: two forwards and backwards of a few tokens for each kind of layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -18,7 +20,8 @@ from halfbyte.errors import RecipeError
 from halfbyte.kernels.dispatch import VARIABLE, twin
 from halfbyte.kernels.products import Augmented, Float8, Products
 from halfbyte.layers import forward
-from halfbyte.layers.fused.prepare import prepare
+from halfbyte.layers.decoder import DecoderLayer
+from halfbyte.layers.fused.prepare import prepare, remove
 from halfbyte.memory.parts import keep_of
 from halfbyte.memory.plan import Plan
 from halfbyte.train.choices import Choice
@@ -46,8 +49,8 @@ def place(
     """Puts the layers on their path; the choices `layers`, `offload` and `decoded weights`. Gradients of the adapter must lie in
     flat buffers.
 
-    compute: by name. offload: `on` or `off`, as planned. decoded: whether there is room for decoded weights. Raises RecipeError (`memory.offload`, `recipe.compute`) where what
-    was asked for needs fused layers and none can be; ModelError (`model.leak`).
+    compute: by name. offload: `on` or `off`, as planned. decoded: whether there is room for decoded weights. Raises RecipeError
+    (`memory.offload`, `recipe.compute`) where what was asked for needs fused layers and none can be; ModelError (`model.leak`).
     """
     if twin(device) != "fused":
         why = f"the kernels of this {device.type} device are the {twin(device)} ones"
@@ -72,6 +75,26 @@ def place(
         "offload": offload,
         "decoded weights": decoded,
     }
+
+
+@contextmanager
+def attached(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """While inside, adopted layers run fused where the device's kernels are the fused ones: evaluation without a run.
+
+    Layers that a run has put on their path stay on it. What cannot run fused is logged with its reason.
+    """
+    layers = [m for m in model.modules() if isinstance(m, DecoderLayer)]
+    if twin(device) != "fused" or any(layer.fused is not None for layer in layers):
+        yield
+        return
+    recomputing = [layer.gradient_checkpointing for layer in layers]
+    prepare(model)
+    try:
+        yield
+    finally:
+        remove(model)
+        for layer, recompute in zip(layers, recomputing, strict=True):
+            layer.gradient_checkpointing = recompute
 
 
 def _modules(compute: str, offload: Choice, device: torch.device, decoded: Choice, why: str) -> dict[str, Choice]:

@@ -126,7 +126,7 @@ def forward(call: Call, x: Tensor) -> tuple[Tensor, Activations]:
 def fill(call: Call, a: Activations) -> None:
     """Computes what is missing of everything that backward reads, from the input on."""
     if a.qkv is None:
-        _projected(call, a)
+        projected(call, a)
     if a.attended is None:
         s = call.parts.structure
         q, k, v = heads(call, a)
@@ -208,7 +208,8 @@ def normed(call: Call, a: Activations, rows: Rows | None = None) -> Tensor:
     return a.normed
 
 
-def _projected(call: Call, a: Activations) -> None:
+def projected(call: Call, a: Activations) -> None:
+    """q, k and v, normed and rotated."""
     p, s = call.parts, call.parts.structure
     rows = None if a.normed is not None or p.before_attention is None else quantised(call, p.qkv, a.x)
     source = normed(call, a, rows)
