@@ -23,7 +23,7 @@ from engines import Case, Engine, Rows, feed, ours, peft, products_of
 
 E4M3 = 1.25
 """How many times an emulation's error an fp8 path's may be."""
-CLOSE = 1.25
+CLOSE = 0.9
 """How far from the emulation it may be, in units of the emulation's error. Paths that share only the weights' errors: 1."""
 PRODUCTS = 8
 """Forward and back of four groups: what is watched in a step."""
