@@ -5,11 +5,11 @@
     python bench/fp8_quality_gpu.py ... --steps 3 --tokens 64 --held 4 --jobs 1                   the script itself, on a CPU
 
 MODEL: a folder, a GGUF file or a name, as a recipe takes it. Both ways see the same batches in the same order and start from the
-same adapter; every run is a process, `--jobs` side by side. Held-out rows are scored with the products of the run, and the fp8 run's
-adapter once more with products in bf16, which is how an adapter is used later. The bound: the mean held-out loss of fp8 is at most
-0.5 % above that of bf16. The standard error is over seeds, of the differences of pairs; the spread of bf16 between seeds is shown
-beside it. Writes a line a run to DIR/fp8_quality.jsonl; exit code 1 when the bound is missed or a run fails. Without a GPU that has
-fp8 products the reference emulates them in fp32.
+same adapter; every run is a process, `--jobs` side by side. Held-out rows are scored with the products of the run, and the adapter
+of an fp8 run once more with products in bf16, which is how an adapter is used later. The bound: the mean held-out loss of fp8 is at
+most 0.5 % above that of bf16. The standard error is over seeds, of the differences of pairs; the spread of bf16 between seeds is
+shown beside it. Writes a line a run to DIR/fp8_quality.jsonl; exit code 1 when the bound is missed or a run fails. Without a GPU
+that has fp8 products the reference emulates them in fp32.
 """
 
 from __future__ import annotations
