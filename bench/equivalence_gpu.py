@@ -61,7 +61,7 @@ def one(args: argparse.Namespace) -> None:
         Recipe.model_validate(recipe(args, args.output)), on_event=lambda e: events.append({**e, "at": time.perf_counter()})
     )
     steps = [e for e in events if e.get("kind") == "train"]
-    half = steps[len(steps) // 2 :]
+    half = steps[len(steps) // 2 :] if len(steps) >= 4 else steps
     seconds = half[-1]["at"] - half[0]["at"]
     scores = result.eval_after
     held_out = sum(s["loss"] * s["tokens"] for s in scores.values()) / sum(s["tokens"] for s in scores.values())
