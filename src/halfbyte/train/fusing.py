@@ -46,8 +46,8 @@ def place(
     """Puts the layers on their path; the choices `layers`, `offload` and `decoded weights`. Gradients of the adapter must lie in
     flat buffers.
 
-    compute: by name. offload: `on` or `off`, as planned. decoded: whether there is room for decoded weights. Raises RecipeError (`memory.offload`, `recipe.compute`) where what
-    was asked for needs fused layers and none can be; ModelError (`model.leak`).
+    compute: by name. offload: `on` or `off`, as planned. decoded: whether there is room for decoded weights. Raises RecipeError
+    (`memory.offload`, `recipe.compute`) where what was asked for needs fused layers and none can be; ModelError (`model.leak`).
     """
     if twin(device) != "fused":
         why = f"the kernels of this {device.type} device are the {twin(device)} ones"
