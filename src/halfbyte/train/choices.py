@@ -93,7 +93,8 @@ def decoded(device: torch.device, wanted: int, spare: int) -> Choice:
     """
     if not wanted:
         return Choice("off", "auto: there is nothing to decode")
-    room, gain = ROOM, "decoding would cost as much as some tens of tokens a product"
+    room: float = ROOM
+    gain = "decoding would cost as much as some tens of tokens a product"
     if device.type == "cuda":
         room, gain = ROOM_GPU, "decoding would cost every step 2 % (8B, 8,192 tokens, H200)"
     told = f"they take {wanted / 2**20:,.0f} MiB, the plan leaves {max(spare, 0) / 2**20:,.0f} MiB"

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-
 Values = list[tuple[str, Any]]
 
 
