@@ -129,14 +129,14 @@ def _check_heads(device: str, dtype: torch.dtype, heads: Heads, turns: int, piec
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    rows, places, width = 4, 600, heads.query * heads.size
+    rows, places, width = 4, 330, heads.query * heads.size
     qkv, keys, values = (
         random(rows, (heads.query + 2 * heads.kv) * heads.size),
         *(random(rows, places, heads.kv, heads.size) for _ in "kv"),
     )
     cos, sin = (random(places, turns), random(places, turns)) if turns else (None, None)
     weights = (random(heads.size), random(heads.size)) if heads.spec else (None, None)
-    position = torch.tensor([0, 64, 149, 599], device=device)
+    position = torch.tensor([0, 64, 149, 329], device=device)
     scratch = Scratch.empty(rows, heads.query, heads.kv, heads.size, pieces, torch.device(device))
     results: list[list[Tensor]] = []
     for kind in ("honest", "truth", "got", "again"):
