@@ -129,15 +129,16 @@ def _check_heads(device: str, dtype: torch.dtype, heads: Heads, turns: int, piec
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    rows, places, width = 4, 600, heads.query * heads.size
+    rows, places, width = 4, 330, heads.query * heads.size
     qkv, keys, values = (
         random(rows, (heads.query + 2 * heads.kv) * heads.size),
         *(random(rows, places, heads.kv, heads.size) for _ in "kv"),
     )
     cos, sin = (random(places, turns), random(places, turns)) if turns else (None, None)
     weights = (random(heads.size), random(heads.size)) if heads.spec else (None, None)
-    position = torch.tensor([0, 64, 149, 599], device=device)
+    position = torch.tensor([0, 64, 149, 329], device=device)
     scratch = Scratch.empty(rows, heads.query, heads.kv, heads.size, pieces, torch.device(device))
+    feed = random(width, 12)
     results: list[list[Tensor]] = []
     for kind in ("honest", "truth", "got", "again"):
         t = torch.float64 if kind == "truth" else dtype
@@ -147,14 +148,15 @@ def _check_heads(device: str, dtype: torch.dtype, heads: Heads, turns: int, piec
         tables = [None if c is None else c.to(t) for c in (cos, sin)]
         with poisoned():
             out = torch.empty(rows, width, dtype=t, device=device)
+            fed = torch.empty(heads.query, rows, 12, dtype=torch.float64 if kind == "truth" else torch.float32, device=device)
             if kind in ("got", "again"):
                 if device == "cuda":
                     torch.cuda.synchronize()  # an early launch reads the cache before the launch in front of it has ended
-                attend(qkv, position, h, *tables, k, v, scratch, out)
+                attend(qkv, position, h, *tables, k, v, scratch, out, feed, fed)
             else:
-                step_reference.attend(qkv.to(t), position, h, *tables, k, v, out)
-        results.append([k, v, out])
-    for name, honest, truth, got, again in zip(("keys", "values", "out"), *results, strict=True):
+                step_reference.attend(qkv.to(t), position, h, *tables, k, v, out, feed.to(t), fed)
+        results.append([k, v, out, fed])
+    for name, honest, truth, got, again in zip(("keys", "values", "out", "fed"), *results, strict=True):
         as_wrong_as_honest(f"{name} {heads} {dtype}", got, honest, truth)
         assert torch.equal(got, again), f"{name} {heads} {dtype}: the pieces were joined in another order"
     assert not scratch.counters.any(), "counters are not back at zero"

@@ -101,9 +101,11 @@ for half in ("*bf16", "*fp32"):
           dict(LAYER=False, WEIGHT=True, BIAS=False, BLOCK=4096) | same, 8)
     for splits in (32, 1):
         build(step._attend, dict(qkv=half, position="*i64", q_weight=half, k_weight=half, cos=half, sin=half, keys=half,
-              values=half, partial="*fp32", tops="*fp32", counters="*i32", out=half, eps="fp32", offset="fp32", scale="fp32", cap="fp32"),
+              values=half, partial="*fp32", tops="*fp32", counters="*i32", out=half, eps="fp32", offset="fp32", scale="fp32",
+              cap="fp32", feed=half, fed="*fp32"),
               dict(H=32, G=8, D=128, BLOCK=128, QUERIES=16, SPLITS=splits, KEYS=32 if half == "*fp32" else 64, ROTATION="half",
-                   NORM=splits > 1, LAYER=False, CAP=splits > 1, WINDOW=splits > 1) | same, 4)
+                   NORM=splits > 1, LAYER=False, CAP=splits > 1, WINDOW=splits > 1,
+                   FEED=16 if splits > 1 else 0, FED=16, FED_ROWS=2) | same, 4)
 print("compiled")
 """
 

@@ -32,17 +32,18 @@ def normalise(x: Tensor, spec: NormSpec, weight: Tensor | None, bias: Tensor | N
 
 def attend(
     qkv: Tensor, position: Tensor, heads: Heads, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor,
-    scratch: Scratch, out: Tensor,
+    scratch: Scratch, out: Tensor, feed: Tensor | None = None, fed: Tensor | None = None,
 ) -> None:  # fmt: skip
     """out `[M, H d]` = attention of qkv `[M, (H + 2 G) d]`, heads normed and turned, over places 0..position (the window).
 
     Keys and values of qkv are written into the cache at `position`. position: int64 `[M]`. cos, sin: `[P, r]`. keys, values:
     `[M, P, G, d]`, of one layer. On a GPU an early launch reads `position` and the older places: what wrote them must have ended
-    before the launch in front of this one began.
+    before the launch in front of this one began. feed `[H d, R]`, fed fp32 `[H, >= M, R]`: where given, what each head of `out`
+    makes of its rows of `feed` is left in `fed`; the sum over heads is `out feed`.
     """
     if twin(qkv.device) != "fused":
-        reference.attend(qkv, position, heads, cos, sin, keys, values, out)
+        reference.attend(qkv, position, heads, cos, sin, keys, values, out, feed, fed)
         return
     from halfbyte.kernels.decode_step import fused
 
-    fused.attend(qkv, position, heads, cos, sin, keys, values, scratch, out)
+    fused.attend(qkv, position, heads, cos, sin, keys, values, scratch, out, feed, fed)

@@ -114,25 +114,38 @@ def _capped(scores, cap, CAP: tl.constexpr):
 
 
 @triton.jit
-def _joined(partial, tops, head, live, out, i, D: tl.constexpr, SPLITS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The pieces of one head, summed in one order whichever of them came last. head: its number among all rows'."""
+def _joined(
+    partial, tops, head, live, out, i, feed, fed,
+    D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, FEED: tl.constexpr, FED: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The pieces of one head, summed in one order whichever of them came last. head: its number among all rows'.
+
+    FEED: columns of `feed` `[d, FEED]`, by which the head is multiplied into `fed` `[FEED]`; FED as a power of two.
+    """
     s = tl.arange(0, SPLITS)
+    if FEED > 0:
+        column, r = tl.arange(0, BLOCK)[:, None], tl.arange(0, FED)
+        mask = (column < D) & (r < FEED)[None, :]
+        lines = tl.load(feed + column * FEED + r[None, :], mask=mask, other=0.0).to(tl.float32)
     at = partial + (head * SPLITS + s)[:, None] * D + i
     acc = tl.load(at, mask=live[:, None] & (i < D), other=0.0, cache_modifier=".cg")
     top = tl.load(tops + head * (2 * SPLITS) + s, mask=live, other=-float("inf"), cache_modifier=".cg")
     total = tl.load(tops + head * (2 * SPLITS) + SPLITS + s, mask=live, other=0.0, cache_modifier=".cg")
     weight = tl.exp2(top - tl.max(top, 0))
     y = tl.sum(acc * weight[:, None], 0)[None, :] / tl.sum(total * weight, 0)
-    tl.store(out + i, to_dtype(y, out.dtype.element_ty, INTERPRETED), mask=i < D)
+    y = to_dtype(y, out.dtype.element_ty, INTERPRETED)
+    tl.store(out + i, y, mask=i < D)
+    if FEED > 0:
+        tl.store(fed + r, tl.sum(tl.trans(y).to(tl.float32) * lines, 0), mask=r < FEED)
 
 
 @triton.jit
 def _attend(
-    qkv, position, q_weight, k_weight, cos, sin, keys, values, partial, tops, counters, out,
+    qkv, position, q_weight, k_weight, cos, sin, keys, values, partial, tops, counters, out, feed, fed,
     stride, out_stride, places, turns, eps, offset, scale, cap, window,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr,
     KEYS: tl.constexpr, ROTATION: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
-    PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+    FEED: tl.constexpr, FED: tl.constexpr, FED_ROWS: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One piece of the cache for the query heads of one key head; the last piece has the newest place too, from qkv itself.
 
@@ -206,10 +219,14 @@ def _attend(
             there = out + row * out_stride + group * share * D
             if share <= 8:
                 for q in tl.static_range(share):
-                    _joined(partial, tops, row * H + group * share + q, live, there + q * D, i, D, SPLITS, INTERPRETED)
+                    n_q = group * share + q
+                    _joined(partial, tops, row * H + n_q, live, there + q * D, i, feed + n_q * D * FEED,
+                            fed + (n_q * FED_ROWS + row) * FEED, D, BLOCK, SPLITS, FEED, FED, INTERPRETED)  # fmt: skip
             else:
                 for q in range(share):
-                    _joined(partial, tops, row * H + group * share + q, live, there + q * D, i, D, SPLITS, INTERPRETED)
+                    n_q = group * share + q
+                    _joined(partial, tops, row * H + n_q, live, there + q * D, i, feed + n_q * D * FEED,
+                            fed + (n_q * FED_ROWS + row) * FEED, D, BLOCK, SPLITS, FEED, FED, INTERPRETED)  # fmt: skip
 
 
 def _options(device: torch.device, warps: int) -> dict[str, Any]:
@@ -228,7 +245,7 @@ def normalise(x: Tensor, spec: NormSpec, weight: Tensor | None, bias: Tensor | N
 
 def attend(
     qkv: Tensor, position: Tensor, heads: Heads, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor,
-    scratch: Scratch, out: Tensor,
+    scratch: Scratch, out: Tensor, feed: Tensor | None, fed: Tensor | None,
 ) -> None:  # fmt: skip
     """See the package."""
     spec, turns, device = heads.spec or NormSpec(), 0 if cos is None else cos.shape[1], qkv.device
@@ -237,10 +254,13 @@ def attend(
     _attend[(qkv.shape[0] * heads.kv, splits)](
         qkv, position, qkv if heads.q_weight is None else heads.q_weight, qkv if heads.k_weight is None else heads.k_weight,
         qkv if cos is None else cos, qkv if sin is None else sin, keys, values, partial, scratch.tops, scratch.counters, out,
+        qkv if feed is None else feed, partial if fed is None else fed,
         qkv.stride(0), out.stride(0), keys.shape[1], turns, spec.eps, spec.offset, heads.scale, heads.cap or 1.0, heads.window or 0,
         H=heads.query, G=heads.kv, D=heads.size, BLOCK=block, QUERIES=max(triton.next_power_of_2(heads.query // heads.kv), 16),
         SPLITS=splits, KEYS=keys_of(block, keys.dtype), ROTATION=heads.rotation if cos is not None else "none",
         NORM=heads.spec is not None, LAYER=spec.kind == "layer", CAP=bool(heads.cap), WINDOW=heads.window is not None,
+        FEED=0 if feed is None else feed.shape[1], FED=16 if feed is None else triton.next_power_of_2(feed.shape[1]),
+        FED_ROWS=1 if fed is None else fed.shape[1],
         PDL=hopper(device), INTERPRETED=INTERPRETED, **_options(device, WARPS),
     )  # fmt: skip
 

@@ -64,8 +64,9 @@ def _normed(x: Tensor, spec: NormSpec | None, weight: Tensor | None) -> Tensor:
 
 
 def attend(
-    qkv: Tensor, position: Tensor, heads: Heads, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor, out: Tensor
-) -> None:
+    qkv: Tensor, position: Tensor, heads: Heads, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor, out: Tensor,
+    feed: Tensor | None = None, fed: Tensor | None = None,
+) -> None:  # fmt: skip
     """See the package."""
     query, key, value = qkv.unflatten(1, (-1, heads.size)).split([heads.query, heads.kv, heads.kv], dim=1)  # type: ignore[no-untyped-call]
     cos, sin = (None if t is None else t[position] for t in (cos, sin))
@@ -84,3 +85,6 @@ def attend(
         scores = heads.cap * torch.tanh(scores / heads.cap)
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     out.copy_(torch.einsum("mhp,mphd->mhd", scores.softmax(-1), v).flatten(1))
+    if feed is not None and fed is not None:
+        by_head = wide(feed).unflatten(0, (heads.query, heads.size))  # type: ignore[no-untyped-call]
+        fed[:, : len(out)] = torch.einsum("mhd,hdr->hmr", wide(out).unflatten(1, (heads.query, -1)), by_head)  # type: ignore[no-untyped-call]
