@@ -185,6 +185,6 @@ def test_ranks_padded_to_another_multiple_change_no_number(padded_to: int) -> No
     prepare(model, products=Augmented(padded_to))
     assert {g.rank for g in _groups(model)} == {padded_to}
     got_hidden, got = _gradients(model, adapter)
-    torch.testing.assert_close(got_hidden, hidden, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(got_hidden, hidden, atol=2e-5, rtol=1e-4)
     for name, grad in expected.items():
-        assert (got[name] - grad).abs().max() <= 1e-5 * grad.abs().max(), name
+        assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
