@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from halfbyte.config import Recipe
 from halfbyte.kernels.cross_entropy import CHUNK_BYTES
 from halfbyte.kernels.cross_entropy.slices import SLICE_BYTES
-from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep
+from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, NAMES, OFFLOADED, Keep
 from halfbyte.memory import fused
 from halfbyte.memory.shapes import SEGMENT, Shapes, shapes, skeleton
 
@@ -61,7 +61,7 @@ def parts(
 def keep_of(recompute: bool, offload: bool) -> Keep:
     """What fused layers keep."""
     if offload:
-        return OFFLOADED if recompute else replace(EVERYTHING, offload=True)
+        return OFFLOADED if recompute else replace(EVERYTHING, away=frozenset(("x", *NAMES)))
     return INPUTS if recompute else EVERYTHING
 
 

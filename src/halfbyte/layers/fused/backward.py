@@ -23,7 +23,7 @@ def backward(call: Call, a: Activations, grad: Tensor, gradients: Gradients, wan
     """
     p, norms = call.parts, call.parts.structure.norms
     stages.fill(call, a)
-    d_source = _mlp(call, a, grad, gradients)
+    d_source = _mlp_in_tiles(call, a, grad, gradients) if call.keep.tile else _mlp(call, a, grad, gradients)
     if norms.parallel:
         d_out = _branch(call, grad, p.after_attention, a.attended_raw, a.attended_rstd, a.attended_mean, p.out)
         d_normed = _attention(call, a, d_out, gradients, want_x)
@@ -107,6 +107,15 @@ def _mlp(call: Call, a: Activations, grad: Tensor, gradients: Gradients) -> Tens
     if p.inputs.rank:
         adapter_gradients(p.inputs, a.inputs, stages.normed_mlp(call, a), a.xa_inputs, gradients, call.mask)
     a.inputs = None
+    return d_source
+
+
+def _mlp_in_tiles(call: Call, a: Activations, grad: Tensor, gradients: Gradients) -> Tensor:
+    """`_mlp`, with gate, up and their gradients of a tile at a time."""
+    d_source = grad.new_empty(grad.shape[0], call.parts.inputs.width)
+    for part_call, part, at in stages.tiles(call, a):
+        stages.mlp_inputs(part_call, part)
+        d_source[at] = _mlp(part_call, part, grad[at], gradients)
     return d_source
 
 

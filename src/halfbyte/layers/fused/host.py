@@ -3,7 +3,8 @@
 Why: the bus is idle during training. What a layer keeps can cross it twice for nothing, as long as a copy takes no longer than the
 layer's own work: 36 KB a token for all but gate and up at 8B, which 55 GB/s move in the time of an H200's forward.
 Copies run on a stream of their own: out behind the layer that made the tensors, in one layer ahead of the backward that needs
-them. Host buffers are kept and used again. On a CPU nothing moves.
+them (layers that keep everything here start the copies of the next below). Host buffers are kept and used again. On a CPU nothing
+moves.
 Cost: twice a layer's share on the GPU, host memory for all of them.
 """
 
@@ -103,3 +104,23 @@ def send(tensors: Sequence[Tensor]) -> Away:
         away.done = lane.stream.record_event()
     lane.away.append(away)
     return away
+
+
+def ahead(device: torch.device) -> None:
+    """Starts the copies in of what was sent last, called in the backward of a layer that itself has nothing away."""
+    lane = _LANES.get(device)
+    if lane is not None and lane.away:
+        lane.away[-1].call_back()
+
+
+def forget(device: torch.device) -> None:
+    """What is away will not be fetched: a step was given up. The host buffers are free again."""
+    lane = _LANES.get(device)
+    if lane is None:
+        return
+    lane.stream.synchronize()
+    for away in lane.away:
+        for h in away.host:
+            lane.free[h.shape, h.dtype].append(h)
+        away.sources, away.back = [], None
+    lane.away.clear()
