@@ -16,6 +16,8 @@ class OptimConfig(Section):
     """AdamW with decoupled weight decay (arXiv 1711.05101)."""
     bits: Literal[32, 8] = 32
     """Bits of each of the two moments: 8 (blocks of 256 with a scale each, arXiv 2110.02861) take a quarter of the memory."""
+    paged: Literal["auto", "always", "never"] = "auto"
+    """Moments wait in pinned host memory and pass through the GPU in every step; auto: where nothing else makes the run fit."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
