@@ -45,7 +45,9 @@ def _register(block: Tensor, device: torch.device) -> bool:
     error = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.numel(), 0))  # type: ignore[no-untyped-call]
     if error == 0:
         return True
-    log.warning("%.2f GiB of host memory could not be pinned (CUDA error %d): copies will not overlap", block.numel() / 2**30, error)
+    log.warning(
+        "%.2f GiB of host memory could not be pinned (CUDA error %d): copies will not overlap", block.numel() / 2**30, error
+    )
     # CUDA remembers the error and would hand it to the next kernel launch: one of ours takes it.
     try:
         torch.empty(1, device=device).fill_(0)

@@ -17,4 +17,6 @@ def moments(numbers: int, bits: int, paged: bool) -> Part:
     whole = size(numbers, bits)
     if not paged:
         return Part("optimizer", whole, named)
-    return Part("optimizer", SLOTS * size(min(CHUNK, numbers), bits), f"{named}: {SLOTS} chunks, the rest in host memory", host=whole)
+    return Part(
+        "optimizer", SLOTS * size(min(CHUNK, numbers), bits), f"{named}: {SLOTS} chunks, the rest in host memory", host=whole
+    )

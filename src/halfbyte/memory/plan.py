@@ -163,7 +163,7 @@ def _reason(rungs: list[Rung], rung: Rung, fits: bool) -> str:
 def _paging(s: Shapes, recipe: Recipe, budget: Budget) -> tuple[list[bool], str]:
     """Whether the optimizer's moments may be in host memory, in the order of what is wanted; and the reason why not, or ""."""
     if budget.kind == "cpu":
-        return [False], "auto: this device's memory is the host's"
+        return [False], "this device's memory is the host's"
     if recipe.optim.paged != "auto":
         return [recipe.optim.paged == "always"], ASKED
     wanted, free = size(s.padded, recipe.optim.bits), machine.ram().free

@@ -1,7 +1,7 @@
 """Rungs: the ways in which a run can use memory, from the one that is wanted most to the one that needs least.
 
-Nothing of a rung changes what a step computes: rows at once, what backward computes again, what waits in host memory. So a plan is the
-first rung that fits, and a run that finds less memory than was planned takes the next one and goes on with the same step.
+Nothing of a rung changes what a step computes: rows at once, what backward computes again, what waits in host memory. So a plan is
+the first rung that fits, and a run that finds less memory than was planned takes the next one and goes on with the same step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ class Rung:
 
 
 def ways(
-    rows: Sequence[int], recompute: Asked, offload: Callable[[int, bool], bool], paged: Sequence[bool], measure: Callable[[Rung], int]
+    rows: Sequence[int],
+    recompute: Asked,
+    offload: Callable[[int, bool], bool],
+    paged: Sequence[bool],
+    measure: Callable[[Rung], int],
 ) -> list[Rung]:
     """Every rung that may be taken, the most wanted first, with its bytes.
 

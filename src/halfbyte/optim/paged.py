@@ -1,11 +1,12 @@
 """AdamW's moments in pinned host memory, brought to the GPU and back chunk by chunk, two chunks there at a time.
 
-Why: they are needed once a step, when nothing else is, and are the one large part of a run's memory that can wait elsewhere whatever
-the model (arXiv 2305.14314, section 3). Why explicit copies: managed memory moves by page faults, a tenth of the bus's speed,
-and where another process holds the GPU's memory it thrashes. Three streams: one brings, one takes back, the step's own computes; a
-chunk is read when its `ready` event is over, its slot is written again when its `free` event is. The bus works in both directions at
-once, and the first two chunks arrive while backward still runs.
-Cost: 8 bytes a trained number each way a step (2 with 8 bits), two slots of CHUNK numbers on the GPU. The bits are those of one launch.
+Why: they are needed once a step, when nothing else is, and are a large part of a run's memory that can wait elsewhere whatever the
+model (arXiv 2305.14314, section 3). Why explicit copies: managed memory moves by page faults, of which the GPU waits for each, and
+not every system has it. Three streams: one brings, one takes back, the step's own computes; a chunk is read when its `ready`
+event is over, its slot is written again when its `free` event is. The bus works in both directions at once, and the first two
+chunks arrive while backward still runs.
+Cost: 8 bytes a trained number each way a step (2 with 8 bits), two slots of CHUNK numbers on the GPU. The bits are those of one
+launch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from halfbyte.kernels import adamw
 from halfbyte.kernels.adamw import BLOCK, CHUNK, SLOTS, Moments
 from halfbyte.pinned import Arena
+
 
 class Event(Protocol):
     """A point in a lane's work."""
@@ -47,7 +49,8 @@ class Stream:
             work()
 
     def record(self) -> torch.cuda.Event:
-        return self._stream().record_event()
+        event: torch.cuda.Event = self._stream().record_event()
+        return event
 
     def wait(self, event: Event) -> None:
         assert isinstance(event, torch.cuda.Event)

@@ -28,7 +28,21 @@ from halfbyte.kernels.adamw import cpu, reference
 from halfbyte.kernels.adamw.parts import BLOCK, CHUNK, LARGEST_PARTS, PARTIALS, SLOTS, Moments, Part, Rule, Scratch
 from halfbyte.kernels.dispatch import twin
 
-__all__ = ["BLOCK", "CHUNK", "SLOTS", "Moments", "Part", "Rule", "Scratch", "cleared", "layout", "measure", "moments", "scratch", "step"]
+__all__ = [
+    "BLOCK",
+    "CHUNK",
+    "SLOTS",
+    "Moments",
+    "Part",
+    "Rule",
+    "Scratch",
+    "cleared",
+    "layout",
+    "measure",
+    "moments",
+    "scratch",
+    "step",
+]
 
 
 def moments(values: Tensor, bits: int) -> Moments:
@@ -84,7 +98,8 @@ def measure(grads: Tensor, loss: Tensor, scale: Tensor, largest: float, kept: Sc
 def step(values: Tensor, grads: Tensor, state: Moments, lr: float, rule: Rule, kept: Scratch) -> None:
     """One step with what `measure` found: updates values `[n]`, moments and count, and zeroes grads `[n]`.
 
-    All of them may be the part of a buffer, and `rule` that part's: parts one after the other are the step of the whole, bit for bit.
+    All of them may be a part of the buffer, and `rule` that part's: parts one after the other are the step of the whole,
+    bit for bit.
     """
     which = twin(values.device)
     if which == "fused":

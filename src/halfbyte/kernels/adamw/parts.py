@@ -61,9 +61,12 @@ class Rule:
     def part(self, span: slice) -> Rule:
         """The rule of elements `span` alone, its parts counted from there."""
         first, last = span.start // BLOCK, span.stop // BLOCK
-        starts = [0, *(p.end for p in self.parts[:-1])]
-        inside = [replace(p, end=min(p.end, last) - first) for p, start in zip(self.parts, starts, strict=True) if start < last and p.end > first]
-        return replace(self, parts=tuple(inside))
+        found, start = [], 0
+        for part in self.parts:
+            if start < last and part.end > first:
+                found.append(replace(part, end=min(part.end, last) - first))
+            start = part.end
+        return replace(self, parts=tuple(found))
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,11 @@ def step(values: Tensor, grads: Tensor, state: Moments, lr: float, rule: Rule, k
         rate = inverse * (lr * part.rate)
         new = x * (1 - lr * part.rate * part.decay) - rate * m / (v.sqrt() * root + rule.eps)
         fields = state.part(tile).fields()
-        changes += [(old, torch.where(skip, old, made)) for old, made in zip([x, *fields], [new, *_stored(state, m, v)], strict=True)]
-    for old, made in changes:
-        old.copy_(made)
+        changes += [
+            (old, torch.where(skip, old, made)) for old, made in zip([x, *fields], [new, *_stored(state, m, v)], strict=True)
+        ]
+    for old, fresh in changes:
+        old.copy_(fresh)
     grads.zero_()
 
 
