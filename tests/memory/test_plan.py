@@ -104,7 +104,7 @@ def test_json_is_what_the_schema_says() -> None:
     part = schema["$defs"]["Part"]["properties"]
     again = json.loads(json.dumps(found))
     assert all(set(p) == set(part) for p in again["parts"])
-    assert again["version"] == 1 and again["tokens_per_second"] is None
+    assert again["version"] == 2 and again["tokens_per_second"] is None
 
 
 def test_table_is_readable_without_colour() -> None:
@@ -162,3 +162,30 @@ def test_unknown_model_type() -> None:
     config: dict[str, Any] = {"model_type": "zork"}
     with pytest.raises(ModelError, match="does not know the model type `zork`"):
         plan(recipe_of(), "24GiB", config=config)
+
+
+def test_moments_wait_in_host_memory_where_nothing_else_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left on the GPU while they fit; `always` and `never` decide; what the host has no room for is not pinned."""
+    monkeypatch.setattr("halfbyte.memory.plan.twin", lambda device: "fused")
+    monkeypatch.setattr("halfbyte.machine.ram", lambda: Device("CPU", 64 * GIB, 64 * GIB))
+    large = ("adapter.rank=256", "memory.microbatch=1")
+
+    def planned(gib: float, *overrides: str) -> Plan:
+        given = Budget("cuda", "a card", int(gib * GIB), int(gib * GIB), True, "")
+        return plan(recipe_of(*large, *overrides), given, config=QWEN3_8B)
+
+    roomy = planned(80)
+    moments = next(p for p in roomy.parts if p.name == "optimizer")
+    assert not roomy.paged and moments.host == 0 and moments.bytes > 4 * GIB
+    lean = min(rung.bytes for rung in roomy.rungs if not rung.paged)
+    tight = planned((lean - GIB) / GIB)
+    assert tight.fits and tight.rung.paged and tight.paging == "auto: nothing else makes it fit"
+    assert tight.paged == moments.bytes and next(p.host for p in tight.parts if p.name == "optimizer") == moments.bytes
+    assert next(p for p in tight.parts if p.name == "optimizer").bytes == 2 * 8 * (1 << 21)
+    assert "of AdamW's moments" in " ".join(tight.table().split())
+    never = planned((lean - GIB) / GIB, "optim.paged=never")
+    assert not never.fits and not never.paged and any(a.startswith("optim.paged=always saves") for a in never.advice)
+    always = planned(80, "optim.paged=always", "optim.bits=8")
+    assert always.rung.paged and always.paging == "asked for" and always.paged == pytest.approx(moments.bytes / 4, rel=0.02)
+    monkeypatch.setattr("halfbyte.machine.ram", lambda: Device("CPU", 1 * GIB, 64 * GIB))
+    assert not planned((lean - GIB) / GIB).fits

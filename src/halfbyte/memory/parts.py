@@ -9,7 +9,7 @@ Letters: T = tokens in a microbatch (m rows), H = hidden, N/K = outputs/inputs o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,8 +19,9 @@ from halfbyte.config import Recipe
 from halfbyte.kernels.cross_entropy import CHUNK_BYTES
 from halfbyte.kernels.cross_entropy.slices import SLICE_BYTES
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, NAMES, OFFLOADED, Keep
-from halfbyte.memory import fused
-from halfbyte.memory.shapes import SEGMENT, Shapes, shapes, skeleton
+from halfbyte.memory import fused, paging
+from halfbyte.memory.part import Part
+from halfbyte.memory.shapes import Shapes, shapes, skeleton
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 """What is stored and kept; with fp8 only the large products are made in e4m3."""
@@ -29,16 +30,6 @@ CONTEXT = {"cuda": 560 << 20, "cpu": 620 << 20}
 
 HEAP_SHARE = 0.9
 """Of the activations, on a CPU: the heap grows so far over a run before it stays (measured on SmolLM2-135M)."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of the memory of a run. grows: whether it grows with the microbatch."""
-
-    name: str
-    bytes: int
-    note: str
-    grows: bool = False
 
 
 def parts(
@@ -73,15 +64,18 @@ def count(
     dtype: torch.dtype,
     device: Literal["cuda", "cpu"],
     keep: Keep | None = None,
+    paged: bool = False,
+    chunks: int = 1,
 ) -> list[Part]:
-    """The same from shapes that are known. keep: of the fused path; None where the layers run as modules."""
+    """The same from shapes that are known. keep: of the fused path; None where the layers run as modules. paged: the moments are
+    in host memory. chunks: how many times smaller those of the loss are than usual."""
     tokens = microbatch * recipe.data.tokens
-    found = [*weights(s, recipe), *learning(s, recipe)]
+    found = [*weights(s, recipe), *learning(s, recipe, paged)]
     one = s.layer if keep is not None and isinstance(s.layer, fused.Layer) else None
     if one is not None and keep is not None:
-        found += fused_activations(s, one, tokens, keep, dtype)
+        found += fused_activations(s, one, tokens, keep, dtype, chunks)
     else:
-        found += [*activations(s, tokens, recompute, dtype), working(s, tokens, recompute, dtype, device)]
+        found += [*activations(s, tokens, recompute, dtype), working(s, tokens, recompute, dtype, device, chunks)]
     kept = next(p.bytes for p in found if p.name == "activations")
     if recipe.adapter.kind == "none":
         found += casts(s, dtype)
@@ -121,15 +115,11 @@ def weights(s: Shapes, recipe: Recipe) -> list[Part]:
     ]
 
 
-def learning(s: Shapes, recipe: Recipe) -> list[Part]:
+def learning(s: Shapes, recipe: Recipe, paged: bool = False) -> list[Part]:
     """What learns and its gradients, fp32 in flat buffers, and Adam's two moments: exact."""
     n = 4 * s.padded
     own = [] if recipe.adapter.kind == "none" else [Part("adapter", n, f"{s.trained:,} numbers in fp32")]
-    if recipe.optim.bits == 8:
-        moments = Part("optimizer", 2 * (s.padded + 4 * s.padded // SEGMENT), "AdamW's two moments in 8 bits")
-    else:
-        moments = Part("optimizer", 2 * n, "AdamW's two moments in fp32")
-    return [*own, Part("gradients", n, "fp32"), moments]
+    return [*own, Part("gradients", n, "fp32"), paging.moments(s.padded, recipe.optim.bits, paged)]
 
 
 def activations(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype) -> list[Part]:
@@ -143,7 +133,7 @@ def activations(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype) -> 
     return [Part("activations", s.layers * layer + ends, f"what {s.layers} layers keep for backward", grows=True)]
 
 
-def working(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype, device: Literal["cuda", "cpu"]) -> Part:
+def working(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype, device: Literal["cuda", "cpu"], chunks: int = 1) -> Part:
     """What comes and goes at the peak: the loss's logits, or later the gradients inside one layer, never both.
 
     With recompute, no layer is held yet while the loss is computed.
@@ -151,26 +141,27 @@ def working(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype, device:
     c = dtype.itemsize
     wide = max((n for n, _ in s.linears), default=s.hidden)
     backward = tokens * (3 * wide + 4 * s.hidden) * c
-    logits, note = _logits(s, tokens, c, device)
+    logits, note = _logits(s, tokens, c, device, chunks)
     loss = logits - (tokens * layer_bytes(s, c) if recompute else 0)
     if loss > backward:
         return Part("loss", loss, note, grows=True)
     return Part("backward", backward, "gradients on their way through one layer", grows=True)
 
 
-def _logits(s: Shapes, tokens: int, c: int, device: Literal["cuda", "cpu"]) -> tuple[int, str]:
+def _logits(s: Shapes, tokens: int, c: int, device: Literal["cuda", "cpu"], chunks: int) -> tuple[int, str]:
     """Bytes of a chunk of logits and what is made of them, and of a packed head decoded for it; and their names."""
+    size = CHUNK_BYTES[device] // chunks
     if device == "cuda":
-        logits, note = min(tokens * s.vocab * c, CHUNK_BYTES[device]), "logits of a chunk of tokens"
+        logits, note = min(tokens * s.vocab * c, size), "logits of a chunk of tokens"
     else:
-        logits, note = 3 * min(tokens * s.vocab * 4, CHUNK_BYTES[device]), "logits of a chunk of tokens, exponentials and gradient"
+        logits, note = 3 * min(tokens * s.vocab * 4, size), "logits of a chunk of tokens, exponentials and gradient"
     if any(row.kind == "head" for row in s.report.packed):
         whole = s.vocab * s.hidden * c
         return logits + (min(whole, SLICE_BYTES) if device == "cuda" else whole), f"{note}; the packed head decoded"
     return logits, note
 
 
-def fused_activations(s: Shapes, layer: fused.Layer, tokens: int, keep: Keep, dtype: torch.dtype) -> list[Part]:
+def fused_activations(s: Shapes, layer: fused.Layer, tokens: int, keep: Keep, dtype: torch.dtype, chunks: int = 1) -> list[Part]:
     """Fused layers on a GPU: what they keep (and the last hidden state), and the largest of what comes and goes.
 
     The final norm is a module: it keeps its input in fp32, and four tensors of that size meet in its backward.
@@ -178,7 +169,7 @@ def fused_activations(s: Shapes, layer: fused.Layer, tokens: int, keep: Keep, dt
     c, h = dtype.itemsize, tokens * s.hidden
     held = fused.resident(layer, s.layers, keep, tokens, c) + c * h
     where = "what waits in host memory, of two layers" if keep.offload else f"what {s.layers} fused layers keep for backward"
-    logits, note = _logits(s, tokens, c, "cuda")
+    logits, note = _logits(s, tokens, c, "cuda", chunks)
     moments = [
         Part("loss", (4 + c) * h + logits, f"{note}, the hidden state's gradient", grows=True),
         Part("backward", (4 + c + 16) * h, "gradients in fp32 on their way through the final norm", grows=True),

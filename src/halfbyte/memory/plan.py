@@ -8,7 +8,7 @@ Cost: about a second for the shapes; no weight is read.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,14 +22,18 @@ from halfbyte.kernels.dispatch import twin
 from halfbyte.memory.budget import Budget
 from halfbyte.memory.budget import budget as budget_of
 from halfbyte.memory.fused import Layer, waiting
-from halfbyte.memory.parts import DTYPES, Part, count, keep_of
+from halfbyte.memory.paging import size
+from halfbyte.memory.part import Part
+from halfbyte.memory.parts import DTYPES, count, keep_of
+from halfbyte.memory.rungs import Rung, below, ways
 from halfbyte.memory.shapes import Shapes, shapes, skeleton
 
 ENOUGH_TOKENS = {"cuda": 16384, "cpu": 2048}
 """Tokens of a microbatch beyond which more rows gain nothing."""
 HOST_SHARE = 0.5
 """Of the host memory that is free, what layers may pin for what waits there: pinned memory is out of reach for everybody else."""
-VERSION = 1
+VERSION = 2
+ASKED = "asked for"
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,9 @@ class Plan:
     """version: of this layout. fits: whether `bytes` <= `budget.bytes`. bytes: the peak, the sum of `parts`.
 
     microbatch: rows at once; microbatches: of them in a step. recompute: `none` or `all` layers. offloaded: bytes of what layers
-    keep that wait in host memory, offload: why, or why not. streamed: bytes of weights there (0 here).
-    tokens_per_second: predicted speed, null where it is not predicted. reason: of the choice.
-    advice: what would make it fit, or fit better.
+    keep that wait in host memory, offload: why, or why not. paged: bytes of the optimizer's moments there, paging: why, or why
+    not. streamed: bytes of weights there (0 here). tokens_per_second: predicted speed, null where it is not predicted. reason: of
+    the choice. advice: what would make it fit, or fit better. rung: the choice; rungs: all there were, the most wanted first.
     """
 
     version: int
@@ -65,16 +69,24 @@ class Plan:
     recompute: Literal["none", "all"]
     offloaded: int
     offload: str
+    paged: int
+    paging: str
     streamed: int
     tokens_per_second: float | None
     parameters: Parameters
     reason: str
     advice: tuple[str, ...]
+    rung: Rung
+    rungs: tuple[Rung, ...]
 
     @property
     def spare(self) -> int:
         """Bytes of the budget that stay free; negative when it does not fit."""
         return self.budget.bytes - self.bytes
+
+    def smaller(self, than: Rung) -> Rung | None:
+        """What a run falls back on that stands on rung `than`: the next one that needs less; None when there is none."""
+        return below(self.rungs, than)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON, laid out as `json_schema` says."""
@@ -104,8 +116,9 @@ def plan(recipe: Recipe, budget: str | Budget | None = None, *, config: dict[str
         config = description.config_of(hub.locate(recipe.model, weights=False).path)
     compute = compute_of(recipe, given)
     s = shapes(skeleton(config, DTYPES[compute]), recipe.format, recipe.adapter)
-    best, reason = _choose(s, recipe, given, compute)
-    return _plan(s, recipe, given, compute, best, reason)
+    rungs = _rungs(s, recipe, given, compute)
+    best = next((rung for rung in rungs if rung.bytes <= given.bytes), None)
+    return _plan(s, recipe, given, compute, rungs, best or min(rungs, key=lambda rung: rung.bytes))
 
 
 def compute_of(recipe: Recipe, budget: Budget) -> str:
@@ -122,39 +135,48 @@ def json_schema() -> dict[str, Any]:
     return TypeAdapter(Plan).json_schema()
 
 
-Choice = tuple[int, bool]
-
-
-def _choose(s: Shapes, recipe: Recipe, budget: Budget, compute: str) -> tuple[Choice, str]:
-    """(microbatch, recompute) and why."""
-    options = _options(recipe, budget)
-    for i, (m, recompute) in enumerate(options):
-        if _bytes(s, recipe, (m, recompute), budget, compute) <= budget.bytes:
-            how = "every layer is recomputed in backward" if recompute else "all activations are kept"
-            rows = "as asked" if len(options) == 1 else "the first choice" if i == 0 else "the most that fits"
-            return (m, recompute), f"{m} {'row' if m == 1 else 'rows'} at once, {how}: {rows}"
-    return options[-1], "nothing smaller is left to choose"
-
-
-def _options(recipe: Recipe, budget: Budget) -> list[Choice]:
-    """Every (microbatch, recompute) that the recipe allows, the best first."""
+def _rungs(s: Shapes, recipe: Recipe, budget: Budget, compute: str) -> list[Rung]:
+    """Every way that the recipe allows, the best first."""
     batch, tokens = recipe.train.batch, recipe.data.tokens
     if isinstance(recipe.memory.microbatch, int):
         rows = [recipe.memory.microbatch]
     else:
         rows = [m for m in range(batch, 0, -1) if batch % m == 0]
         rows = [m for m in rows if m * tokens <= ENOUGH_TOKENS[budget.kind]] or [1]
-    modes = {"on": [True], "off": [False], "auto": [False, True]}[recipe.memory.recompute]
-    return [(m, mode) for mode in modes for m in rows]
+    return ways(
+        rows,
+        recipe.memory.recompute,
+        lambda m, recompute: _offload(s, recipe, m, recompute, budget, DTYPES[compute])[0] > 0,
+        _paging(s, recipe, budget)[0],
+        lambda rung: sum(p.bytes for p in _parts(s, recipe, rung, budget, compute)),
+    )
 
 
-def _parts(s: Shapes, recipe: Recipe, choice: Choice, budget: Budget, compute: str) -> list[Part]:
-    m, recompute = choice
+def _reason(rungs: list[Rung], rung: Rung, fits: bool) -> str:
+    if not fits:
+        return "nothing smaller is left to choose"
+    asked = len({(r.microbatch, r.recompute) for r in rungs}) == 1
+    first = replace(rung, bytes=0) == replace(rungs[0], bytes=0)
+    return f"{rung.words()}: {'as asked' if asked else 'the first choice' if first else 'the most that fits'}"
+
+
+def _paging(s: Shapes, recipe: Recipe, budget: Budget) -> tuple[list[bool], str]:
+    """Whether the optimizer's moments may be in host memory, in the order of what is wanted; and the reason why not, or ""."""
+    if budget.kind == "cpu":
+        return [False], "this device's memory is the host's"
+    if recipe.optim.paged != "auto":
+        return [recipe.optim.paged == "always"], ASKED
+    wanted, free = size(s.padded, recipe.optim.bits), machine.ram().free
+    if budget.here and wanted > HOST_SHARE * free:
+        told = f"they would take {_gib(wanted)} of host memory, {_gib(free)} are free"
+        return [False], f"auto: {told}, and no more than {HOST_SHARE:.0%} of that is pinned"
+    return [False, True], ""
+
+
+def _parts(s: Shapes, recipe: Recipe, rung: Rung, budget: Budget, compute: str) -> list[Part]:
+    keep = keep_of(rung.recompute, rung.offload) if _is_fused(s, budget) else None
     dtype = DTYPES[compute]
-    keep = None
-    if _is_fused(s, budget):
-        keep = keep_of(recompute, _offload(s, recipe, choice, budget, dtype)[0] > 0)
-    return count(s, recipe, m, recompute, dtype, budget.kind, keep)
+    return count(s, recipe, rung.microbatch, rung.recompute, dtype, budget.kind, keep, rung.paged, rung.chunks)
 
 
 def _is_fused(s: Shapes, budget: Budget) -> bool:
@@ -162,14 +184,13 @@ def _is_fused(s: Shapes, budget: Budget) -> bool:
     return budget.kind == "cuda" and isinstance(s.layer, Layer) and (not budget.here or twin(torch.device("cuda")) == "fused")
 
 
-def _offload(s: Shapes, recipe: Recipe, choice: Choice, budget: Budget, dtype: torch.dtype) -> tuple[int, str]:
+def _offload(s: Shapes, recipe: Recipe, m: int, recompute: bool, budget: Budget, dtype: torch.dtype) -> tuple[int, str]:
     """Bytes that wait in host memory, 0 for none, and the reason."""
     if not _is_fused(s, budget) or not isinstance(s.layer, Layer):
         return 0, "auto: only fused layers can"
-    m, recompute = choice
     wanted = s.layers * waiting(s.layer, keep_of(recompute, True), m * recipe.data.tokens, dtype.itemsize)
     if recipe.memory.offload != "auto":
-        return wanted if recipe.memory.offload == "on" else 0, "asked for"
+        return wanted if recipe.memory.offload == "on" else 0, ASKED
     if not recompute:
         return 0, "auto: everything is kept on the GPU"
     if not budget.here:
@@ -181,16 +202,12 @@ def _offload(s: Shapes, recipe: Recipe, choice: Choice, budget: Budget, dtype: t
     return wanted, f"auto: {told}"
 
 
-def _bytes(s: Shapes, recipe: Recipe, choice: Choice, budget: Budget, compute: str) -> int:
-    return sum(p.bytes for p in _parts(s, recipe, choice, budget, compute))
-
-
-def _plan(s: Shapes, recipe: Recipe, budget: Budget, compute: str, choice: Choice, reason: str) -> Plan:
-    m, recompute = choice
-    found = tuple(_parts(s, recipe, choice, budget, compute))
-    offloaded, offload = _offload(s, recipe, choice, budget, DTYPES[compute])
-    total = sum(p.bytes for p in found)
-    fits = total <= budget.bytes
+def _plan(s: Shapes, recipe: Recipe, budget: Budget, compute: str, rungs: list[Rung], rung: Rung) -> Plan:
+    m, recompute = rung.microbatch, rung.recompute
+    found = tuple(_parts(s, recipe, rung, budget, compute))
+    offloaded, offload = _offload(s, recipe, m, recompute, budget, DTYPES[compute])
+    paging = _paging(s, recipe, budget)[1]
+    fits = rung.bytes <= budget.bytes
     return Plan(
         version=VERSION,
         model=recipe.model.name,
@@ -198,7 +215,7 @@ def _plan(s: Shapes, recipe: Recipe, budget: Budget, compute: str, choice: Choic
         compute=compute,
         budget=budget,
         fits=fits,
-        bytes=total,
+        bytes=rung.bytes,
         parts=found,
         microbatch=m,
         microbatches=recipe.train.batch // m,
@@ -206,30 +223,34 @@ def _plan(s: Shapes, recipe: Recipe, budget: Budget, compute: str, choice: Choic
         recompute="all" if recompute else "none",
         offloaded=offloaded,
         offload=offload,
+        paged=sum(p.host for p in found if p.name == "optimizer"),
+        paging=paging or ("auto: nothing else makes it fit" if rung.paged else "auto: they stay while memory is not short"),
         streamed=0,
         tokens_per_second=None,
         parameters=Parameters(s.report.params, sum(r.params for r in s.report.packed), s.trained),
-        reason=reason,
-        advice=() if fits else tuple(_advice(s, recipe, budget, compute, choice)),
+        reason=_reason(rungs, rung, fits),
+        advice=() if fits else tuple(_advice(s, recipe, budget, compute, rung)),
+        rung=rung,
+        rungs=tuple(rungs),
     )
 
 
-def _advice(s: Shapes, recipe: Recipe, budget: Budget, compute: str, choice: Choice) -> list[str]:
+def _advice(s: Shapes, recipe: Recipe, budget: Budget, compute: str, rung: Rung) -> list[str]:
     """Changes of the recipe, each with what it saves; one that suffices alone is marked."""
-    now = _bytes(s, recipe, choice, budget, compute)
-    changes: list[tuple[str, Recipe, Choice]] = []
-    m, recompute = choice
-    if not recompute:
-        changes.append(("memory.recompute=on", recipe, (m, True)))
-    if m > 1:
-        changes.append(("memory.microbatch=1", recipe, (1, recompute)))
+    changes: list[tuple[str, Recipe, Rung]] = []
+    if not rung.recompute:
+        changes.append(("memory.recompute=on", recipe, replace(rung, recompute=True)))
+    if rung.microbatch > 1:
+        changes.append(("memory.microbatch=1", recipe, replace(rung, microbatch=1)))
+    if not rung.paged and budget.kind == "cuda":
+        changes.append(("optim.paged=always", recipe, replace(rung, paged=True)))
     if recipe.data.tokens > 512:
         shorter = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokens": recipe.data.tokens // 2})})
-        changes.append((f"data.tokens={recipe.data.tokens // 2}", shorter, choice))
+        changes.append((f"data.tokens={recipe.data.tokens // 2}", shorter, rung))
     told = []
     for text, changed, option in changes:
-        saved = now - _bytes(s, changed, option, budget, compute)
-        told.append(f"{text} saves {_gib(saved)}" + (" and fits" if now - saved <= budget.bytes else ""))
+        left = sum(p.bytes for p in _parts(s, changed, option, budget, compute))
+        told.append(f"{text} saves {_gib(rung.bytes - left)}" + (" and fits" if left <= budget.bytes else ""))
     if recipe.format.kind in ("none", "int8") and recipe.adapter.kind == "lora":
         told.append("format=nf4 stores the base in about 4 bits a weight")
     if recipe.adapter.kind == "none":

@@ -41,6 +41,8 @@ def render(plan: Plan, console: Console) -> None:
     recompute = "every layer recomputed" if plan.recompute == "all" else "no recompute"
     if plan.offloaded:
         recompute += f", {size(plan.offloaded)} wait in host memory"
+    if plan.paged:
+        recompute += f", {size(plan.paged)} of AdamW's moments in host memory"
     rows = f"{plan.microbatch} x {plan.tokens} tokens, {plan.microbatches} a step, {recompute}, computed in {plan.compute}"
     console.print(Text(f"microbatch: {rows} ({plan.reason})"))
     verdict = Text("yes, it fits: " if plan.fits else "no, it does not fit: ", style="bold green" if plan.fits else "bold red")

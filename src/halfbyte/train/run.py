@@ -43,6 +43,8 @@ from halfbyte.train.report import OnEvent, Report
 from halfbyte.train.state import Parts, State
 
 CHECKPOINTS = "checkpoints"
+TOLD = ("compute", "threads", "attention", "layers", "microbatch", "recompute", "offload", "moments", "decoded weights")
+"""Choices, in the order in which they are told."""
 
 
 def train(recipe: Recipe, *, on_event: OnEvent | None = None) -> Result:
@@ -92,6 +94,8 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Ba
     rows, recomputing = recipe.memory.microbatch, recipe.memory.recompute
     chosen["microbatch"] = choosing.settle("microbatch", rows, kept, lambda: Choice(plan.microbatch, plan.reason))
     chosen["recompute"] = choosing.settle("recompute", recomputing, kept, lambda: Choice(_on(plan.recompute), plan.reason))
+    if line := recipe.optim.understood():
+        report.tell(line)
     if stored is None:
         report.tell(plan.table())
     base = huggingface.load(recipe.model, recipe.format, _stored_dtype(recipe, compute), device, report.display.advance)
@@ -114,7 +118,8 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Ba
         offload=fusing.planned(plan, chosen["recompute"].value == "on"),
         tell=report.tell,
     )
-    for name in ("compute", "threads", "attention", "layers", "microbatch", "recompute", "offload", "decoded weights"):
+    chosen["moments"] = Choice("in host memory" if plan.rung.paged else "on the device", plan.paging)
+    for name in TOLD:
         report.tell(f"{name}: {chosen[name]}")
     parts = _parts(recipe, report, device, compute, base, adapter, flat, prepared, chosen)
     if stored is not None:
@@ -177,7 +182,7 @@ def _parts(
         restore=restore,
         answer=answer,
         flat=flat,
-        optimizer=AdamW(flat, recipe.optim),
+        optimizer=AdamW(flat, recipe.optim, paged=chosen["moments"].value == "in host memory"),
         scale=LossScale.create(compute, device),
         loader=loader,
         evals={name: Loader(held, tokens, chosen["microbatch"].value, config.seed) for name, held in prepared.eval.items()},
