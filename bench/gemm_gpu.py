@@ -32,7 +32,7 @@ from torch import Tensor  # noqa: E402
 
 from halfbyte.kernels.gemm import choice, matmul, reference, vendor  # noqa: E402
 from halfbyte.kernels.gemm.cublaslt import Plan, Problem  # noqa: E402
-from halfbyte.layers.fused.gradients import add_product  # noqa: E402
+from halfbyte.kernels.outer import Outer, outer  # noqa: E402
 from kernels import checks_gemm  # noqa: E402
 
 GROUPS = {"qkv": (6144, 4096, 48), "o": (4096, 4096, 16), "gate+up": (28672, 4096, 32), "down": (4096, 14336, 16)}
@@ -222,7 +222,7 @@ def host(report: Report) -> None:
     ways: dict[str, Callable[[], Any]] = {
         "ours": lambda: matmul(a, b, out),
         "ours bias": lambda: matmul(a, b, out, bias=bias),
-        "ours add_product": lambda: add_product(total, a, b),
+        "ours outer": lambda: outer([Outer(total, a, b)]),
         "torch.mm": lambda: torch.mm(a, b, out=out),
         "torch.addmm bias": lambda: torch.addmm(bias, a, b, out=out),
         "torch addmm fp32": lambda: torch.ops.aten.addmm.dtype_out(total, a.T, b, torch.float32, out=total),

@@ -17,7 +17,7 @@ from typing import Protocol
 from torch import Tensor
 
 from halfbyte.kernels import fp8
-from halfbyte.kernels.augmented import Group
+from halfbyte.kernels.augmented import PADDED_TO, Group
 from halfbyte.kernels.dropout import Dropout, apply
 from halfbyte.kernels.fp8 import Rows
 from halfbyte.kernels.gemm import matmul
@@ -26,9 +26,14 @@ log = logging.getLogger("halfbyte")
 
 
 class Products(Protocol):
-    """How a group multiplies. error: about the relative error that a product has beyond its dtype's."""
+    """How a group multiplies. error: about the relative error that a product has beyond its dtype's. padded_to: what R is a
+    multiple of. adds: whether a product adds a residual on its way out, without a pass of its own. holds: whether the matrices of
+    `kernels.augmented` are what it multiplies by, so that holding them saves making them."""
 
     error: float
+    padded_to: int
+    adds: bool
+    holds: bool
 
     def rows(self, group: Group, tokens: int, back: bool = False) -> Rows | None:
         """Where the kernel in front may write the quantised X (or, `back`, dY); None when nobody wants it."""
@@ -89,6 +94,11 @@ class Augmented:
     """In the dtype of the activations: one matrix holds the weights and the adapters (`kernels.augmented`)."""
 
     error = 0.0
+    adds = True
+    holds = True
+
+    def __init__(self, padded_to: int = PADDED_TO) -> None:
+        self.padded_to = padded_to
 
     def rows(self, group: Group, tokens: int, back: bool = False) -> Rows | None:
         return None
@@ -146,6 +156,9 @@ class Float8:
     """
 
     error = 0.04
+    padded_to = PADDED_TO
+    adds = False
+    holds = False
 
     def __init__(self) -> None:
         self._other = Augmented()
@@ -164,7 +177,7 @@ class Float8:
         residual: Tensor | None = None,
     ) -> Tensor | None:
         if not _fits(group):
-            return self._other.project(group, x, out, bias, mask)
+            return self._other.project(group, x, out, bias, mask, residual=residual)
         weight, a = fp8.forward_weight(group, x.dtype)
         xa = _project_small(group, x, a, mask) if group.rank else None
         rows = _quantized(x[:, : group.width], xa, rows)

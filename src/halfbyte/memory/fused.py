@@ -133,10 +133,11 @@ def wide(one: Layer, keep: Keep) -> list[int]:
 
 
 def small(one: Layer, keep: Keep, c: int) -> int:
-    """Bytes a token that a layer keeps besides: XA of its groups unless it stands behind a kept input, and fp32 numbers a row."""
-    ranks = one.out.r + one.down.r
+    """Bytes a token that a layer keeps besides: XA of groups that are not computed again, unless it stands behind a kept input, and
+    fp32 numbers a row."""
+    ranks = one.down.r + (one.out.r if keep.mid else 0)
     if not keep.normed or keep.offload:
-        ranks += one.qkv.r + one.inputs.r
+        ranks += (one.qkv.r if keep.qkv else 0) + (one.inputs.r if keep.inputs else 0)
     rows = 2 + one.raw + (one.heads if keep.attended else 0) + (one.heads + one.kv_heads if one.qk_norm else 0)
     return c * ranks + FLOAT * rows
 

@@ -162,17 +162,13 @@ def _logits(s: Shapes, tokens: int, c: int, device: Literal["cuda", "cpu"], chun
 
 
 def fused_activations(s: Shapes, layer: fused.Layer, tokens: int, keep: Keep, dtype: torch.dtype, chunks: int = 1) -> list[Part]:
-    """Fused layers on a GPU: what they keep (and the last hidden state), and the largest of what comes and goes.
-
-    The final norm is a module: it keeps its input in fp32, and four tensors of that size meet in its backward.
-    """
+    """Fused layers on a GPU: what they and the norm behind them keep, and the largest of what comes and goes."""
     c, h = dtype.itemsize, tokens * s.hidden
     held = fused.resident(layer, s.layers, keep, tokens, c) + c * h
     where = "what waits in host memory, of two layers" if keep.offload else f"what {s.layers} fused layers keep for backward"
     logits, note = _logits(s, tokens, c, "cuda", chunks)
     moments = [
-        Part("loss", (4 + c) * h + logits, f"{note}, the hidden state's gradient", grows=True),
-        Part("backward", (4 + c + 16) * h, "gradients in fp32 on their way through the final norm", grows=True),
+        Part("loss", 2 * c * h + logits, f"{note}, the last hidden state and its gradient", grows=True),
         Part("backward", fused.backward(layer, keep, tokens, c), "gradients on their way through one layer", grows=True),
         Part("forward", fused.forward(layer, keep, tokens, c), "one layer while it runs", grows=True),
     ]

@@ -10,7 +10,7 @@ Why: the adapter costs no GEMM of its own on the big operands, and q, k, v (gate
 Exact: W has the bits of `formats.dequantize`, A and s*B are one fp32 product of the masters and one rounding.
 Cost: (N + R) (K + R) scratch; on CUDA a launch that reads 0.516 and writes 2 bytes a weight (nf4 nested to bf16).
 
-Letters: N = rows of all members, K = width, r = a member's rank, R = Σ r rounded up to a multiple of 16.
+Letters: N = rows of all members, K = width, r = a member's rank, R = Σ r rounded up to a multiple of `PADDED_TO`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from halfbyte.kernels.lora_linear.members import Member
 __all__ = ["Group"]
 
 PADDED_TO = 16
-"""R is a multiple of this, so that 16-bit rows of S stay aligned to 32 bytes."""
+"""R is a multiple of this, unless a group is told otherwise (another multiple of 16): 16-bit rows of S stay aligned to 32 bytes."""
 
 
 class Group:
     """The members, and where each stands in S. Built once a layer, used every step.
 
-    members: weights `[N_i, K]` of one width K. rows: N. width: K. rank: R, 0 when nobody has an adapter.
+    members: weights `[N_i, K]` of one width K. padded_to: what R is a multiple of. rows: N. width: K. rank: R, 0 when nobody has
+    an adapter.
     row_slices: a member's rows in S. rank_slices: a member's columns right of K and rows below N; None without an adapter.
     plan: what the Triton twin keeps between calls.
     The members' tensors may be written in place (an optimizer's update); when one moves to other memory, that is noticed.
@@ -43,7 +44,8 @@ class Group:
 
     __slots__ = ("_held", "float8", "members", "plan", "rank", "rank_slices", "row_slices", "rows", "width")
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], padded_to: int = PADDED_TO) -> None:
+        assert padded_to % 16 == 0, "kernels count ranks by 16"
         self.members = tuple(members)
         self.width: int = self.members[0].weight.shape[1]
         assert all(len(m.weight.shape) == 2 and m.weight.shape[1] == self.width for m in self.members), "members differ in width"
@@ -54,7 +56,7 @@ class Group:
             self.row_slices.append(slice(rows, rows := rows + m.weight.shape[0]))
             self.rank_slices.append(None if m.lora is None else slice(rank, rank := rank + m.lora.a.shape[0]))
         self.rows: int = rows
-        self.rank: int = -(-rank // PADDED_TO) * PADDED_TO
+        self.rank: int = -(-rank // padded_to) * padded_to
         self._held: Tensor | None = None
         self.plan: object = None
         self.float8: object = None  # the plan of `kernels.fp8`
@@ -66,7 +68,10 @@ class Group:
         return weight.codes.device if isinstance(weight, Packed) else weight.device
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """S `[N + R, K + R]` in `dtype`: fresh, or the held one with s*B and A brought up to date."""
+        """S `[N + R, K + R]` in `dtype`: fresh, or the held one with s*B and A brought up to date; without adapters the members
+        themselves (rows strided) where they lie behind each other in `dtype`."""
+        if self.rank == 0 and self._held is None and (joined := self._joined(dtype)) is not None:
+            return joined
         if self._held is not None:
             assert self._held.dtype == dtype, f"held in {self._held.dtype}, asked for {dtype}"
             self._write(self._held, weights=False)
@@ -75,6 +80,19 @@ class Group:
         self._write(out, weights=True)
         return out
 
+    def _joined(self, dtype: torch.dtype) -> Tensor | None:
+        """`[N, K]` over dense members of one storage that follow each other in `dtype`."""
+        weights = [m.weight for m in self.members if isinstance(m.weight, Tensor)]
+        if len(weights) < len(self.members) or any(w.dtype != dtype or w.stride(1) != 1 for w in weights):
+            return None
+        first = weights[0]
+        stride, storage, end = first.stride(0), first.untyped_storage().data_ptr(), first.data_ptr()
+        for w in weights:
+            if w.stride(0) != stride or w.untyped_storage().data_ptr() != storage or w.data_ptr() != end:
+                return None
+            end += w.shape[0] * stride * w.element_size()
+        return first.detach().as_strided((self.rows, self.width), (stride, 1))
+
     def _write(self, out: Tensor, weights: bool) -> None:
         if twin(out.device) == "fused":
             from halfbyte.kernels.augmented import fused
@@ -82,6 +100,11 @@ class Group:
             fused.write(self, out, weights)
         else:
             reference.write(self, out, weights)
+
+    @property
+    def held(self) -> bool:
+        """Whether `matrix` returns the same S at every call."""
+        return self._held is not None
 
     def hold(self, dtype: torch.dtype) -> Tensor:
         """Allocates and fills S now; from here on `matrix(dtype)` returns this one and rewrites s*B and A only.

@@ -106,6 +106,7 @@ def _mlp(call: Call, a: Activations, grad: Tensor, gradients: Gradients) -> Tens
     call.products.project_back(p.inputs.group, a.inputs, d_source, call.mask, rows)
     if p.inputs.rank:
         adapter_gradients(p.inputs, a.inputs, stages.normed_mlp(call, a), a.xa_inputs, gradients, call.mask)
+    gradients.settle()
     a.inputs = None
     return d_source
 
@@ -138,6 +139,7 @@ def _attention(call: Call, a: Activations, d_out: Tensor, gradients: Gradients, 
     call.products.project_back(p.qkv.group, d_qkv, d_normed, call.mask)
     if p.qkv.rank:
         adapter_gradients(p.qkv, d_qkv, stages.normed(call, a), a.xa_qkv, gradients, call.mask)
+    gradients.settle()
     a.qkv = None
     return d_normed
 

@@ -39,7 +39,7 @@ class Call:
 
 
 class Room:
-    """The gradient that a layer handed down last, with the room behind it: one for all layers of a model.
+    """What the layers of a model hand to each other: the last gradient with the room behind it, and the rotary tables.
 
     Why: autograd passes on a view of it, and the layer below wants the columns behind (its s dY B) without a copy. The buffer is
     held until then, so a gradient at its address is that gradient.
@@ -47,6 +47,19 @@ class Room:
 
     def __init__(self) -> None:
         self.buffer: Tensor | None = None
+        self._tables: tuple[object, int, Tensor, Tensor] | None = None
+
+    def tables(self, tokens: int, embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+        """cos and sin `[T, r]` of tables `[1 or B, S, r]`: made once for layers that are called with the same ones."""
+        if embeddings is None:
+            return None, None
+        known = self._tables
+        if known is None or known[0] is not embeddings or known[1] != tokens:
+            cos, sin = (t.reshape(-1, t.shape[-1]) for t in embeddings)
+            times = tokens // cos.shape[0]
+            known = (embeddings, tokens, cos if times == 1 else cos.repeat(times, 1), sin if times == 1 else sin.repeat(times, 1))
+            self._tables = known
+        return known[2], known[3]
 
     def leave(self, buffer: Tensor, width: int) -> Tensor:
         """The view `[T, width]` to hand down."""
@@ -128,7 +141,12 @@ def fill(call: Call, a: Activations) -> None:
 
 
 def drop(keep: Keep, a: Activations) -> None:
-    """Forgets what is not kept. XA and the norms' numbers a row are small and stay."""
+    """Forgets what is not kept. The norms' numbers a row are small and stay, and so does XA of what is not computed again."""
+    stays = keep.here("normed")
+    a.xa_qkv = _outliving(a.xa_qkv, stays) if keep.qkv else None
+    a.xa_inputs = _outliving(a.xa_inputs, stays) if keep.inputs else None
+    if not keep.mid:
+        a.xa_out = None
     if not keep.normed:
         a.normed = a.normed_mlp = None
     if not keep.qkv:
@@ -164,7 +182,7 @@ def scale_of(s: Structure) -> float:
     return s.scaling if s.scaling is not None else float(s.head_size) ** -0.5
 
 
-def tail(xa: Tensor | None, stays: bool) -> Tensor | None:
+def _outliving(xa: Tensor | None, stays: bool) -> Tensor | None:
     """XA where it stands if its buffer stays, else a copy that outlives it."""
     return xa if stays or xa is None else xa.clone()
 
@@ -196,8 +214,7 @@ def _projected(call: Call, a: Activations) -> None:
     rows = None if a.normed is not None or p.before_attention is None else quantised(call, p.qkv, a.x)
     source = normed(call, a, rows)
     a.qkv = buffer(p.qkv, source, p.qkv.rows)
-    xa = project(call, p.qkv, source, a.qkv[:, : p.qkv.rows], rows)
-    a.xa_qkv = tail(xa, call.keep.here("normed"))
+    a.xa_qkv = project(call, p.qkv, source, a.qkv[:, : p.qkv.rows], rows)
     q, k, _ = split(call.parts.structure, a.qkv)
     if s.qk_norm == "none":
         rotary.rotate(q, k, call.cos, call.sin, s.rotation)
@@ -233,8 +250,9 @@ def _mid(call: Call, a: Activations) -> None:
     p, s = call.parts, call.parts.structure
     assert a.x is not None and a.attended is not None
     delta = torch.empty_like(a.x)
-    xa = project(call, p.out, a.attended, delta)
-    a.xa_out = xa
+    # With nothing between the product and the sum, the product adds; or else the norm does, and not a pass of its own.
+    plain = p.after_attention is None and s.residual_multiplier == 1.0 and call.products.adds
+    a.xa_out = project(call, p.out, a.attended, delta, residual=a.x if plain else None)
     if p.after_attention is not None:
         a.attended_raw = delta
         delta = torch.empty_like(a.x)
@@ -242,11 +260,12 @@ def _mid(call: Call, a: Activations) -> None:
     if s.residual_multiplier != 1.0:
         delta.mul_(s.residual_multiplier)
     if s.norms.parallel:
-        a.mid = delta.add_(a.x)
+        a.mid = delta if plain else delta.add_(a.x)
         return
+    x, more = (delta, None) if plain else (a.x, delta)
     a.normed_mlp = buffer(p.inputs, a.x, p.inputs.width)
     a.rows_mlp = quantised(call, p.inputs, a.x) if a.inputs is None and p.before_mlp is not None and not call.keep.tile else None
-    a.mid, a.mid_rstd, a.mid_mean = through(p.before_mlp, a.x, delta, a.normed_mlp[:, : p.inputs.width], a.rows_mlp)
+    a.mid, a.mid_rstd, a.mid_mean = through(p.before_mlp, x, more, a.normed_mlp[:, : p.inputs.width], a.rows_mlp)
 
 
 def normed_mlp(call: Call, a: Activations) -> Tensor:
@@ -271,7 +290,7 @@ def mlp_inputs(call: Call, a: Activations) -> None:
     source = normed_mlp(call, a)
     a.inputs = buffer(p.inputs, source, p.inputs.rows)
     rows, a.rows_mlp = a.rows_mlp, None
-    a.xa_inputs = tail(project(call, p.inputs, source, a.inputs[:, : p.inputs.rows], rows), call.keep.here("normed"))
+    a.xa_inputs = project(call, p.inputs, source, a.inputs[:, : p.inputs.rows], rows)
 
 
 def gate_up(call: Call, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -291,7 +310,7 @@ def down(call: Call, a: Activations) -> Tensor:
     delta = torch.empty_like(a.mid)
     # With nothing between the product and the sum, the product adds.
     plain = p.after_mlp is None and s.residual_multiplier == 1.0
-    a.xa_down = tail(project(call, p.down, h, delta, rows, a.mid if plain else None), stays=False)
+    a.xa_down = _outliving(project(call, p.down, h, delta, rows, a.mid if plain else None), stays=False)
     if plain:
         return delta
     if p.after_mlp is not None:

@@ -9,25 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.gemm import matmul
-
-_NARROW = (torch.bfloat16, torch.float16)
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> None:
-    """total fp32 `[m, n]` += alpha · leftᵀ right, with left `[T, m]`, right `[T, n]`: on CUDA inside the product, in fp32."""
-    if total.is_cuda and left.dtype in _NARROW:
-        matmul(left.T, right, total, beta=1.0, alpha=alpha)
-    else:
-        total.add_(left.T.float() @ right.float(), alpha=alpha)
+from halfbyte.kernels.outer import Outer, outer
 
 
 class Gradients:
-    """The gradients of one backward call."""
+    """The gradients of one backward call. waiting: products for B's, which are made together; their operands stay until then."""
 
     def __init__(self, in_place: bool) -> None:
         self.in_place = in_place
         self.found: dict[int, Tensor] = {}
+        self.waiting: list[Outer] = []
+
+    def settle(self) -> None:
+        """Makes the products that wait."""
+        if self.waiting:
+            outer(self.waiting)
+            self.waiting = []
 
     def total(self, parameter: Tensor) -> Tensor:
         """The fp32 tensor that collects the gradient of `parameter`."""

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from halfbyte.formats.packed import Packed
 from halfbyte.kernels.attention import Documents
 from halfbyte.kernels.products import Products
 from halfbyte.layers.fused import forward as stages
+from halfbyte.layers.fused import holding
 from halfbyte.layers.fused import parts as reading
 from halfbyte.layers.fused.forward import Call, Room
 from halfbyte.layers.fused.function import Layer
 from halfbyte.layers.fused.keep import Keep
-from halfbyte.layers.linear import Operand
+from halfbyte.layers.fused.watch import Watch
 from halfbyte.layers.structure import Structure
+
+KNOWN = 3
+"""States of a layer's adapters whose groups stay built: switching one off and on again builds nothing."""
 
 
 class Fused:
-    """Runs one adopted layer. keep: what stays for backward. in_place: gradients go into `parameter.grad` (fp32, allocated)."""
+    """Runs one adopted layer, as its modules are at each call. keep: what stays for backward. in_place: gradients go into `parameter.grad` (fp32, allocated)."""
 
     def __init__(
         self,
@@ -35,33 +41,76 @@ class Fused:
     ) -> None:
         self.keep, self.products, self.in_place, self.dtype = keep, products, in_place, dtype
         self.room = room
-        self.modules = reading.modules_of(layer, structure)
-        self.parts = reading.read(layer, structure, dtype)
+        self._layer = layer
+        self.parts = reading.read(layer, structure, dtype, products.padded_to)
+        found = self.parts
+        self._known = {found.key: [found.qkv, found.out, found.inputs, found.down]}
+        self._holding: Literal["nothing", "dense", "all"] = "nothing"
+        self._hook: RemovableHandle | None = None
+        self._read()
 
     def run(self, hidden: Tensor, call: dict[str, Any]) -> Tensor | None:
         """The layer's output `[B, S, H]`; None for a call that it does not serve (a cache, a dense mask, another dtype)."""
         documents = documents_of(hidden, call)
         if documents is None or hidden.dtype != self.dtype:
             return None
-        groups = [reading.operands(modules) for modules in self.modules]
-        key = reading.key_of(groups)
-        if key != self.parts.key:
-            qkv, out, inputs, down = reading.projections(groups, self.dtype)
-            self.parts = replace(self.parts, qkv=qkv, out=out, inputs=inputs, down=down, key=key)
-        members = [o for group in groups for o in group]
+        if not self._watch.holds():
+            self._read()
         x = hidden.reshape(-1, hidden.shape[-1])
-        cos, sin = tables(x.shape[0], None if self.parts.structure.rotation == "none" else call["position_embeddings"])
-        mask = next((o.dropout for o in members if o.dropout is not None), None)
-        made = Call(self.parts, self.keep, documents, cos, sin, mask, self.products, self.in_place, self.room)
-        return self._apply(x, made, members).view(hidden.shape)
+        rotation = None if self.parts.structure.rotation == "none" else call["position_embeddings"]
+        cos, sin = self.room.tables(x.shape[0], rotation)
+        made = Call(self.parts, self.keep, documents, cos, sin, self._mask, self.products, self.in_place, self.room)
+        return self._apply(x, made).view(hidden.shape)
 
-    def _apply(self, x: Tensor, call: Call, members: list[Operand]) -> Tensor:
+    def _apply(self, x: Tensor, call: Call) -> Tensor:
         if not torch.is_grad_enabled():
             return stages.forward(call, x)[0]
-        learning = [t for o in members if o.lora is not None for t in (o.lora.a, o.lora.b)]
-        stored = [o.weight.codes if isinstance(o.weight, Packed) else o.weight for o in members]
-        out: Tensor = Layer.apply(x, call, len(learning), *learning, *stored)  # type: ignore[no-untyped-call]
+        out: Tensor = Layer.apply(x, call, len(self._learning), *self._learning, *self._stored)  # type: ignore[no-untyped-call]
         return out
+
+    def hold(self, *, packed: bool) -> None:
+        """Weights in the compute dtype live inside the matrices of their groups from now on: the modules' parameters become views
+        (`holding`). packed: weights in a format are decoded once, and kept beside their codes."""
+        self._holding = "all" if packed else "dense"
+        self._hook = self._hook or self._layer.register_state_dict_post_hook(holding.as_if_alone)  # type: ignore[no-untyped-call]
+        self._read()
+
+    def release(self) -> None:
+        """The mirror of `hold`."""
+        self._holding = "nothing"
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self._known.clear()
+        modules = reading.modules_of(self._layer, self.parts.structure)
+        holding.give_back(o.weight for group in modules for o in reading.operands(group))
+        self._read()
+
+    def _read(self) -> None:
+        """The modules as they are now. What was built for the same memory before is taken up again: an adapter that is switched."""
+        modules = reading.modules_of(self._layer, self.parts.structure)
+        groups = [reading.operands(group) for group in modules]
+        key = reading.key_of(groups)
+        built = self._known.pop(key, None) or reading.projections(groups, self.dtype, self.products.padded_to)
+        if self._holding != "nothing":
+            for other in self._known.values():
+                holding.drop_decoded(other)
+            holding.hold(built, self.dtype, packed=self._holding == "all")
+            # Parameters may have moved into the matrices.
+            groups = [reading.operands(group) for group in modules]
+            key = reading.key_of(groups)
+        while len(self._known) >= KNOWN:
+            del self._known[next(iter(self._known))]
+        self._known[key] = built
+        qkv, out, inputs, down = built
+        self.parts = replace(self.parts, qkv=qkv, out=out, inputs=inputs, down=down, key=key)
+        members = [o for group in groups for o in group]
+        self._mask = next((o.dropout for o in members if o.dropout is not None), None)
+        self._learning = [t for o in members if o.lora is not None for t in (o.lora.a, o.lora.b)]
+        self._stored = [o.weight.codes if isinstance(o.weight, Packed) else o.weight for o in members]
+        s = self.parts.structure
+        parents = [self._layer.get_submodule(name) for name in (s.attention, s.mlp)]
+        self._watch = Watch([m for group in modules for m in group], parents)
 
 
 def documents_of(hidden: Tensor, call: dict[str, Any]) -> Documents | None:
@@ -72,17 +121,13 @@ def documents_of(hidden: Tensor, call: dict[str, Any]) -> Documents | None:
         documents = call["documents"]
         assert isinstance(documents, Documents)
         return documents
-    rows, tokens = hidden.shape[:2]
     if call.get("attention_mask") is not None:
         return None
+    return _rows(*hidden.shape[:2], hidden.device)
+
+
+@functools.lru_cache(maxsize=16)
+def _rows(rows: int, tokens: int, device: torch.device) -> Documents:
+    """One document a row."""
     boundaries = tuple(range(0, rows * tokens + 1, tokens))
-    return Documents(torch.tensor(boundaries, dtype=torch.int32, device=hidden.device), boundaries, tokens)
-
-
-def tables(tokens: int, embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
-    """cos and sin `[T, r]` of tables `[1 or B, S, r]`."""
-    if embeddings is None:
-        return None, None
-    cos, sin = (t.reshape(-1, t.shape[-1]) for t in embeddings)
-    times = tokens // cos.shape[0]
-    return (cos, sin) if times == 1 else (cos.repeat(times, 1), sin.repeat(times, 1))
+    return Documents(torch.tensor(boundaries, dtype=torch.int32, device=device), boundaries, tokens)

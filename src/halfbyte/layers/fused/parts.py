@@ -42,11 +42,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class LayerParts:
-    """Everything fixed about a layer. key: addresses of what the groups were built from."""
+    """Everything fixed about a layer. key: of what the groups were built from (`key_of`)."""
 
     structure: Structure
     activation: Activation
-    key: tuple[int, ...]
+    key: tuple[float, ...]
     before_attention: Norm | None
     after_attention: Norm | None
     before_mlp: Norm | None
@@ -81,18 +81,19 @@ def operands(modules: list[nn.Module]) -> list[Operand]:
     return found
 
 
-def key_of(groups: list[list[Operand]]) -> tuple[int, ...]:
-    """Addresses of the stored weights and adapters: another tuple means that the groups must be built again."""
-    key = []
+def key_of(groups: list[list[Operand]]) -> tuple[float, ...]:
+    """Addresses of what is stored, and who and how large the adapters are: another tuple means other groups."""
+    key: list[float] = []
     for group in groups:
         for o in group:
             key.append((o.weight.codes if isinstance(o.weight, Packed) else o.weight).data_ptr())
+            key.append(0 if o.bias is None else o.bias.data_ptr())
             if o.lora is not None:
-                key += [o.lora.a.data_ptr(), o.lora.b.data_ptr()]
+                key += [o.lora.a.data_ptr(), o.lora.b.data_ptr(), id(o.lora.a), id(o.lora.b), o.lora.scale]
     return tuple(key)
 
 
-def read(layer: nn.Module, s: Structure, dtype: torch.dtype) -> LayerParts:
+def read(layer: nn.Module, s: Structure, dtype: torch.dtype, padded_to: int) -> LayerParts:
     """The parts of an adopted layer that computes in `dtype`. Raises NotUnderstood with the reason."""
     if s.dropout_after_attention or s.dropout_after_mlp or s.attention_dropout:
         raise NotUnderstood("dropout of the base is active")
@@ -110,14 +111,14 @@ def read(layer: nn.Module, s: Structure, dtype: torch.dtype) -> LayerParts:
         for name in (places.before_attention, places.after_attention, places.before_mlp, places.after_mlp)
     ]
     qk = [read_norm(attention.get_submodule(n)) if s.qk_norm != "none" else None for n in ("q_norm", "k_norm")]
-    built = projections(groups, dtype)
+    built = projections(groups, dtype, padded_to)
     activation = read_activation(getattr(layer.get_submodule(s.mlp), s.activation))
     return LayerParts(s, activation, key_of(groups), *norms, *qk, *built)  # type: ignore[arg-type]
 
 
-def projections(groups: list[list[Operand]], dtype: torch.dtype) -> list[Projection]:
+def projections(groups: list[list[Operand]], dtype: torch.dtype, padded_to: int) -> list[Projection]:
     """q/k/v, output, gate/up and down, of their operands."""
-    return [Projection.of([Member(o.weight, o.bias, o.lora) for o in group], dtype) for group in groups]
+    return [Projection.of([Member(o.weight, o.bias, o.lora) for o in group], dtype, padded_to) for group in groups]
 
 
 @torch.no_grad()

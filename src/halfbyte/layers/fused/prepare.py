@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from halfbyte.kernels.products import Augmented, Products
 from halfbyte.layers import probe
 from halfbyte.layers.decoder import DecoderLayer
-from halfbyte.layers.fused.forward import Room
+from halfbyte.layers.fused import final
+from halfbyte.layers.fused.forward import Room, buffer
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, Keep
 from halfbyte.layers.fused.layer import Fused
 from halfbyte.layers.fused.prove import prove
@@ -23,10 +25,12 @@ log = logging.getLogger("halfbyte")
 
 @dataclass(frozen=True)
 class Preparation:
-    """layers: how many run fused. left: reason by path of those that do not."""
+    """layers: how many run fused. left: reason by path of those that do not. norm: why the norm behind the layers runs as its
+    module; "" where it is fused too."""
 
     layers: int
     left: dict[str, str] = field(default_factory=dict)
+    norm: str = ""
 
     @property
     def total(self) -> int:
@@ -42,7 +46,8 @@ class Preparation:
 
     def summary(self) -> str:
         """One line for people."""
-        return f"{self.layers} of {self.total} fused" + (f" (left: {'; '.join(self.reasons())})" if self.left else "")
+        left = f" (left: {'; '.join(self.reasons())})" if self.left else ""
+        return f"{self.layers} of {self.total} fused{left}" + (f"; the last norm as a module: {self.norm}" if self.norm else "")
 
 
 def _named(paths: list[str]) -> str:
@@ -58,14 +63,22 @@ def _named(paths: list[str]) -> str:
 
 
 def prepare(
-    model: PreTrainedModel, keep: Keep | Sequence[Keep] = EVERYTHING, products: Products | None = None, *, in_place: bool = False
+    model: PreTrainedModel,
+    keep: Keep | Sequence[Keep] = EVERYTHING,
+    products: Products | None = None,
+    *,
+    in_place: bool = False,
+    decoded: bool = False,
 ) -> Preparation:
-    """Every adopted layer that can runs fused from now on, in the dtype of the model's activations.
+    """Every adopted layer that can runs fused from now on, and the norm behind them, in the dtype of the model's activations.
 
     keep: of every layer, or one each (`set_keep` changes it later). products: how groups multiply (default: in the activations'
     dtype). in_place: gradients of A and B are added to `parameter.grad`, which must exist (`optim.flat.flatten`), and never pass
-    through autograd. A layer that recomputes by `layers.recompute` stops doing so: `keep` decides.
+    through autograd. A layer that recomputes by `layers.recompute` stops doing so: `keep` decides. Weights in that dtype move
+    into the matrices that products read (`layers.fused.holding`; `remove` gives them back); decoded: weights in a format are
+    decoded into such matrices too, once.
     """
+    remove(model)
     products, room = products or Augmented(), Room()
     layers = {path: m for path, m in model.named_modules() if isinstance(m, DecoderLayer)}
     keeps = dict(zip(layers, _each(keep, len(layers)), strict=True))
@@ -81,7 +94,10 @@ def prepare(
     for path in built.keys() - left.keys():
         layers[path].fused = built[path]
         layers[path].gradient_checkpointing = False
-    done = Preparation(len(layers) - len(left), left)
+        if products.holds:
+            built[path].hold(packed=decoded)
+    norm = _final(model, layers, dtype, room) if len(left) < len(layers) else ""
+    done = Preparation(len(layers) - len(left), left, norm)
     log.info("decoder layers: %s", done.summary())
     return done
 
@@ -96,6 +112,16 @@ def set_keep(model: PreTrainedModel, keep: Keep | Sequence[Keep]) -> None:
 
 def _each(keep: Keep | Sequence[Keep], layers: int) -> Sequence[Keep]:
     return [keep] * layers if isinstance(keep, Keep) else keep
+
+
+def _final(model: PreTrainedModel, layers: dict[str, DecoderLayer], dtype: torch.dtype, room: Room) -> str:
+    """Fuses the norm behind the layers, which hands its gradient to the last of them; the reason if it cannot."""
+    last = list(layers.values())[-1].fused
+
+    def behind(x: Tensor) -> Tensor:
+        return buffer(last.parts.down, x, x.shape[1]) if isinstance(last, Fused) else torch.empty_like(x)
+
+    return final.fuse(model, dtype, room, behind)
 
 
 def _disproved(model: PreTrainedModel, layers: dict[str, DecoderLayer], dtype: torch.dtype, products: Products) -> dict[str, str]:
@@ -118,7 +144,10 @@ def _disproved(model: PreTrainedModel, layers: dict[str, DecoderLayer], dtype: t
 
 
 def remove(model: PreTrainedModel) -> None:
-    """Every layer runs its modules again."""
+    """Every layer runs its modules again, and so does the norm behind them."""
+    final.remove(model)
     for module in model.modules():
         if isinstance(module, DecoderLayer):
+            if isinstance(module.fused, Fused):
+                module.fused.release()
             module.fused = None

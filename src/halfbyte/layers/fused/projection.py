@@ -16,7 +16,8 @@ from torch import Tensor
 from halfbyte.kernels.augmented import Group
 from halfbyte.kernels.dropout import Dropout, apply
 from halfbyte.kernels.lora_linear.members import LowRank, Member
-from halfbyte.layers.fused.gradients import Gradients, add_product
+from halfbyte.kernels.outer import Outer, outer
+from halfbyte.layers.fused.gradients import Gradients
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Projection:
     bias: Tensor | None
 
     @classmethod
-    def of(cls, members: list[Member], dtype: torch.dtype) -> Projection:
-        """dtype: of the bias, the compute dtype."""
-        group = Group(members)
+    def of(cls, members: list[Member], dtype: torch.dtype, padded_to: int) -> Projection:
+        """dtype: of the bias, the compute dtype. padded_to: see `Group`."""
+        group = Group(members, padded_to)
         if all(m.bias is None for m in members):
             return cls(group, None)
         parts = [
@@ -62,18 +63,17 @@ class Projection:
 
 
 def adapter_gradients(p: Projection, dy: Tensor, x: Tensor, xa: Tensor | None, gradients: Gradients, mask: Dropout | None) -> None:
-    """dA += (s dY B)ᵀ drop(X) and dB += s dYᵀ XA. dy: with its tail filled. x `[T, >= K]`."""
+    """dA += (s dY B)ᵀ drop(X); dB += s dYᵀ XA waits for `gradients.settle`. dy: with its tail filled. x `[T, >= K]`."""
     adapted = list(p.adapted())
     if not adapted:
         return
     assert xa is not None
     tail, x = dy[:, p.rows :], x[:, : p.width]
-    for lora, rows, ranks in adapted:
-        add_product(gradients.total(lora.b), dy[:, rows], xa[:, ranks], lora.scale)
+    gradients.waiting += [Outer(gradients.total(lora.b), dy[:, rows], xa[:, ranks], lora.scale) for lora, rows, ranks in adapted]
     stacked = gradients.stacked([lora.a for lora, _, _ in adapted]) if mask is None else None
     if stacked is not None:
-        add_product(stacked, tail[:, : stacked.shape[0]], x)
+        outer([Outer(stacked, tail[:, : stacked.shape[0]], x)])
         return
     for lora, _, ranks in adapted:
         seen = x if mask is None else apply([x], mask, lora.layer)[0]
-        add_product(gradients.total(lora.a), tail[:, ranks], seen)
+        outer([Outer(gradients.total(lora.a), tail[:, ranks], seen)])
