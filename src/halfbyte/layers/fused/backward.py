@@ -31,6 +31,7 @@ def backward(call: Call, a: Activations, grad: Tensor, gradients: Gradients, wan
     d_mid = buffer(p.out, grad, p.out.rows)
     _through_norm(p.before_mlp, d_source, a.mid, a.mid_rstd, a.mid_mean, grad, d_mid[:, : p.out.rows])
     a.mid = a.normed_mlp = None
+    del d_source
     d_out = d_mid
     if p.after_attention is not None or p.structure.residual_multiplier != 1.0:
         d_out = _branch(call, d_mid[:, : p.out.rows], p.after_attention, a.attended_raw, a.attended_rstd, a.attended_mean, p.out)
@@ -135,6 +136,7 @@ def _attention(call: Call, a: Activations, d_out: Tensor, gradients: Gradients, 
     a.attended, a.residuals = None, ()
     d_qkv = _gathered(call, a, dq, dk, dv)
     a.q = a.k = None
+    del q, k, v, dq, dk, dv, d_attended
     d_normed = d_out.new_empty(d_out.shape[0], p.qkv.width) if want_x else None
     call.products.project_back(p.qkv.group, d_qkv, d_normed, call.mask)
     if p.qkv.rank:

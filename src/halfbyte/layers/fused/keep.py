@@ -16,7 +16,7 @@ NAMES = ("normed", "qkv", "attended", "mid", "inputs")
 @dataclass(frozen=True)
 class Keep:
     """normed: inputs of q/k/v and of gate/up. qkv: after rotation. attended: attention's output. mid: the residual between
-    attention and MLP. inputs: outputs of gate and up. away: of what is kept, and `x`, what waits in host memory.
+    attention and MLP. inputs: outputs of gate and up. away: of what is kept, and `x`, what waits in host memory, in the order of `NAMES`.
 
     tile: tokens that the MLP sees at a time, in forward and backward, 0 for all; gate and up are then never kept.
     """
@@ -26,7 +26,7 @@ class Keep:
     attended: bool = True
     mid: bool = True
     inputs: bool = True
-    away: frozenset[str] = frozenset()
+    away: tuple[str, ...] = ()
     tile: int = 0
 
     def __post_init__(self) -> None:
@@ -48,7 +48,8 @@ def keeping(names: Iterable[str], away: Iterable[str] = (), tile: int = 0) -> Ke
     """The `Keep` of what is kept by name, wherever; away: of those and `x`, what waits in host memory."""
     kept = set(names)
     assert kept <= set(NAMES), kept
-    return Keep(**{name: name in kept for name in NAMES}, away=frozenset(away), tile=tile)
+    gone = set(away)
+    return Keep(**{name: name in kept for name in NAMES}, away=tuple(n for n in ("x", *NAMES) if n in gone), tile=tile)
 
 
 EVERYTHING = Keep()
