@@ -1,4 +1,4 @@
-"""A step that finds no memory begins anew with less: the same weights, whatever allocation fails; the rung is kept; the end is told."""
+"""A step that finds no memory begins anew with less: the same weights, whatever allocation fails; the rung is kept."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def with_ladder(parts: Parts, steps: list[Rung], **more: Any) -> Parts:
         if rung.paged:
             parts.optimizer.page()
 
-    made = Ladder(steps[0], CPU, lambda rung: below(steps, rung), place, lambda: fusing.forget(parts.model), **more)  # type: ignore[arg-type]
+    made = Ladder(steps[0], parts.device, lambda rung: below(steps, rung), place, lambda: fusing.forget(parts.model), **more)  # type: ignore[arg-type]
     place(steps[0])
     return replace(parts, ladder=made)
 
@@ -59,9 +59,10 @@ def modules(output: Path, bits: int, microbatch: int = 2) -> Parts:
     return with_ladder(parts, rungs(*(Rung(microbatch, again) for again in (False, True))))
 
 
-def fused(output: Path, bits: int, steps: list[Rung], dropout: float = 0) -> Parts:
+def fused(output: Path, bits: int, steps: list[Rung], dropout: float = 0, device: torch.device = CPU) -> Parts:
     """An adapter on a tiny packed Llama, its layers fused, gradients in place."""
     model, _ = pair("llama", NF4)
+    model.to(device)
     adapter = lora.attach(model, AdapterConfig(rank=4, dropout=dropout), seed=1)
     flat = flatten(adapter.parameters())
     assert prepare(model, in_place=True).layers == 2
@@ -74,7 +75,8 @@ def fused(output: Path, bits: int, steps: list[Rung], dropout: float = 0) -> Par
         weights=flat.named,
         flat=flat,
         optimizer=AdamW(flat, OptimConfig(bits=bits)),  # type: ignore[arg-type]
-        scale=LossScale.create(torch.float32, CPU),
+        scale=LossScale.create(torch.float32, device),
+        device=device,
     )
     return with_ladder(parts, steps)
 
@@ -298,3 +300,15 @@ def test_the_ladder_is_the_plans_order_without_what_needs_more() -> None:
     assert {(r.microbatch, r.recompute, r.paged) for r in asked} == {(2, False, True)}
     elsewhere = replace(found[0], microbatch=3, bytes=65)
     assert below(found, elsewhere) == found[2], "a rung that the plan does not have: the first that needs less"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("steps", [KEEPING, SMALLER], ids=["keeping", "smaller"])
+def test_on_a_gpu_the_step_is_the_same_to_rounding(tmp_path: Path, steps: list[Rung]) -> None:
+    """To rounding only: attention adds in the order in which threads finish."""
+    Trial(fused(tmp_path, 32, steps, 0.2, torch.device("cuda", 0))).every(7, near)
+
+
+def near(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
