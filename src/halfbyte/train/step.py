@@ -84,12 +84,12 @@ def optimizer_step(parts: Parts, state: State, values: Tensor, batch: Batch) -> 
     """One AdamW step at the schedule's rate, untouched where the gradient is not finite; the gradient is zero after it, and the
     position moves on, in any case."""
     lr = learning_rate(state.step, parts.total_steps, parts.config)
-    scale = parts.scale.after(values[2])
-    # The last that can find no memory; called again, it goes on where it ended.
+    scale, tokens = parts.scale.after(values[2]), batch.trained_tokens
+    # The last that can find no memory; called again, it goes on where it ended. Nothing behind it allocates.
     parts.optimizer.step(lr)
     parts.scale.take(scale)
     state.step += 1
-    state.trained_tokens += batch.trained_tokens
+    state.trained_tokens += tokens
     return Outcome(state.step, lr, values, batch)
 
 
