@@ -5,8 +5,8 @@
 Gate: the bits of the unpaged step over six steps, one of them not finite, in 32 and 8 bits; and a state forced out of a cap: the
 allocator may use less than the moments need, the unpaged optimizer does not fit, the paged one trains and ends at the same bits.
 If it is red nothing is reported and the exit code is 1. Parameters: LoRA of rank 16 and of rank 64 on all linear layers of an
-8B Llama 3 (41.9 and 167.8 million). bus: the speed of copies of pinned memory in either direction and in both at once, the bound of any
-paging. idle: paging is allowed and not needed: the step must take what it took before there was paging (one launch).
+8B Llama 3 (41.9 and 167.8 million). bus: the speed of copies of pinned memory in either direction and in both at once, the bound of
+any paging. idle: paging is allowed and not needed: the step must take what it took before there was paging (one launch).
 bitsandbytes pages no tensor of less than 100,000 elements, so `least` also gives the share of its states that it paged.
 """
 

@@ -52,7 +52,8 @@ class Plan:
     microbatch: rows at once; microbatches: of them in a step. recompute: `none` or `all` layers. offloaded: bytes of what layers
     keep that wait in host memory, offload: why, or why not. paged: bytes of the optimizer's moments there, paging: why, or why
     not. streamed: bytes of weights there (0 here). tokens_per_second: predicted speed, null where it is not predicted. reason: of
-    the choice. advice: what would make it fit, or fit better. rung: the choice; rungs: all there were, the most wanted first.
+    the choice. advice: what would make it fit; help: what the smallest rung would gain by. rung: the choice; rungs: all there
+    were, the most wanted first.
     """
 
     version: int
@@ -76,6 +77,7 @@ class Plan:
     parameters: Parameters
     reason: str
     advice: tuple[str, ...]
+    help: tuple[str, ...]
     rung: Rung
     rungs: tuple[Rung, ...]
 
@@ -230,6 +232,7 @@ def _plan(s: Shapes, recipe: Recipe, budget: Budget, compute: str, rungs: list[R
         parameters=Parameters(s.report.params, sum(r.params for r in s.report.packed), s.trained),
         reason=_reason(rungs, rung, fits),
         advice=() if fits else tuple(_advice(s, recipe, budget, compute, rung)),
+        help=tuple(_advice(s, recipe, replace(budget, bytes=0), compute, min(rungs, key=lambda r: r.bytes))),
         rung=rung,
         rungs=tuple(rungs),
     )
@@ -250,7 +253,8 @@ def _advice(s: Shapes, recipe: Recipe, budget: Budget, compute: str, rung: Rung)
     told = []
     for text, changed, option in changes:
         left = sum(p.bytes for p in _parts(s, changed, option, budget, compute))
-        told.append(f"{text} saves {_gib(rung.bytes - left)}" + (" and fits" if left <= budget.bytes else ""))
+        if left < rung.bytes:
+            told.append(f"{text} saves {_gib(rung.bytes - left)}" + (" and fits" if left <= budget.bytes else ""))
     if recipe.format.kind in ("none", "int8") and recipe.adapter.kind == "lora":
         told.append("format=nf4 stores the base in about 4 bits a weight")
     if recipe.adapter.kind == "none":

@@ -17,14 +17,17 @@ from transformers import PreTrainedModel
 from halfbyte.errors import RecipeError
 from halfbyte.kernels.dispatch import VARIABLE, twin
 from halfbyte.kernels.products import Augmented, Float8, Products
-from halfbyte.layers import forward
+from halfbyte.layers import forward, recompute
+from halfbyte.layers.decoder import DecoderLayer
+from halfbyte.layers.fused import host
+from halfbyte.layers.fused.layer import Fused
 from halfbyte.layers.fused.prepare import prepare
 from halfbyte.memory.parts import keep_of
-from halfbyte.memory.plan import Plan
+from halfbyte.memory.plan import ASKED
+from halfbyte.memory.rungs import Rung
 from halfbyte.train.choices import Choice
 
 Asked = Literal["auto", "on", "off"]
-ASKED = "asked for"
 
 
 def require(offload: Asked, device: torch.device) -> None:
@@ -38,18 +41,18 @@ def place(
     device: torch.device,
     *,
     compute: str,
-    recompute: bool,
+    again: bool,
     offload: Choice,
     tell: Callable[[str], None],
 ) -> dict[str, Choice]:
     """Puts the layers on their path; the choices `layers` and `offload`. Gradients of the adapter must lie in flat buffers.
 
-    compute: by name. offload: `on` or `off`, as planned. Raises RecipeError (`memory.offload`, `recipe.compute`) where what
-    was asked for needs fused layers and none can be; ModelError (`model.leak`).
+    compute: by name. again: whether what a layer keeps is computed again. offload: `on` or `off`, as planned. Raises RecipeError
+    (`memory.offload`, `recipe.compute`) where what was asked for needs fused layers and none can be; ModelError (`model.leak`).
     """
     if twin(device) != "fused":
         return _modules(compute, offload, f"the kernels of this {device.type} device are the {twin(device)} ones")
-    keep = keep_of(recompute, offload.value == "on")
+    keep = keep_of(again, offload.value == "on")
     products: Products = Float8() if compute == "fp8" else Augmented()
     done = prepare(model, keep, products, in_place=True)
     for line in done.reasons():
@@ -58,7 +61,7 @@ def place(
         return _modules(compute, offload, "no layer can run fused" if done.total else "the model's layers are not adopted")
     forward.prove_isolation(model)
     what = "everything that backward reads is kept"
-    if recompute:
+    if again:
         what = "norms, gate and up are computed again" if keep.offload else "each layer's input is kept, the rest computed again"
     return {
         "layers": Choice(f"fused ({done.layers} of {done.total})", f"auto: proven against their modules; {what}"),
@@ -78,11 +81,23 @@ def _modules(compute: str, offload: Choice, why: str) -> dict[str, Choice]:
     }
 
 
-def planned(plan: Plan, recompute: bool) -> Choice:
-    """The choice `offload` of a plan; recompute: as it became, which a checkpoint may have settled before the plan."""
-    if plan.offloaded and not recompute and plan.offload != ASKED:
-        return Choice("off", "auto: everything is kept on the GPU")
-    return Choice("on" if plan.offloaded else "off", plan.offload)
+def use(model: PreTrainedModel, rung: Rung) -> None:
+    """Every layer keeps for backward what the rung says, on the path where `place` has put it."""
+    recompute.set_recompute(model, rung.recompute)
+    for layer, fused in _fused(model):
+        fused.keep = keep_of(rung.recompute, rung.offload)
+        layer.gradient_checkpointing = False
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Drops what layers hold of a step that did not end."""
+    for _, fused in _fused(model):
+        fused.room.buffer = None
+    host.forget()
+
+
+def _fused(model: PreTrainedModel) -> list[tuple[DecoderLayer, Fused]]:
+    return [(m, m.fused) for m in model.modules() if isinstance(m, DecoderLayer) and isinstance(m.fused, Fused)]
 
 
 def _no_offload(why: str) -> RecipeError:

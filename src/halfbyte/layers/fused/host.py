@@ -38,6 +38,14 @@ class Lane:
 _LANES: dict[torch.device, Lane] = {}
 
 
+def forget() -> None:
+    """Drops what is away, of a step that did not end, and the free buffers, which may never be of that size again."""
+    for lane in _LANES.values():
+        lane.stream.synchronize()
+        lane.away.clear()
+        lane.free.clear()
+
+
 @dataclass
 class Away:
     """One layer's tensors. sources: kept until their copies are done. back: the copies on their way in."""
