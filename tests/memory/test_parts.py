@@ -184,3 +184,18 @@ def test_smollm2_against_the_loaded_model() -> None:
     rows = base.report
     assert found["packed weights"].bytes == sum(r.bytes for r in rows.packed) == 54_770_040
     assert found["other weights"].bytes == sum(r.bytes for r in rows.kept)
+
+
+@pytest.mark.parametrize(("family", "first"), [("llama", "q_proj"), ("phi3", "qkv_proj")])
+def test_16_bit_weights_that_layers_hold_are_counted_once(family: str, first: str) -> None:
+    """Against the memory of all parameters: views of the matrices that products read."""
+    recipe = recipe_of(format="none", adapter={"rank": 8, "targets": [first, "down_proj"]})
+    model = tiny_model(family)
+    swap.adopt(model)
+    lora.attach(model, recipe.adapter, 0)
+    assert prepare(model).layers == 2
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters() if not p.requires_grad}
+    found = named(parts(tiny_config(family), recipe, compute="fp32"))
+    assert found["other weights"].bytes + found["matrices"].bytes == sum(storages.values())
+    packed = named(parts(tiny_config(family), recipe_of(adapter=recipe.adapter.model_dump()), compute="fp32"))
+    assert "matrices" not in packed

@@ -1,8 +1,8 @@
 """Decoded weights kept in memory for a while: what a CPU with RAM to spare does instead of decoding at every call.
 
 Why: on a CPU, decoding a weight costs as much as multiplying some tens of tokens by it, so generation, token by token, would
-spend nearly all its time decoding, and a training step of 64 tokens half of it. On a GPU it costs little and memory is what is
-short: nothing is held there.
+spend nearly all its time decoding, and a training step of 64 tokens half of it. On a GPU it costs little; fused layers hold decoded
+weights themselves where memory is left over (`layers.fused.holding`).
 The numbers are the same bits: a held weight is what `dequantize` would return. Cost: the model in the compute dtype, on top of
 the packed one.
 """
@@ -18,6 +18,7 @@ from torch import nn
 
 from halfbyte import machine
 from halfbyte.kernels.dequantize import dequantize
+from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.linear import Linear4bit
 
 log = logging.getLogger("halfbyte")
@@ -50,6 +51,14 @@ def held(model: nn.Module, dtype: torch.dtype, *, limit: int | None = None) -> I
 def size(model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes that `held` would take for what it does not hold yet."""
     return sum(layer.packed.numel for layer in _layers(model)) * dtype.itemsize
+
+
+def size_fused(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes that the weights of all decoder layers take decoded, with the adapters beside them."""
+    inside = {id(m): m for layer in model.modules() if isinstance(layer, DecoderLayer) for m in layer.modules()}
+    numbers = sum(m.packed.numel for m in inside.values() if isinstance(m, Linear4bit))
+    ranks = sum(p.numel() for m in inside.values() for name, p in m.named_parameters(recurse=False) if name.startswith("lora_"))
+    return (numbers + ranks) * dtype.itemsize
 
 
 def _layers(model: nn.Module) -> list[Linear4bit]:

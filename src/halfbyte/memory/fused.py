@@ -21,15 +21,21 @@ from halfbyte.layers.structure import NotUnderstood, Structure
 
 @dataclass(frozen=True)
 class Group:
-    """Linear layers that share an input: n outputs, k inputs, r ranks, padded."""
+    """Linear layers that share an input: n outputs, k inputs, r ranks, padded. held: the weights are in 16 bits and live inside the
+    matrix that products read (`layers.fused.holding`)."""
 
     n: int
     k: int
     r: int
+    held: bool = False
 
     def matrix(self, c: int) -> int:
-        """Bytes of the weights decoded, with the adapters beside them."""
-        return c * (self.n + self.r) * (self.k + self.r)
+        """Bytes of the weights decoded, with the adapters beside them, while they are multiplied."""
+        return 0 if self.held else c * (self.n + self.r) * (self.k + self.r)
+
+    def beside(self, c: int) -> int:
+        """Bytes that a held matrix has beyond the weights'."""
+        return c * self.r * (self.n + self.k + self.r) if self.held else 0
 
 
 @dataclass(frozen=True)
@@ -66,11 +72,15 @@ class Layer:
         """Numbers of a token's keys, and as many of its values."""
         return self.kv_heads * self.head_size
 
+    def beside(self, c: int) -> int:
+        """Bytes of adapters in the compute dtype beside held weights."""
+        return sum(group.beside(c) for group in (self.qkv, self.out, self.inputs, self.down))
 
-def read(net: PreTrainedModel, adapter: AdapterConfig, ranks: dict[str, int]) -> Layer | str:
+
+def read(net: PreTrainedModel, adapter: AdapterConfig, ranks: dict[str, int], packed: set[str]) -> Layer | str:
     """The widest decoder layer of a model without weights; or why its layers do not run fused, as far as that can be told here.
 
-    ranks: of the adapter, by path.
+    ranks: of the adapter, by path. packed: paths of the modules whose weight is in a format.
     """
     if adapter.kind == "none":
         return "full fine-tuning"
@@ -90,16 +100,19 @@ def read(net: PreTrainedModel, adapter: AdapterConfig, ranks: dict[str, int]) ->
             return "modules of a layer learn beside the adapter"
         if adapter.bias != "none" and any(name.endswith("bias") for name, _ in layer.named_parameters()):
             return "biases learn beside the adapter"
-        found.append(_layer(path, layer, s, ranks, adapter.dropout > 0))
+        found.append(_layer(path, layer, s, ranks, adapter.dropout > 0, packed))
     return max(found, key=lambda one: one.inputs.n, default="no decoder layers were found")
 
 
-def _layer(path: str, layer: GradientCheckpointingLayer, s: Structure, ranks: dict[str, int], dropout: bool) -> Layer:
+def _layer(
+    path: str, layer: GradientCheckpointingLayer, s: Structure, ranks: dict[str, int], dropout: bool, packed: set[str]
+) -> Layer:
     def group(parent: str, names: tuple[str, ...]) -> Group:
         paths = [f"{parent}.{name}" for name in names]
         sizes = [shape_of(layer.get_submodule(p)) for p in paths]
         rank = sum(ranks.get(f"{path}.{p}", 0) for p in paths)
-        return Group(sum(n for n, _ in sizes), sizes[0][1], -(-rank // PADDED_TO) * PADDED_TO)
+        held = not any(f"{path}.{p}" in packed for p in paths) and (rank > 0 or len(paths) == 1)
+        return Group(sum(n for n, _ in sizes), sizes[0][1], -(-rank // PADDED_TO) * PADDED_TO, held)
 
     return Layer(
         group(s.attention, s.qkv),

@@ -164,6 +164,7 @@ def _logits(s: Shapes, tokens: int, c: int, device: Literal["cuda", "cpu"], chun
 def fused_activations(s: Shapes, layer: fused.Layer, tokens: int, keep: Keep, dtype: torch.dtype, chunks: int = 1) -> list[Part]:
     """Fused layers on a GPU: what they and the norm behind them keep, and the largest of what comes and goes."""
     c, h = dtype.itemsize, tokens * s.hidden
+    beside = Part("matrices", s.layers * layer.beside(c), "adapters in the compute dtype beside the weights in 16 bits")
     held = fused.resident(layer, s.layers, keep, tokens, c) + c * h
     where = "what waits in host memory, of two layers" if keep.offload else f"what {s.layers} fused layers keep for backward"
     logits, note = _logits(s, tokens, c, "cuda", chunks)
@@ -172,7 +173,7 @@ def fused_activations(s: Shapes, layer: fused.Layer, tokens: int, keep: Keep, dt
         Part("backward", fused.backward(layer, keep, tokens, c), "gradients on their way through one layer", grows=True),
         Part("forward", fused.forward(layer, keep, tokens, c), "one layer while it runs", grows=True),
     ]
-    return [Part("activations", held, where, grows=True), max(moments, key=lambda p: p.bytes)]
+    return [Part("activations", held, where, grows=True), max(moments, key=lambda p: p.bytes), beside]
 
 
 def layer_bytes(s: Shapes, c: int) -> int:

@@ -43,22 +43,30 @@ def place(
     compute: str,
     again: bool,
     offload: Choice,
+    decoded: Choice,
     tell: Callable[[str], None],
 ) -> dict[str, Choice]:
-    """Puts the layers on their path; the choices `layers` and `offload`. Gradients of the adapter must lie in flat buffers.
+    """Puts the layers on their path; the choices `layers`, `offload` and `decoded weights`. Gradients of the adapter must lie in
+    flat buffers.
 
-    compute: by name. again: whether what a layer keeps is computed again. offload: `on` or `off`, as planned. Raises RecipeError
-    (`memory.offload`, `recipe.compute`) where what was asked for needs fused layers and none can be; ModelError (`model.leak`).
+    compute: by name. again: whether what a layer keeps is computed again. offload: `on` or `off`, as planned. decoded: whether there
+    is room for decoded weights. Raises RecipeError (`memory.offload`, `recipe.compute`) where what was asked for needs fused layers
+    and none can be; ModelError (`model.leak`).
     """
     if twin(device) != "fused":
-        return _modules(compute, offload, f"the kernels of this {device.type} device are the {twin(device)} ones")
+        why = f"the kernels of this {device.type} device are the {twin(device)} ones"
+        return _modules(compute, offload, device, decoded, why)
     keep = keep_of(again, offload.value == "on")
     products: Products = Float8() if compute == "fp8" else Augmented()
-    done = prepare(model, keep, products, in_place=True)
+    if device.type == "cuda" and not products.holds:
+        decoded = Choice("off", "auto: the products are made in fp8")
+    # Elsewhere the modules hold them (`layers.decoded`).
+    done = prepare(model, keep, products, in_place=True, decoded=device.type == "cuda" and decoded.value == "on")
     for line in done.reasons():
         tell(f"layers left to their modules{', in bf16' if compute == 'fp8' else ''}: {line}")
     if not done.layers:
-        return _modules(compute, offload, "no layer can run fused" if done.total else "the model's layers are not adopted")
+        why = "no layer can run fused" if done.total else "the model's layers are not adopted"
+        return _modules(compute, offload, device, decoded, why)
     forward.prove_isolation(model)
     what = "everything that backward reads is kept"
     if again:
@@ -66,10 +74,11 @@ def place(
     return {
         "layers": Choice(f"fused ({done.layers} of {done.total})", f"auto: proven against their modules; {what}"),
         "offload": offload,
+        "decoded weights": decoded,
     }
 
 
-def _modules(compute: str, offload: Choice, why: str) -> dict[str, Choice]:
+def _modules(compute: str, offload: Choice, device: torch.device, decoded: Choice, why: str) -> dict[str, Choice]:
     """The choices where no layer runs fused; an error where something was asked for that only they have."""
     if offload == Choice("on", ASKED):
         raise _no_offload(why)
@@ -78,6 +87,7 @@ def _modules(compute: str, offload: Choice, why: str) -> dict[str, Choice]:
     return {
         "layers": Choice("modules", f"auto: {why}"),
         "offload": Choice("off", "auto: layers that run as modules keep their inputs"),
+        "decoded weights": Choice("off", "auto: on a GPU only fused layers hold them") if device.type == "cuda" else decoded,
     }
 
 

@@ -106,8 +106,9 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Ba
     report.display.settled()
     report.tell(f"base: {base.name}, {base.report.summary()}")
     chosen["attention"] = choosing.settle("attention", "auto", kept, lambda: Choice(_attention(base), "what the layers allow"))
-    chosen["decoded weights"] = choosing.decoded(device, decoded.size(base.model, base.compute), plan.spare)
     adapter = _adapter(recipe, base, report)
+    size = decoded.size if device.type == "cpu" else decoded.size_fused
+    chosen["decoded weights"] = choosing.decoded(device, size(base.model, base.compute), plan.spare)
     embedding = base.model.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
     checks.embeddings(prepared.train, base.tokenizer, embedding, trainable=embedding.requires_grad)
@@ -120,6 +121,7 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Ba
         compute=chosen["compute"].value,
         again=rung.recompute,
         offload=chosen["offload"],
+        decoded=chosen["decoded weights"],
         tell=report.tell,
     )
     for name in TOLD:

@@ -2,7 +2,7 @@
 
 Why: transformers' norm keeps its input in fp32 and makes four tensors of that size on the way back, where nothing else of a step is
 as large any more: it was the peak of a step that keeps everything. Here it keeps its input, which the last layer made anyway.
-The module stays in its place with its parameters under their names; only what is frozen and proven equal (`parts.read_norm`) is taken.
+Its parameters stay in their place under their names; only what is frozen and proven equal (`parts.read_norm`) is taken.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from halfbyte.layers.swap import replace
 
 
 class FinalNorm(nn.Module):
-    """Computes what `original` does. behind: makes the buffer `[T, H + R]` in which the last layer wants its gradient, if it does."""
+    """Computes what `original` does. behind: makes the buffer `[T, H + R]` in which the last layer wants its gradient."""
 
     def __init__(self, original: nn.Module, n: Norm, room: Room, behind: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -3,8 +3,8 @@
     16 bits      the parameter becomes its view of the matrix: nothing is stored twice, and a product copies nothing
     a format     decoded once and kept beside the codes, where memory allows: a product decodes nothing
 
-Either way a step only writes A and s*B afresh, and the numbers are the same bits. Cost: (N + K + R) R numbers a group for weights in
-16 bits, all of the matrix for the others.
+Either way a step only writes A and s*B afresh, and the numbers are the same bits. Cost: (N + K + R) R numbers a group for weights
+in 16 bits, all of the matrix for the others.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ def give_back(weights: Iterable[Packed | Tensor]) -> None:
 
 
 def _owner(weight: Tensor, dtype: torch.dtype) -> tuple[nn.Parameter, bool] | None:
-    """The frozen parameter of `dtype` that a member's weight `[N, K]` is, and whether it is stored turned; it must own its memory."""
+    """The frozen parameter of `dtype` that a member's weight `[N, K]` is, and whether it is stored turned.
+
+    It must own its memory.
+    """
     found = _parameter(weight)
     if found is None or found[0].dtype != dtype or found[0].requires_grad or not _whole(found[0]):
         return None

@@ -27,7 +27,10 @@ KNOWN = 3
 
 
 class Fused:
-    """Runs one adopted layer, as its modules are at each call. keep: what stays for backward. in_place: gradients go into `parameter.grad` (fp32, allocated)."""
+    """Runs one adopted layer, as its modules are at each call.
+
+    keep: what stays for backward. in_place: gradients go into `parameter.grad` (fp32, allocated).
+    """
 
     def __init__(
         self,

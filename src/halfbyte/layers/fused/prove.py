@@ -44,11 +44,8 @@ def prove(layer: DecoderLayer, fused: Fused, captured: dict[str, Any]) -> None:
         layer.fused, layer.gradient_checkpointing = None, False
         honest = _run(layer, hidden, call, grad)
         truth = _truth(layer, hidden, call, grad)
-        layer.fused = (
-            fused
-            if exact
-            else Fused(layer, layer.structure, fused.dtype, INPUTS, Augmented(fused.products.padded_to), False, Room())
-        )
+        plain = Augmented(fused.products.padded_to)
+        layer.fused = fused if exact else Fused(layer, layer.structure, fused.dtype, INPUTS, plain, False, Room())
         _compare(_run(layer, hidden, call, grad), honest, truth, hidden, FLOOR.get(hidden.dtype, FLOOR_16))
         if not exact:
             layer.fused = fused

@@ -1,6 +1,6 @@
-"""Whether the modules of a layer still are what they were read as: asked at every call, for a few microseconds.
+"""Whether the modules of a layer still are what they were read as: asked at every call, for a fifth of what reading them takes.
 
-Why: reading seven adapters and their packed weights takes 50 us of Python a layer, and what they say changes when an adapter is
+Why: reading seven adapters and packed weights is a good part of a layer's Python, and what they say changes when an adapter is
 switched, a parameter replaced or moved, a mask given; that is between steps, and mostly never.
 """
 
@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+Values = list[tuple[str, Any]]
+
 
 class Watch:
     """Of modules and everything in them: plain attributes and parameters by identity, parameters' memory by address, hooks."""
@@ -19,9 +21,7 @@ class Watch:
 
     def __init__(self, modules: Iterable[nn.Module], parents: Iterable[nn.Module] = ()) -> None:
         """parents: of these, what they are and whom they have, but not what is in those."""
-        self._seen: list[
-            tuple[nn.Module, list[tuple[str, Any]], list[tuple[str, Any]], list[tuple[str, Any]], tuple[int, ...]]
-        ] = []
+        self._seen: list[tuple[nn.Module, Values, Values, Values, tuple[int, ...]]] = []
         self._tensors: list[Tensor] = []
         for module in (*parents, *(part for one in modules for part in one.modules())):
             values = [(name, value) for name, value in vars(module).items() if not name.startswith("_")]
