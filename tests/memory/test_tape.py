@@ -25,7 +25,7 @@ from halfbyte.kernels.glu import reference as glu_reference
 from halfbyte.layers import swap
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.forward import hidden_states
-from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, NAMES, Keep, keeping
+from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, NAMES, keeping
 from halfbyte.layers.fused.layer import Fused
 from halfbyte.layers.fused.prepare import prepare, set_keep
 from halfbyte.memory import fused, tape
@@ -117,7 +117,9 @@ def layer_of(family: str, adapter: dict[str, Any]) -> tuple[torch.nn.Module, Dec
     call: dict[str, Any] = {}
     hook = layer.register_forward_pre_hook(lambda m, args, kwargs: call.update(kwargs, hidden_states=args[0]), with_kwargs=True)
     with torch.no_grad():
-        hidden_states(model, torch.arange(TOKENS)[None] % 256, torch.arange(TOKENS)[None], torch.tensor([0, TOKENS], dtype=torch.int32))
+        hidden_states(
+            model, torch.arange(TOKENS)[None] % 256, torch.arange(TOKENS)[None], torch.tensor([0, TOKENS], dtype=torch.int32)
+        )
     hook.remove()
     s = shapes(skeleton(tiny_config(family, **still), torch.float32), recipe.format, recipe.adapter)
     assert isinstance(s.layer, fused.Layer), s.layer

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, NAMES, OFFLOADED, Keep
+
 Asked = Literal["auto", "on", "off"]
 CHUNKED = 8
 """How much smaller the chunks of the loss become on the last rungs."""
@@ -17,8 +19,10 @@ CHUNKED = 8
 
 @dataclass(frozen=True)
 class Rung:
-    """microbatch: rows at once. recompute: of every layer. offload: what layers keep waits in host memory. paged: the
-    optimizer's moments do. chunks: how many times smaller than usual the chunks of the loss are. bytes: planned, in all."""
+    """microbatch: rows at once. recompute: of anything in any layer. offload: something that layers keep waits in host memory.
+    paged: the optimizer's moments do. chunks: how many times smaller than usual the chunks of the loss are. bytes: planned, in
+    all. lean, rest: what `lean_layers` fused layers keep, and what the others do (`Keep.spec`); "" where recompute and offload say
+    all: every layer then keeps everything or its input. seconds: predicted for a step, 0 where it is not."""
 
     microbatch: int
     recompute: bool
@@ -26,18 +30,60 @@ class Rung:
     paged: bool = False
     chunks: int = 1
     bytes: int = 0
+    lean: str = ""
+    lean_layers: int = 0
+    rest: str = ""
+    seconds: float = 0.0
+
+    def keeps(self, layers: int) -> list[Keep]:
+        """What each of so many fused layers keeps.
+
+        Lean layers come first: backward reaches them last, when the memory of the others is free again. Those that use the bus
+        are spread among the others instead, so that it has their time too.
+        """
+        if not self.rest:
+            return [keep_of(self.recompute, self.offload)] * layers
+        lean, rest = Keep.from_spec(self.lean), Keep.from_spec(self.rest)
+        return [lean if is_lean else rest for is_lean in places(layers, self.lean_layers, bool(lean.away) != bool(rest.away))]
 
     def words(self) -> str:
         """For people: `2 rows at once, every layer is recomputed in backward`."""
         found = [f"{self.microbatch} {'row' if self.microbatch == 1 else 'rows'} at once"]
-        found.append("every layer is recomputed in backward" if self.recompute else "all activations are kept")
-        if self.offload:
-            found.append("what layers keep waits in host memory")
+        if self.rest:
+            found.append(self._kept())
+        else:
+            found.append("every layer is recomputed in backward" if self.recompute else "all activations are kept")
+            if self.offload:
+                found.append("what layers keep waits in host memory")
         if self.chunks > 1:
             found.append(f"the loss in chunks {self.chunks} times smaller")
         if self.paged:
             found.append("AdamW's moments are in host memory")
         return ", ".join(found)
+
+    def _kept(self) -> str:
+        everything = EVERYTHING.spec()
+        told = {
+            spec: "everything" if spec == everything else "their inputs" if spec == "nothing" else spec
+            for spec in (self.lean, self.rest)
+        }
+        if not self.lean_layers or self.lean == self.rest:
+            return "all activations are kept" if self.rest == everything else f"layers keep {told[self.rest]}"
+        return f"{self.lean_layers} layers keep {told[self.lean]}, the others {told[self.rest]}"
+
+
+def keep_of(recompute: bool, offload: bool) -> Keep:
+    """What every fused layer keeps where no more is said."""
+    if offload:
+        return OFFLOADED if recompute else replace(EVERYTHING, away=("x", *NAMES))
+    return INPUTS if recompute else EVERYTHING
+
+
+def places(layers: int, lean: int, spread: bool) -> list[bool]:
+    """Which layers are lean: the first, or every so many."""
+    if not spread:
+        return [i < lean for i in range(layers)]
+    return [(i + 1) * lean // layers > i * lean // layers for i in range(layers)]
 
 
 def ways(

@@ -319,5 +319,3 @@ def _attention(tape: Tape, w: Work, want_x: bool) -> None:
         _normed(tape, w)
         _learn(tape, w, one.qkv, contiguous=False)
     tape.free("qkv", "d_qkv")
-
-

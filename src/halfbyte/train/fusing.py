@@ -22,7 +22,7 @@ from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused import host
 from halfbyte.layers.fused.layer import Fused
 from halfbyte.layers.fused.prepare import prepare
-from halfbyte.memory.parts import keep_of
+from halfbyte.memory.rungs import keep_of
 from halfbyte.memory.plan import ASKED
 from halfbyte.memory.rungs import Rung
 from halfbyte.train.choices import Choice
@@ -94,9 +94,11 @@ def _modules(compute: str, offload: Choice, device: torch.device, decoded: Choic
 def use(model: PreTrainedModel, rung: Rung) -> None:
     """Every layer keeps for backward what the rung says, on the path where `place` has put it."""
     recompute.set_recompute(model, rung.recompute)
-    for layer, fused in _fused(model):
-        fused.keep = keep_of(rung.recompute, rung.offload)
-        layer.gradient_checkpointing = False
+    layers = [m for m in model.modules() if isinstance(m, DecoderLayer)]
+    for layer, keep in zip(layers, rung.keeps(len(layers)), strict=True):
+        if isinstance(layer.fused, Fused):
+            layer.fused.keep = keep
+            layer.gradient_checkpointing = False
 
 
 def forget(model: PreTrainedModel) -> None:

@@ -43,6 +43,22 @@ class Keep:
         """Whether it stays on the device."""
         return name not in self.away and (name == "x" or getattr(self, name))
 
+    def spec(self) -> str:
+        """In words that `from_spec` reads: `x> qkv> mid`; `>` marks what waits in host memory, `x` is left out where it stays."""
+        names = [name for name in NAMES if getattr(self, name)]
+        words = [f"{name}>" if name in self.away else name for name in (["x"] if "x" in self.away else []) + names]
+        return " ".join(words + ([f"tile={self.tile}"] if self.tile else [])) or "nothing"
+
+    @classmethod
+    def from_spec(cls, text: str) -> Keep:
+        """The mirror of `spec`."""
+        words = [] if text == "nothing" else text.split()
+        tile = next((int(word.removeprefix("tile=")) for word in words if word.startswith("tile=")), 0)
+        names = [word for word in words if not word.startswith("tile=")]
+        return keeping(
+            [name.rstrip(">") for name in names if name != "x>"], [name.rstrip(">") for name in names if name.endswith(">")], tile
+        )
+
 
 def keeping(names: Iterable[str], away: Iterable[str] = (), tile: int = 0) -> Keep:
     """The `Keep` of what is kept by name, wherever; away: of those and `x`, what waits in host memory."""

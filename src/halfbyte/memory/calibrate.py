@@ -1,0 +1,102 @@
+"""The rates of the GPU that is here, measured once in about three seconds and kept on disk.
+
+Why measured hot: a chip at its power limit multiplies a fifth slower than in the first second, and a run is never in its first
+second. Kept for a card's name, a torch version and a dtype in `HALFBYTE_CACHE` (`memory/rates.json`); delete it to measure again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from halfbyte.machine import cache_root
+from halfbyte.memory.speed import Rates
+
+SECONDS = 2.0
+SIDE = (8192, 4096, 14336)
+"""Tokens, inputs and outputs of the product: the shape of an MLP."""
+COPIED = 1 << 29
+"""Bytes of a copy."""
+CALL = 2.0
+"""Host time of a kernel with its arguments made, over that of the smallest call of torch."""
+
+
+def rates(dtype: torch.dtype = torch.bfloat16) -> Rates | None:
+    """Of the first GPU: kept from before, or measured now; None without one, or where too little of its memory is free."""
+    if not torch.cuda.is_available():
+        return None
+    key = f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, {str(dtype).removeprefix('torch.')}"
+    path = cache_root() / "memory" / "rates.json"
+    known = _read(path)
+    if key in known:
+        return Rates(**known[key])
+    try:
+        found = measure(torch.device("cuda", 0), dtype, key)
+    except torch.OutOfMemoryError:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps(known | {key: asdict(found)}, indent=1), encoding="utf-8")
+    beside.replace(path)
+    return found
+
+
+def _read(path: Path) -> dict[str, dict[str, float]]:
+    try:
+        found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return found
+
+
+def measure(device: torch.device, dtype: torch.dtype, name: str) -> Rates:
+    """Products for SECONDS, of which the last third counts; a copy on the device; copies over the bus; launches."""
+    tokens, inner, columns = SIDE
+    x, w = (torch.randn(n, inner, device=device, dtype=dtype) for n in (tokens, columns))
+    y = torch.empty(tokens, columns, device=device, dtype=dtype)
+    flops, done, seconds = 2.0 * tokens * inner * columns, 0, 0.0
+    began = time.perf_counter()
+    while (now := time.perf_counter() - began) < SECONDS:
+        started = time.perf_counter()
+        for _ in range(20):
+            torch.mm(x, w.T, out=y)
+        torch.cuda.synchronize(device)
+        if now > SECONDS * 2 / 3:
+            done, seconds = done + 20, seconds + time.perf_counter() - started
+    gemm = flops * done / max(seconds, 1e-9)
+    del x, w, y
+    big = torch.empty(2, COPIED, dtype=torch.uint8, device=device)
+    host = torch.empty(COPIED, dtype=torch.uint8, pin_memory=True)
+    copy = 2 * COPIED / _seconds(lambda: big[0].copy_(big[1]), device, 20)
+    out = COPIED / _seconds(lambda: host.copy_(big[0], non_blocking=True), device, 4)
+    back = COPIED / _seconds(lambda: big[0].copy_(host, non_blocking=True), device, 4)
+    return Rates(gemm, copy, min(out, back), _launch(device), f"measured on {name}")
+
+
+def _seconds(work: Callable[[], object], device: torch.device, times: int) -> float:
+    """Of one call, the first left out."""
+    work()
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(times):
+        work()
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / times
+
+
+def _launch(device: torch.device) -> float:
+    """Host seconds of a small call."""
+    small: Tensor = torch.zeros(64, device=device)
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(500):
+        small.add_(1.0)
+    issued = (time.perf_counter() - started) / 500
+    torch.cuda.synchronize(device)
+    return CALL * issued
