@@ -142,7 +142,7 @@ def test_what_only_fused_layers_have_is_not_dropped(monkeypatch: pytest.MonkeyPa
     model = tiny_model("gpt2")
 
     def place(compute: str, offload: Choice) -> dict[str, Choice]:
-        return fusing.place(model, CPU, compute=compute, recompute=True, offload=offload, tell=print)
+        return fusing.place(model, CPU, compute=compute, again=True, offload=offload, tell=print)
 
     assert place("bf16", off)["layers"].value == "modules"
     with pytest.raises(RecipeError, match="compute: fp8 cannot be had here"):
