@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from halfbyte.errors import Interrupted, MemoryPlanError
+from halfbyte.machine import Device
 from halfbyte.memory.rungs import Rung, below, ways
 from halfbyte.train import ladder
 from halfbyte.train.state import Parts
 from train import rig
 from train.test_loop import StopAfter, assert_same
-from train.trials import KEEPING, SMALLER, Trial, close, fused, modules, near, rungs, same_bits, with_ladder
+from train.trials import CPU, KEEPING, SMALLER, Trial, close, fused, modules, near, rungs, same_bits, with_ladder
 
 STRIDES = [
     pytest.param(97, id="some"),
@@ -181,6 +182,17 @@ def test_the_ladder_is_the_plans_order_without_what_needs_more() -> None:
     assert {(r.microbatch, r.recompute, r.paged) for r in asked} == {(2, False, True)}
     elsewhere = replace(found[0], microbatch=3, bytes=65)
     assert below(found, elsewhere) == found[2], "a rung that the plan does not have: the first that needs less"
+
+
+def test_the_numbers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder.measure, "cuda_device", lambda: Device("a card", 1 << 28, 24 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 18 << 30)
+    text = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 24.00 GiB of which 256.00 MiB is free."
+    error, cuda = torch.OutOfMemoryError(text), torch.device("cuda", 0)
+    told = "2.50 GiB could not be allocated (the run holds 18.00 GiB, driver and others 5.75, free are 0.25 of 24.00"
+    assert ladder.in_words(error, cuda) == f"{told})"
+    assert ladder.in_words(torch.OutOfMemoryError(f"{text} 20.00 GiB allowed; Of"), cuda) == f"{told}, allowed are 20.00 GiB)"
+    assert ladder.in_words(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), CPU) == "memory could not be allocated"
 
 
 @pytest.mark.gpu

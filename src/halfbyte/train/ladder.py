@@ -95,7 +95,9 @@ def in_words(error: RuntimeError, device: torch.device) -> str:
     held = torch.cuda.memory_reserved(device)
     others = max(0, card.total - card.free - held)
     gib = [f"{count / 2**30:.2f}" for count in (held, others, card.free, card.total)]
-    return f"{told} (the run holds {gib[0]} GiB, driver and others {gib[1]}, free are {gib[2]} of {gib[3]})"
+    capped = re.search(r"([\d.]+ \w+) allowed", str(error))
+    cap = f", allowed are {capped.group(1)}" if capped else ""
+    return f"{told} (the run holds {gib[0]} GiB, driver and others {gib[1]}, free are {gib[2]} of {gib[3]}{cap})"
 
 
 def begin(
