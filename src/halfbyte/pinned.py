@@ -42,12 +42,12 @@ class Arena:
 
 def _register(block: Tensor, device: torch.device) -> bool:
     """Whether the block could be pinned; where it could not, copies are right and wait for the host."""
-    error = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.numel(), 0))  # type: ignore[no-untyped-call]
-    if error == 0:
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    error = cudart.cudaHostRegister(block.data_ptr(), block.numel(), 0)
+    if error == cudart.cudaError.success:
         return True
-    log.warning(
-        "%.2f GiB of host memory could not be pinned (CUDA error %d): copies will not overlap", block.numel() / 2**30, error
-    )
+    gib = block.numel() / 2**30
+    log.warning("%.2f GiB of host memory could not be pinned (%s): copies will not overlap", gib, error)
     # CUDA remembers the error and would hand it to the next kernel launch: one of ours takes it.
     try:
         torch.empty(1, device=device).fill_(0)

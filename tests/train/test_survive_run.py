@@ -12,7 +12,7 @@ import torch
 from halfbyte.checkpoints import resume
 from halfbyte.errors import MemoryPlanError
 from halfbyte.recipe import recipe_from
-from halfbyte.train import loop
+from halfbyte.train import fusing, loop
 from halfbyte.train.finish import Result
 from halfbyte.train.run import train
 from support import chats, save_tiny, write_jsonl
@@ -65,7 +65,10 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return dict(found.tensors["adapter_model"])
 
 
-def test_a_run_goes_down_says_so_and_resumes_there(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", ["modules", "fused"])
+def test_a_run_goes_down_says_so_and_resumes_there(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    if path == "fused":  # the path of a GPU on the kernels of this CPU
+        monkeypatch.setattr(fusing, "twin", lambda device: "fused")
     # Nothing but recompute is left to choose, and a shorter run's steps are the longer one's.
     fixed = ("memory.microbatch=4", "train.schedule=constant", "train.warmup=0")
     run(files, tmp_path / "whole", *fixed)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,9 +48,9 @@ def rates(dtype: torch.dtype = torch.bfloat16) -> Rates | None:
     return found
 
 
-def _read(path: Path) -> dict[str, dict[str, float]]:
+def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
     return found

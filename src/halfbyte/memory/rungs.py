@@ -49,27 +49,26 @@ class Rung:
     def words(self) -> str:
         """For people: `2 rows at once, every layer is recomputed in backward`."""
         found = [f"{self.microbatch} {'row' if self.microbatch == 1 else 'rows'} at once"]
-        if self.rest:
-            found.append(self._kept())
-        else:
-            found.append("every layer is recomputed in backward" if self.recompute else "all activations are kept")
-            if self.offload:
-                found.append("what layers keep waits in host memory")
+        found.append(self.kept())
         if self.chunks > 1:
             found.append(f"the loss in chunks {self.chunks} times smaller")
         if self.paged:
             found.append("AdamW's moments are in host memory")
         return ", ".join(found)
 
-    def _kept(self) -> str:
-        everything = EVERYTHING.spec()
-        told = {
-            spec: "everything" if spec == everything else "their inputs" if spec == "nothing" else spec
-            for spec in (self.lean, self.rest)
-        }
+    def kept(self) -> str:
+        """What layers keep, and where, for people."""
+        if not self.rest:
+            told = "every layer is recomputed in backward" if self.recompute else "all activations are kept"
+            return told + (", what layers keep waits in host memory" if self.offload else "")
+        lean, rest = (_told(spec) for spec in (self.lean, self.rest))
         if not self.lean_layers or self.lean == self.rest:
-            return "all activations are kept" if self.rest == everything else f"layers keep {told[self.rest]}"
-        return f"{self.lean_layers} layers keep {told[self.lean]}, the others {told[self.rest]}"
+            return "all activations are kept" if rest == "everything" else f"layers keep {rest}"
+        return f"{self.lean_layers} layers keep {lean}, the others {rest}"
+
+
+def _told(spec: str) -> str:
+    return {EVERYTHING.spec(): "everything", INPUTS.spec(): "their inputs"}.get(spec, spec)
 
 
 def keep_of(recompute: bool, offload: bool) -> Keep:

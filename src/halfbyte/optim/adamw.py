@@ -40,8 +40,9 @@ class AdamW:
         if paged:
             self._on(Pages(len(flat.values), self.bits, flat.values.device))
         else:
-            self.moments = adamw.moments(flat.values, self.bits)
-            self._spans(_spans(flat.values, self.bits))
+            spans = _spans(flat.values, self.bits)
+            self._cut(adamw.moments(flat.values, self.bits), spans)
+            self.resident = [self.moments.part(span) for span in spans]
 
     def page(self, pages: Pages | None = None) -> None:
         """From now on the moments are in host memory; nothing is done where they are already. pages: built for the flat buffer."""
@@ -65,24 +66,27 @@ class AdamW:
         """Apply the gradient as `clip` measured it, and zero it. Where found_inf was set, zero it only."""
 
         def update(i: int, moments: Moments) -> None:
-            span = self.spans[i]
-            adamw.step(self.flat.values[span], self.flat.grads[span], moments, lr, self.rules[i], self.kept)
+            values, grads, rule = self.pieces[i]
+            adamw.step(values, grads, moments, lr, rule, self.kept)
             self.applied = i + 1
 
         if self.pages is not None:
             self.pages.walk(self.applied, update)
         else:
-            for i in range(self.applied, len(self.spans)):
-                update(i, self.moments.part(self.spans[i]))
+            for i in range(self.applied, len(self.pieces)):
+                update(i, self.resident[i])
         self.applied = 0
 
     def _on(self, pages: Pages) -> None:
-        self.pages, self.moments = pages, pages.moments
-        self._spans(pages.spans)
+        self.pages, self.resident = pages, []
+        self._cut(pages.moments, pages.spans)
         pages.open()  # behind the device's moments, whose memory this may be
 
-    def _spans(self, spans: list[slice]) -> None:
-        self.spans, self.rules = spans, [self.rule.part(span) for span in spans]
+    def _cut(self, moments: Moments, spans: list[slice]) -> None:
+        """moments: where they are from now on. pieces: values, gradients and rule of each span."""
+        values, grads = self.flat.values, self.flat.grads
+        self.moments = moments
+        self.pieces = [(values[span], grads[span], self.rule.part(span)) for span in spans]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Step `count`, and the moments a parameter in its shape (`first.NAME`, `second.NAME`); 8-bit ones as they are, their

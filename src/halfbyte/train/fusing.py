@@ -22,7 +22,6 @@ from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused import host
 from halfbyte.layers.fused.layer import Fused
 from halfbyte.layers.fused.prepare import prepare
-from halfbyte.memory.rungs import keep_of
 from halfbyte.memory.plan import ASKED
 from halfbyte.memory.rungs import Rung
 from halfbyte.train.choices import Choice
@@ -41,7 +40,7 @@ def place(
     device: torch.device,
     *,
     compute: str,
-    again: bool,
+    rung: Rung,
     offload: Choice,
     decoded: Choice,
     tell: Callable[[str], None],
@@ -49,30 +48,27 @@ def place(
     """Puts the layers on their path; the choices `layers`, `offload` and `decoded weights`. Gradients of the adapter must lie in
     flat buffers.
 
-    compute: by name. again: whether what a layer keeps is computed again. offload: `on` or `off`, as planned. decoded: whether there
-    is room for decoded weights. Raises RecipeError (`memory.offload`, `recipe.compute`) where what was asked for needs fused layers
+    compute: by name. rung: what layers keep. offload: `on` or `off`, as planned. decoded: whether there is room for decoded
+    weights. Raises RecipeError (`memory.offload`, `recipe.compute`) where what was asked for needs fused layers
     and none can be; ModelError (`model.leak`).
     """
     if twin(device) != "fused":
         why = f"the kernels of this {device.type} device are the {twin(device)} ones"
         return _modules(compute, offload, device, decoded, why)
-    keep = keep_of(again, offload.value == "on")
+    layers = sum(isinstance(m, DecoderLayer) for m in model.modules())
     products: Products = Float8() if compute == "fp8" else Augmented()
     if device.type == "cuda" and not products.holds:
         decoded = Choice("off", "auto: the products are made in fp8")
     # Elsewhere the modules hold them (`layers.decoded`).
-    done = prepare(model, keep, products, in_place=True, decoded=device.type == "cuda" and decoded.value == "on")
+    done = prepare(model, rung.keeps(layers), products, in_place=True, decoded=device.type == "cuda" and decoded.value == "on")
     for line in done.reasons():
         tell(f"layers left to their modules{', in bf16' if compute == 'fp8' else ''}: {line}")
     if not done.layers:
         why = "no layer can run fused" if done.total else "the model's layers are not adopted"
         return _modules(compute, offload, device, decoded, why)
     forward.prove_isolation(model)
-    what = "everything that backward reads is kept"
-    if again:
-        what = "norms, gate and up are computed again" if keep.offload else "each layer's input is kept, the rest computed again"
     return {
-        "layers": Choice(f"fused ({done.layers} of {done.total})", f"auto: proven against their modules; {what}"),
+        "layers": Choice(f"fused ({done.layers} of {done.total})", f"auto: proven against their modules; {rung.kept()}"),
         "offload": offload,
         "decoded weights": decoded,
     }

@@ -16,7 +16,7 @@ import torch
 
 from halfbyte.config import Recipe
 from halfbyte.memory import measure
-from halfbyte.memory.plan import ASKED, Plan
+from halfbyte.memory.plan import Plan
 from halfbyte.memory.rungs import Rung
 from halfbyte.train import choices as choosing
 from halfbyte.train.choices import KEPT, Choice
@@ -95,7 +95,9 @@ def in_words(error: RuntimeError, device: torch.device) -> str:
     held = torch.cuda.memory_reserved(device)
     others = max(0, card.total - card.free - held)
     gib = [f"{count / 2**30:.2f}" for count in (held, others, card.free, card.total)]
-    return f"{told} (the run holds {gib[0]} GiB, driver and others {gib[1]}, free are {gib[2]} of {gib[3]})"
+    capped = re.search(r"([\d.]+ \w+) allowed", str(error))
+    cap = f", allowed are {capped.group(1)}" if capped else ""
+    return f"{told} (the run holds {gib[0]} GiB, driver and others {gib[1]}, free are {gib[2]} of {gib[3]}{cap})"
 
 
 def begin(
@@ -105,30 +107,46 @@ def begin(
 
     kept: choices of a checkpoint. fallen: the shortages it has seen, whose last rung is taken. What the recipe asks for, it gets.
     """
-    memory, paging = recipe.memory, recipe.optim.paged
     if fallen:
-        rung = Rung(**fallen[-1]["rung"])
+        rung = _standing(plan, recipe, Rung(**fallen[-1]["rung"]))
         why = f"memory ran short at step {fallen[-1]['step']}{KEPT}"
-        kept = {**kept, "microbatch": Choice(rung.microbatch, why), "recompute": Choice(_on(rung.recompute), why)}
-        offload, paged = Choice(_on(rung.offload), why), Choice(rung.paged, why)
-    rows = choosing.settle("microbatch", memory.microbatch, kept, lambda: Choice(plan.microbatch, plan.reason))
-    again = choosing.settle("recompute", memory.recompute, kept, lambda: Choice(_on(plan.rung.recompute), plan.reason))
-    if not fallen or memory.offload != "auto":
-        offload = _offload(plan, again.value == "on")
-    if not fallen or paging != "auto":
-        paged = Choice(plan.rung.paged, plan.paging)
-    chunks = rung.chunks if fallen else plan.rung.chunks
-    found = Rung(rows.value, again.value == "on", offload.value == "on", paged.value, chunks)
-    counted = next((r.bytes for r in plan.rungs if replace(r, bytes=0) == found), plan.rung.bytes)
-    moments = Choice("in host memory" if paged.value else "on the device", paged.reason)
-    return replace(found, bytes=counted), {"microbatch": rows, "recompute": again, "offload": offload, "moments": moments}
+        told = {"microbatch": why, "recompute": why, "offload": why, "moments": why}
+    else:
+        rows = choosing.settle("microbatch", recipe.memory.microbatch, kept, lambda: Choice(plan.microbatch, plan.reason))
+        again = choosing.settle("recompute", recipe.memory.recompute, kept, lambda: Choice(_on(plan.rung.recompute), plan.reason))
+        rung = _nearest(plan, rows.value, again.value == "on")
+        told = {"microbatch": rows.reason, "recompute": again.reason, "offload": plan.offload, "moments": plan.paging}
+    values = {
+        "microbatch": rung.microbatch,
+        "recompute": _on(rung.recompute),
+        "offload": _on(rung.offload),
+        "moments": "in host memory" if rung.paged else "on the device",
+    }
+    return rung, {name: Choice(value, told[name]) for name, value in values.items()}
 
 
-def _offload(plan: Plan, recompute: bool) -> Choice:
-    """recompute: as it became, which a checkpoint may have settled before the plan."""
-    if plan.offloaded and not recompute and plan.offload != ASKED:
-        return Choice("off", "auto: everything is kept on the GPU")
-    return Choice(_on(plan.offloaded > 0), plan.offload)
+def _nearest(plan: Plan, rows: int, recompute: bool) -> Rung:
+    """The plan's own rung, or the fastest that fits of those with what a checkpoint or the recipe has settled before the plan."""
+    if plan.rung.microbatch == rows and plan.rung.recompute == recompute:
+        return plan.rung
+    alike = [r for r in plan.rungs if r.microbatch == rows and r.recompute == recompute]
+    alike = alike or [r for r in plan.rungs if r.microbatch == rows]
+    fits = [r for r in alike if r.bytes <= plan.budget.bytes]
+    return (fits or alike[-1:] or [replace(plan.rung, microbatch=rows)])[0]
+
+
+def _standing(plan: Plan, recipe: Recipe, rung: Rung) -> Rung:
+    """The rung that a run has fallen to, if the recipe still allows it; else the fastest of the plan that needs no more."""
+    memory, paging = recipe.memory, recipe.optim.paged
+    asked = [
+        memory.microbatch in ("auto", rung.microbatch),
+        memory.recompute in ("auto", _on(rung.recompute)),
+        memory.offload in ("auto", _on(rung.offload)),
+        paging == "auto" or (paging == "always") == rung.paged,
+    ]
+    if all(asked):
+        return rung
+    return next((r for r in plan.rungs if r.bytes <= rung.bytes), plan.rungs[-1])
 
 
 def _on(value: bool) -> str:

@@ -119,7 +119,7 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Ba
         base.model,
         device,
         compute=chosen["compute"].value,
-        again=rung.recompute,
+        rung=rung,
         offload=chosen["offload"],
         decoded=chosen["decoded weights"],
         tell=report.tell,
