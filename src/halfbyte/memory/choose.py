@@ -1,7 +1,7 @@
 """The ways of a run to use memory: which there are for a recipe on a device, what each needs, and what is said about them.
 
-Where layers run fused, `memory.search` finds all that no other beats in bytes and seconds; where they run as modules there are a few
-(`rungs.ways`): all kept or all recomputed, by rows at once.
+Where layers run fused, `memory.search` finds all that no other beats in bytes and seconds; where they run as modules there are a
+few (`rungs.ways`): all kept or all recomputed, by rows at once.
 """
 
 from __future__ import annotations
@@ -82,6 +82,13 @@ class Chooser:
             task = self._task(m)
             found += search.rungs(task, replace(w, tokens=task.tokens), self.rates)
         return self._ladder(search.fastest(found))
+
+    def seconds(self, rung: Rung) -> float:
+        """Predicted for a step of fused layers."""
+        assert self.layer is not None
+        task = self._task(rung.microbatch)
+        w = Work(self.layer, task.tokens, self.dtype.itemsize)
+        return search.seconds(task, w, self.rates, rung.keeps(self.s.layers), rung.paged, rung.chunks)
 
     def _ladder(self, rungs: list[Rung]) -> list[Rung]:
         """A few dozen: all near the budget, else every so many bytes."""

@@ -41,7 +41,7 @@ class Group:
 @dataclass(frozen=True)
 class Layer:
     """A decoder layer. after_attention, after_mlp: a norm stands there. parallel: both branches read the layer's input, through
-    one norm or, with `two_norms`, through one each. scaled: the residual has a multiplier. dropout: the adapters' inputs are masked."""
+    one norm or, with `two_norms`, through one each. scaled: the residual has a multiplier. dropout: adapters' inputs are masked."""
 
     qkv: Group
     out: Group

@@ -60,11 +60,13 @@ class Neighbour:
 class Plan:
     """version: of this layout. fits: whether `bytes` <= `budget.bytes`. bytes: the peak, the sum of `parts`.
 
-    microbatch: rows at once; microbatches: of them in a step. recompute: in `none`, `some` or `all` layers. offloaded: bytes of what layers
-    keep that wait in host memory, offload: why, or why not. paged: bytes of the optimizer's moments there, paging: why, or why
-    not. streamed: bytes of weights there (0 here). tokens_per_second: predicted speed, null where it is not predicted. reason: of
-    the choice. advice: what would make it fit; help: what the smallest rung would gain by. rung: the choice; rungs: all there
-    were, the most wanted first.
+    microbatch: rows at once; microbatches: of them in a step. recompute: in `none`, `some` or `all` layers. offloaded: bytes of
+    what layers keep that wait in host memory, offload: why, or why not. paged: bytes of the optimizer's moments there, paging: why,
+    or why not. streamed: bytes of weights there (0 here). reason: of the choice. advice: what would make it fit. help: the same of
+    the leanest way. rung: the choice; rungs: all that no other beats, fastest first. tokens_per_second, seconds (of a step),
+    run_seconds (of `train.max_steps`): predicted, null where the device's speed or the number of steps is not known. rates: where
+    the speeds of the device are from. neighbours: what less and more memory would choose. longest: tokens of the longest row that
+    this device trains.
     """
 
     version: int
@@ -92,6 +94,7 @@ class Plan:
     rung: Rung
     rungs: tuple[Rung, ...]
     seconds: float | None
+    run_seconds: float | None
     rates: str
     neighbours: tuple[Neighbour, ...]
     longest: int | None
@@ -196,6 +199,7 @@ def _plan(chooser: Chooser, rungs: list[Rung], rung: Rung) -> Plan:
         rung=rung,
         rungs=tuple(rungs),
         seconds=seconds if known else None,
+        run_seconds=seconds * recipe.train.max_steps if known and recipe.train.max_steps else None,
         rates=chooser.rates.source,
         neighbours=_neighbours(rungs, rung, budget.bytes) if fits else (),
         longest=chooser.longest(),

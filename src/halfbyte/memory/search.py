@@ -1,9 +1,9 @@
 """Every way in which fused layers can use memory that no other way beats in both bytes and seconds.
 
 A way is: rows at once, what the lean layers keep, how many they are, what the others keep, the chunks of the loss, where AdamW's
-moments are. Layers are alike, so which of them are lean is settled by rule (`rungs.places`) and k of them can be enumerated: for two
-choices A and B and every k the bytes are sums of three numbers a choice, done for all pairs at once in arrays; the seconds are those of the products,
-recomputed ones included, or of the bus, whichever takes longer in forward and in backward.
+moments are. Layers are alike, so which of them are lean is settled by rule (`rungs.places`) and their number can be enumerated: for
+two choices A and B and every k the bytes are sums of a few numbers a choice, made for all pairs at once in arrays; the seconds are
+those of the products, recomputed ones included, or of the bus, whichever takes longer, in forward and in backward.
 Cost: about 0.3 s for an 8B model; what is chosen is counted again layer by layer (`memory.timeline`).
 
 Letters: A, B of the lean layers and the others, k of L layers are lean.
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, NAMES, Keep, keeping
-from halfbyte.memory import speed, timeline
+from halfbyte.memory import speed, tape, timeline
 from halfbyte.memory.rungs import Asked, Rung
 from halfbyte.memory.speed import Rates
 from halfbyte.memory.tape import Work
@@ -38,9 +38,10 @@ BESIDE = 0.05
 
 @dataclass(frozen=True)
 class Task:
-    """layers: how many. document: tokens of a usual one. recompute, offload: what the recipe asks for. host: bytes of host memory
-    that may be pinned for layers, None for any. room: bytes of the budget. fixed: bytes that are always there; moments: bytes of AdamW's on the device, by
-    whether they are paged. logits: bytes of the loss's chunk, by how many times smaller it is."""
+    """layers: how many. tokens: of a microbatch; document: of a usual one. recompute, offload: what the recipe asks for. host:
+    bytes of host memory that may be pinned for layers, None for any. room: bytes of the budget. fixed: bytes that are always there;
+    moments: bytes of AdamW's on the device, by whether they are paged. logits: bytes of the loss's chunk, by how many times smaller
+    it is than usual. tables: see `timeline.Ends`. numbers, bits: of the optimizer."""
 
     layers: int
     tokens: int
@@ -94,8 +95,7 @@ def options(task: Task, w: Work, rates: Rates) -> list[Option]:
     cost = speed.layer_cost(w.layer, task.tokens, task.document, w.c, rates)
     found = []
     for keep in keeps(task):
-        tiles = 0.0 if not keep.tile else 2 * 3 * rates.launch * task.tokens / keep.tile
-        found.append(Option(timeline.stage(w, keep), cost.recompute(keep) + tiles))
+        found.append(Option(timeline.stage(w, keep), _again(cost, keep, task.tokens, rates)))
     numbers = np.array([[o.stage.here, o.stage.away, o.again, o.stage.forward.peak, o.stage.backward.peak] for o in found])
     # Worse by a thousandth is no reason to stay in the list.
     worse = numbers[:, None, :] * 0.999 - 1e-9 <= numbers[None, :, :]
@@ -109,6 +109,21 @@ def options(task: Task, w: Work, rates: Rates) -> list[Option]:
     return [found[i] for i in sorted({*kept, *must})]
 
 
+def seconds(task: Task, w: Work, rates: Rates, keeps: Sequence[Keep], paged: bool, chunks: int) -> float:
+    """Predicted for a step with what each layer keeps."""
+    cost = speed.layer_cost(w.layer, task.tokens, task.document, w.c, rates)
+    sent = sum(sum(tape.away(w, keep)) for keep in keeps) / rates.bus
+    back = task.layers * cost.backward + sum(_again(cost, keep, task.tokens, rates) for keep in keeps)
+    layers = max(task.layers * cost.forward, sent) + max(back, sent) + 2 * BESIDE * sent
+    beside = speed.ends_cost(task.tokens, task.hidden, task.vocabulary, w.c, rates, chunks)
+    return task.microbatches * (layers + beside) + speed.optimizer_cost(task.numbers, task.bits, paged, rates)
+
+
+def _again(cost: speed.Cost, keep: Keep, tokens: int, rates: Rates) -> float:
+    """Of what a layer computes again, and of the launches of its tiles."""
+    return cost.recompute(keep) + (0.0 if not keep.tile else 2 * 3 * rates.launch * tokens / keep.tile)
+
+
 def rungs(task: Task, w: Work, rates: Rates) -> list[Rung]:
     """Those of one number of rows at once that no other one of them beats, exactly counted; fastest first."""
     choices = options(task, w, rates)
@@ -116,12 +131,12 @@ def rungs(task: Task, w: Work, rates: Rates) -> list[Rung]:
     found: list[Rung] = []
     for chunks, paged in itertools.product(task.logits, task.moments):
         ends = Ends(task.tokens * task.hidden * w.c, task.logits[chunks], task.tables)
-        bytes_, seconds, index = _pairs(task, choices, cost, ends, rates)
+        bytes_, times, index = _pairs(task, choices, cost, ends, rates)
         beside = speed.ends_cost(task.tokens, task.hidden, task.vocabulary, w.c, rates, chunks)
         step = speed.optimizer_cost(task.numbers, task.bits, paged, rates)
-        for at in _front(bytes_, seconds, task.room - task.fixed - task.moments[paged]):
+        for at in _front(bytes_, times, task.room - task.fixed - task.moments[paged]):
             a, b, k = np.unravel_index(index[at], (len(choices), len(choices), task.layers + 1))
-            whole = task.microbatches * (float(seconds[at]) + beside) + step
+            whole = task.microbatches * (float(times[at]) + beside) + step
             found.append(_rung(task, choices[a].stage, choices[b].stage, int(k), ends, chunks, paged, whole))
     return fastest(found)
 

@@ -1,8 +1,8 @@
 """The bytes of a fused decoder layer on a GPU over time: the allocations of `layers.fused`, told line by line.
 
 Why as a script and not as a formula: which moment is the largest depends on what is kept, on the norms, on the ranks and on the
-length of a row. `forward` and `backward` here follow the functions of those names there, in their order and with their names, so that
-a change there has one place to be mended here; `tests/memory/test_tape.py` holds both against each other, tensor by tensor.
+length of a row. `forward` and `backward` here follow the functions of those names there, in their order and with their names, so
+that a change there has one place to be mended here; `tests/memory/test_tape.py` holds both against each other, tensor by tensor.
 Cost: some 40 us for a choice of what is kept.
 
 Letters: T tokens of a microbatch, c bytes of a number; groups as in `memory.fused`.
@@ -110,7 +110,7 @@ def kept(w: Work, keep: Keep) -> dict[str, int]:
 
 
 def _small(w: Work, keep: Keep) -> dict[str, int]:
-    """XA of groups that are not computed again, unless it stands behind a kept input; and fp32 numbers a row: of a norm at most two."""
+    """XA of groups that are not computed again, unless it stands behind a kept input; fp32 numbers a row, two of a norm."""
     one, t, c = w.layer, w.tokens, w.c
     behind = keep.here("normed")
     found = {"xa_down": t * c * one.down.r, "xa_out": t * c * one.out.r if keep.mid else 0}

@@ -16,7 +16,7 @@ NAMES = ("normed", "qkv", "attended", "mid", "inputs")
 @dataclass(frozen=True)
 class Keep:
     """normed: inputs of q/k/v and of gate/up. qkv: after rotation. attended: attention's output. mid: the residual between
-    attention and MLP. inputs: outputs of gate and up. away: of what is kept, and `x`, what waits in host memory, in the order of `NAMES`.
+    attention and MLP. inputs: outputs of gate and up. away: of what is kept, and `x`, what waits in host memory.
 
     tile: tokens that the MLP sees at a time, in forward and backward, 0 for all; gate and up are then never kept.
     """
