@@ -26,7 +26,7 @@ from halfbyte.memory.timeline import Ends
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 """What is stored and kept; with fp8 only the large products are made in e4m3."""
-CONTEXT = {"cuda": 500 << 20, "cpu": 620 << 20}
+CONTEXT = {"cuda": 720 << 20, "cpu": 620 << 20}
 """What is there before the model: CUDA context and library workspaces; on a CPU, Python with its libraries (measured)."""
 
 WORKSPACES = 66 << 20
