@@ -1,13 +1,15 @@
 """Predicted against measured memory and speed of a step, over shapes, row lengths, ranks, policies and optimizers, on one GPU.
 
     python bench/memory_gpu.py --out DIR [--only 8b,70b] [--budget 230]       # writes DIR/memory_gpu.jsonl, a line a case
+    python bench/memory_gpu.py --out DIR --caps                               # 8B, what is planned for smaller cards, about 60 s
     python bench/memory_gpu.py --cpu                                          # the script itself, on a tiny model
 
 Models have random packed weights, made on the GPU. 32B and 70B run with fewer layers (`layers` of `whole`): layers are alike, and
 the peak is a sum over them. Each case runs two steps; the second is measured: the allocator's peak (allocated, reserved), and
 seconds. `error` is predicted over measured peak, less one; `speed_error` the same of tokens/s. Predictions come from shapes alone,
 before the model is built; rates of the GPU from `memory.calibrate`. The last line sums up: worst over, worst under, mean of the
-absolute errors.
+absolute errors. With --caps the policy is the plan for a card of so many GiB, and the allocator may use 0.75 GiB less than that;
+beside it the same with every layer's input kept, where that fits.
 """
 
 from __future__ import annotations
@@ -52,7 +54,21 @@ from halfbyte.optim.flat import flatten  # noqa: E402
 from halfbyte.recipe import recipe_from  # noqa: E402
 
 GIB = 1 << 30
-SHOWN = ("size", "rank", "rows", "tokens", "policy", "bits", "peak_GiB", "predicted_GiB", "error", "tokens_per_s", "speed_error")
+SHOWN = (
+    "size",
+    "rank",
+    "rows",
+    "tokens",
+    "policy",
+    "cap",
+    "failed",
+    "bits",
+    "peak_GiB",
+    "predicted_GiB",
+    "error",
+    "tokens_per_s",
+    "speed_error",
+)
 # hidden, MLP, layers measured, layers of the model, heads, kv heads, vocabulary, tied
 SIZES: dict[str, tuple[int, int, int, int, int, int, int, bool]] = {
     "tiny": (64, 192, 2, 2, 4, 2, 4096, False),
@@ -81,7 +97,8 @@ POLICIES: dict[str, Mix] = {
 
 @dataclass(frozen=True)
 class Case:
-    """rows x tokens of one microbatch; chunks: how many times smaller those of the loss are."""
+    """rows x tokens of one microbatch (of a step where the policy is `plan`); chunks: how many times smaller those of the loss
+    are. cap: GiB of the card that is stood for, 0 for the whole one."""
 
     size: str
     rank: int
@@ -91,6 +108,7 @@ class Case:
     bits: int = 32
     paged: bool = False
     chunks: int = 1
+    cap: int = 0
 
 
 def cases() -> list[Case]:
@@ -106,6 +124,15 @@ def cases() -> list[Case]:
     found += [Case("14b", 32, 1, t, p) for t in (1024, 4096) for p in ("everything", "offloaded", "half")]
     found += [Case("32b", 16, 1, t, p) for t in (2048, 8192) for p in ("everything", "inputs", "third sent")]
     found += [Case("70b", 16, 1, t, p) for t in (1024, 4096) for p in ("everything", "inputs", "offloaded", "attention only")]
+    return found
+
+
+def caps() -> list[Case]:
+    """8B under caps: the plan, and the usual choice."""
+    found = []
+    for tokens, rows in ((8192, 1), (2048, 4)):
+        for gib in (8, 12, 16, 24, 48):
+            found += [Case("8b", 16, rows, tokens, policy, cap=gib) for policy in ("plan", "inputs", "everything")]
     return found
 
 
@@ -135,9 +162,9 @@ def recipe_for(case: Case) -> Any:
             "model": case.size,
             "data": {"train": "none.jsonl", "tokens": case.tokens},
             "adapter": {"rank": case.rank, "targets": "all-linear"},
-            "optim": {"bits": case.bits, "paged": "always" if case.paged else "never"},
+            "optim": {"bits": case.bits, "paged": "auto" if case.policy == "plan" else "always" if case.paged else "never"},
             "train": {"batch": case.rows},
-            "memory": {"microbatch": case.rows},
+            "memory": {"microbatch": "auto" if case.policy == "plan" else case.rows},
         }
     )
 
@@ -202,13 +229,16 @@ def rung_of(case: Case, layers: int) -> Rung:
     )
 
 
-def predicted(case: Case, rates: speed.Rates, dtype: torch.dtype, compute: str) -> tuple[Rung, dict[str, int], float]:
+def predicted(case: Case, rates: speed.Rates, dtype: torch.dtype, compute: str, device: str) -> tuple[Rung, dict[str, int], float]:
     """The rung, bytes by part without the context, seconds of a step."""
     recipe = recipe_for(case)
     s = shapes(skeleton(config_of(case.size), dtype), recipe.format, recipe.adapter)
-    anywhere = Budget("cuda", "anywhere", 1 << 50, 1 << 50, False, "")
-    chooser = Chooser(s, recipe, anywhere, compute, rates)
-    rung = rung_of(case, s.layers)
+    room = int(0.97 * case.cap * GIB) if case.cap else 1 << 50
+    chooser = Chooser(s, recipe, Budget("cuda", "a cap", room, room, device == "cuda", ""), compute, rates)
+    if case.policy == "plan":
+        rung = next((r for r in chooser.rungs() if r.bytes <= room), chooser.rungs()[-1])
+    else:
+        rung = rung_of(case, s.layers)
     found = {p.name: p.bytes for p in chooser.parts(rung) if p.name != "context"}
     return rung, found, chooser.seconds(rung)
 
@@ -222,17 +252,19 @@ def measured(case: Case, it: Ready, rung: Rung, device: str) -> dict[str, Any]:
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
-    optimizer = AdamW(it.flat, recipe_for(case).optim, paged=case.paged)
+        total_bytes = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (case.cap - 0.75) * GIB / total_bytes) if case.cap else 1.0)
+    optimizer = AdamW(it.flat, recipe_for(case).optim, paged=rung.paged)
     one = torch.ones((), device=device)
-    total = case.rows * case.tokens
+    total = rung.microbatch * case.tokens
     ids = torch.randint(0, 4000, (1, total), device=device)
     labels = ids.cpu().roll(-1)
-    positions = torch.arange(case.tokens, device=device).repeat(case.rows)[None]
+    positions = torch.arange(case.tokens, device=device).repeat(rung.microbatch)[None]
     bounds = torch.arange(0, total + 1, case.tokens, dtype=torch.int32)
 
     def step() -> Any:
         hidden = forward.hidden_states(it.model, ids, positions, bounds)
-        loss = sft.loss(hidden, labels, it.output, total, chunks=case.chunks)
+        loss = sft.loss(hidden, labels, it.output, total, chunks=rung.chunks)
         loss.backward()
         optimizer.clip(loss.detach(), one, 1.0)
         optimizer.step(1e-4)
@@ -268,7 +300,7 @@ def run(found: list[Case], device: str, budget: float) -> Iterator[dict[str, Any
         if time.monotonic() - began > budget:
             yield {"skipped": asdict(case), "why": "no time left"}
             continue
-        rung, bytes_, seconds = predicted(case, rates, dtype, compute)
+        rung, bytes_, seconds = predicted(case, rates, dtype, compute, device)
         if (case.size, case.rank) != key:
             it = None
             gc.collect()
@@ -283,8 +315,14 @@ def run(found: list[Case], device: str, budget: float) -> Iterator[dict[str, Any
             yield line | {"failed": str(error)[:200]}
             continue
         line["predicted_GiB"] = round(sum(bytes_.values()) / GIB, 3)
-        line["predicted_tokens_per_s"] = round(case.rows * case.tokens / seconds)
-        line["speed_error"] = round(line["seconds"] / seconds - 1, 4)
+        # One microbatch and an optimizer step were timed, whatever the step of the plan has.
+        times = case.rows // rung.microbatch
+        line |= {
+            "rung": rung.words(),
+            "microbatch": rung.microbatch,
+            "predicted_tokens_per_s": round(case.rows * case.tokens / seconds),
+        }
+        line["speed_error"] = round(line["seconds"] * times / seconds - 1, 4)
         if "peak" in line:
             line["error"] = round(sum(bytes_.values()) / line["peak"] - 1, 4)
         yield line | {"parts_MiB": {name: round(size / 2**20, 1) for name, size in bytes_.items()}}
@@ -305,9 +343,12 @@ def main() -> None:
     parser.add_argument("--out", default="bench/results")
     parser.add_argument("--only", default="", help="sizes, comma-separated")
     parser.add_argument("--budget", type=float, default=230.0, help="seconds after which no further case starts")
+    parser.add_argument("--caps", action="store_true", help="plans for smaller cards instead of the grid")
     parser.add_argument("--cpu", action="store_true", help="a tiny model, no figures of memory")
     args = parser.parse_args()
-    found = tiny() if args.cpu else [c for c in cases() if not args.only or c.size in args.only.split(",")]
+    found = (
+        tiny() if args.cpu else [c for c in (caps() if args.caps else cases()) if not args.only or c.size in args.only.split(",")]
+    )
     where = Path(args.out)
     where.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, Any]] = []

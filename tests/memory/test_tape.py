@@ -167,4 +167,4 @@ def test_a_layer_allocates_what_the_script_says(family: str, monkeypatch: pytest
         said = {"forward": tape.forward(work, keep).peak, "backward": tape.backward(work, keep).peak}
         for name, found in (("forward", forward), ("backward", backward)):
             # In tiles a pair of rows' numbers and the smallest scratch are left out.
-            assert abs(said[name] / found - 1) < (0.04 if keep.tile else 0.01), (keep, name, found, said[name])
+            assert abs(said[name] / found - 1) < (0.04 if keep.tile else 0.015), (keep, name, found, said[name])

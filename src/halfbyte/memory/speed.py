@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from halfbyte.layers.fused.keep import NAMES, Keep
 from halfbyte.memory.fused import Group, Layer
 
-ATTENTION_SHARE = 0.56
-"""Of the products' rate, what attention reaches."""
+ATTENTION_SHARE, HALF_ATTENTION = 0.8, 900
+"""Of the products' rate, what attention reaches in long documents; and the length at which it reaches half of that."""
 HALF_RATE = 160
 """Tokens at which a product runs at half the rate of a large one."""
 DECODED = 2.0 + 0.52
@@ -62,7 +62,7 @@ def layer_cost(one: Layer, tokens: int, document: int, c: int, rates: Rates, dec
         return wide * reads if group.r else 0.0
 
     qkv, out, inputs, down = one.qkv, one.out, one.inputs, one.down
-    attention = 2.0 * one.query * tokens * min(document, tokens) / (ATTENTION_SHARE * rates.gemm)
+    attention = 2.0 * one.query * tokens * (min(document, tokens) + HALF_ATTENTION) / (ATTENTION_SHARE * rates.gemm)
     norm, heads, glu = 4 * one.hidden * wide, 2 * (one.query + one.keys) * wide, 3 * down.k * wide
     norms = 2 + one.after_attention + one.after_mlp
     mlp = product(down) if one.after_mlp else 0.0
