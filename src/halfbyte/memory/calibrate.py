@@ -18,6 +18,7 @@ from torch import Tensor
 
 from halfbyte.machine import cache_root
 from halfbyte.memory.speed import Rates
+from halfbyte.pinned import Arena
 
 SECONDS = 2.0
 SIDE = (8192, 4096, 14336)
@@ -58,26 +59,38 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 def measure(device: torch.device, dtype: torch.dtype, name: str) -> Rates:
     """Products for SECONDS, of which the last third counts; a copy on the device; copies over the bus; launches."""
+    gemm = _gemm(device, dtype)
+    copy, bus = _copies(device)
+    torch.cuda.empty_cache()
+    return Rates(gemm, copy, bus, _launch(device), f"measured on {name}")
+
+
+def _gemm(device: torch.device, dtype: torch.dtype) -> float:
     tokens, inner, columns = SIDE
     x, w = (torch.randn(n, inner, device=device, dtype=dtype) for n in (tokens, columns))
     y = torch.empty(tokens, columns, device=device, dtype=dtype)
-    flops, done, seconds = 2.0 * tokens * inner * columns, 0, 0.0
+    hot: list[float] = []
     began = time.perf_counter()
-    while (now := time.perf_counter() - began) < SECONDS:
+    while (now := time.perf_counter() - began) < SECONDS or not hot:
+        torch.cuda.synchronize(device)
         started = time.perf_counter()
         for _ in range(20):
             torch.mm(x, w.T, out=y)
         torch.cuda.synchronize(device)
         if now > SECONDS * 2 / 3:
-            done, seconds = done + 20, seconds + time.perf_counter() - started
-    gemm = flops * done / max(seconds, 1e-9)
-    del x, w, y
-    big = torch.empty(2, COPIED, dtype=torch.uint8, device=device)
-    host = torch.empty(COPIED, dtype=torch.uint8, pin_memory=True)
-    copy = 2 * COPIED / _seconds(lambda: big[0].copy_(big[1]), device, 20)
-    out = COPIED / _seconds(lambda: host.copy_(big[0], non_blocking=True), device, 4)
-    back = COPIED / _seconds(lambda: big[0].copy_(host, non_blocking=True), device, 4)
-    return Rates(gemm, copy, min(out, back), _launch(device), f"measured on {name}")
+            hot.append((time.perf_counter() - started) / 20)
+    return 2.0 * tokens * inner * columns * len(hot) / sum(hot)
+
+
+def _copies(device: torch.device) -> tuple[float, float]:
+    """Bytes a second, read and written, on the device; and one way over the bus, the slower."""
+    one, other = (torch.empty(COPIED, dtype=torch.uint8, device=device) for _ in range(2))
+    arena = Arena([(COPIED, torch.uint8)], device)
+    host = arena.tensors[0]
+    copy = _seconds(lambda: one.copy_(other), device, 20)
+    out = _seconds(lambda: host.copy_(one, non_blocking=True), device, 4)
+    back = _seconds(lambda: one.copy_(host, non_blocking=True), device, 4)
+    return 2 * COPIED / copy, COPIED / max(out, back)
 
 
 def _seconds(work: Callable[[], object], device: torch.device, times: int) -> float:
