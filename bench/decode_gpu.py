@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from reporting import Report, passed  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from halfbyte.formats import quantize as formats  # noqa: E402
@@ -210,11 +211,13 @@ def figures(moved: float, ms: float, graph_ms: float, copy: float) -> dict[str, 
     return {"us": round(us, 2), "of_copy": round(share, 4), "graph_us": round(graph_us, 2), "graph_of_copy": round(graph_share, 4)}
 
 
-def bench_groups(report: Callable[..., None], copy: float) -> None:
+def bench_groups(report: Report, copy: float) -> None:
     """Every variant on every group, plain and nested."""
     total: dict[tuple[str, str], list[float]] = {}
     for name in GROUPS:
         for kind, fmt in FORMATS.items():
+            if not report.fits(f"{name} {kind}"):
+                continue
             groups = [random_group(name, fmt)]
             moved = traffic(groups[0])
             groups += [random_group(name, fmt) for _ in range(max(2, -(-220_000_000 // moved) - 1))]
@@ -289,6 +292,7 @@ def main() -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path)
     where.add_argument("--table", type=Path)
+    parser.add_argument("--limit", type=float, default=50, help="seconds after which no further group is measured")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.table:
@@ -299,29 +303,18 @@ def main() -> int:
         return 0
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    begin = time.perf_counter()
     found = gate()
-    (out / "decode_gate.json").write_text(json.dumps(found, indent=1))
-    red = {name: text for name, text in found.items() if text}
-    print(f"gate: {len(found) - len(red)} of {len(found)} green, {time.perf_counter() - begin:.1f} s", flush=True)
-    for name, text in red.items():
-        print(f"RED {name}\n{text}", flush=True)
-    if red:
-        print("no figures: a kernel that is wrong has no speed")
+    if not passed(found, out / "decode_gate.json"):
         return 1
     with (out / "decode_gpu.jsonl").open("w") as file:
-
-        def report(**fields: Any) -> None:
-            print(json.dumps(fields), flush=True)
-            file.write(json.dumps(fields) + "\n")
-            file.flush()
-
-        report(what="machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__)
+        report = Report(file, options.limit)
+        report.machine()
         copy = bench_copy(report)
         bench_host(report)
         bench_groups(report, copy)
-        bench_single(report, copy)
-        report(what="seconds", all=round(time.perf_counter() - begin, 1))
+        if report.fits("single"):
+            bench_single(report, copy)
+        report.done()
     return 0
 
 

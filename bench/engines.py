@@ -124,8 +124,8 @@ def _packed(case: Case, where: Path, data: str | None, device: str) -> list[Rows
     return batches
 
 
-def ours(case: Case, where: Path, batches: list[Rows], device: str) -> Engine:
-    """This package, through the functions that `halfbyte train` is made of."""
+def ours(case: Case, where: Path, batches: list[Rows], device: str, products: Any = None) -> Engine:
+    """This package, through the functions that `halfbyte train` is made of. products: how groups multiply, if given."""
     import torch
 
     from halfbyte.adapters import lora
@@ -142,7 +142,7 @@ def ours(case: Case, where: Path, batches: list[Rows], device: str) -> Engine:
     base = huggingface.load(str(where), FormatConfig(kind=kind), torch.bfloat16, device)  # type: ignore[arg-type]
     adapter = lora.attach(base.model, AdapterConfig(rank=RANK, alpha=RANK, targets="all-linear"), seed=0)
     flat = flat_buffers.flatten(adapter.parameters())
-    _fuse(base.model, case)
+    _fuse(base.model, case, products or products_of(case))
     base.model.train()
     optimizer, one = AdamW(flat, OptimConfig()), torch.ones((), device=device)
     output = head.find(base.model)
@@ -164,15 +164,20 @@ def ours(case: Case, where: Path, batches: list[Rows], device: str) -> Engine:
     return Engine(base.model, forward_backward, step, flat.numel, batches)
 
 
-def _fuse(model: Any, case: Case) -> None:
-    """The layers as `case` wants them: what they keep for backward, and how they multiply."""
-
+def products_of(case: Case) -> Any:
+    """How the groups of our layers multiply."""
     from halfbyte.kernels.products import Augmented, Float8
+
+    return Float8() if case.compute == "fp8" else Augmented()
+
+
+def _fuse(model: Any, case: Case, products: Any) -> None:
+    """The layers as `case` wants them: what they keep for backward, and how they multiply."""
     from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED
     from halfbyte.layers.fused.prepare import prepare
 
     keep = OFFLOADED if case.offload else INPUTS if case.recompute == "full" else EVERYTHING
-    done = prepare(model, keep, Float8() if case.compute == "fp8" else Augmented(), in_place=True)
+    done = prepare(model, keep, products, in_place=True)
     assert not done.left, done.summary()
 
 

@@ -6,8 +6,9 @@
 200 steps of 2 rows x 1,024 tokens, nf4 nested, r = 16, two seeds, each on the fused kernels and on the reference ones
 (`HALFBYTE_KERNELS`). A seed sets data order and adapter, so two seeds differ in every batch; what rounding may do is shown by how
 far the two paths drift apart on the same batches, in the losses and in the held-out loss, against how far two seeds end apart. Then
-two runs with `deterministic: true` and one seed: losses and adapter must be equal bit by bit. The paths run side by side, each in
-a process; the figures of speed are from runs that had the GPU to themselves.
+two runs with `deterministic: true` and one seed: losses and adapter must be equal bit by bit. The runs go side by side, each in a
+process, but for the two whose speed is compared: these have the GPU to themselves. Ends with a line `verdict: ...`; exit code 1
+when it is red. `--model DIR` takes a checkpoint instead of the GGUF file, `--steps 2 --tokens 64` a CPU through it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
@@ -42,15 +45,14 @@ def recipe(args: argparse.Namespace, output: str) -> dict[str, Any]:
         "output": output,
     }
     for override in args.set:
-        section, _, value = override.partition("=")
-        found[section] = json.loads(value)
+        key, _, value = override.partition("=")
+        section, _, name = key.partition(".")
+        found[section][name] = json.loads(value)
     return found
 
 
 def one(args: argparse.Namespace) -> None:
     """Train once in this process; one JSON line with every loss."""
-    import time
-
     from halfbyte.config import Recipe
     from halfbyte.train.run import train
 
@@ -59,7 +61,7 @@ def one(args: argparse.Namespace) -> None:
         Recipe.model_validate(recipe(args, args.output)), on_event=lambda e: events.append({**e, "at": time.perf_counter()})
     )
     steps = [e for e in events if e.get("kind") == "train"]
-    half = steps[len(steps) // 2 :]
+    half = steps[len(steps) // 2 :] if len(steps) >= 4 else steps
     seconds = half[-1]["at"] - half[0]["at"]
     scores = result.eval_after
     held_out = sum(s["loss"] * s["tokens"] for s in scores.values()) / sum(s["tokens"] for s in scores.values())
@@ -75,61 +77,105 @@ def one(args: argparse.Namespace) -> None:
     print(json.dumps(line), flush=True)
 
 
-def run(args: argparse.Namespace) -> None:
-    """All runs; lines and the verdict to --out."""
-    from quality import dense
-
-    work = Path(args.work)
-    args.model = str(work / "dense")
-    if not (work / "dense" / "config.json").exists():
-        dense(argparse.Namespace(gguf=args.gguf, model=args.model))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-
-    def spawn(path: str, seed: int, number: int = 0, *words: str) -> dict[str, Any]:
-        kernels = {"HALFBYTE_KERNELS": "reference"} if path == "reference" else {}
-        call = [sys.executable, "-W", "ignore", __file__, "one", "--model", args.model, "--data", args.data, "--path", path]
-        call += ["--seed", str(seed), "--steps", str(args.steps), "--tokens", str(args.tokens), "--compute", args.compute]
-        call += ["--output", str(work / f"{path}-{seed}-{number}"), *words]
-        done = subprocess.run(call, capture_output=True, text=True, env=os.environ | kernels)
+def spawn(args: argparse.Namespace, path: str, seed: int, number: int, steps: int) -> dict[str, Any]:
+    """One run in a process; its JSON line, also written to --out."""
+    words = ["--set", "train.deterministic=true"] if path == "deterministic" else []
+    call = [sys.executable, "-W", "ignore", __file__, "one", "--model", args.model, "--data", args.data, "--path", path]
+    call += ["--seed", str(seed), "--steps", str(steps), "--tokens", str(args.tokens), "--compute", args.compute]
+    call += ["--output", str(Path(args.work) / f"{path}-{seed}-{number}"), *words]
+    kernels = {"HALFBYTE_KERNELS": "reference"} if path == "reference" else {}
+    begun = time.monotonic()
+    try:
+        done = subprocess.run(call, capture_output=True, text=True, env=os.environ | kernels, timeout=args.limit)
+    except subprocess.TimeoutExpired:
+        found: dict[str, Any] = {"path": path, "seed": seed, "failed": f"took more than {args.limit:g} s"}
+    else:
         lines = [line for line in done.stdout.splitlines() if line.startswith('{"path"')]
-        found: dict[str, Any] = json.loads(lines[-1]) if lines else {"path": path, "seed": seed, "failed": done.stderr[-1500:]}
-        with args.out.open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        shown = {k: v for k, v in found.items() if k != "losses"}
-        print(json.dumps(shown), flush=True)
-        return found
+        found = json.loads(lines[-1]) if lines else {"path": path, "seed": seed, "failed": done.stderr[-1500:]}
+    found["took_s"] = round(time.monotonic() - begun, 1)
+    with args.out.open("a") as file:
+        file.write(json.dumps(found) + "\n")
+    print(json.dumps({k: v for k, v in found.items() if k != "losses"}), flush=True)
+    return found
 
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: spawn(*job), [(path, seed) for path in ("reference", "fused") for seed in SEEDS]))
-    short = ("--steps", str(max(4, args.steps // 4)))
+
+def run(args: argparse.Namespace, spawn: Callable[..., dict[str, Any]] = spawn) -> bool:
+    """All runs; lines to --out, tables and the verdict to the terminal. True when it is green."""
+    if args.gguf:
+        from quality import dense
+
+        args.model = str(Path(args.work) / "dense")
+        if not (Path(args.model) / "config.json").exists():
+            dense(argparse.Namespace(gguf=args.gguf, model=args.model))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.unlink(missing_ok=True)
+    short = max(2, args.steps // 4)
+    jobs = [(path, seed, 0, args.steps) for path in ("reference", "fused") for seed in SEEDS]
+    alone: list[tuple[str, int, int, int]] = []
     if not args.no_deterministic:
-        spawn("alone", 0, 0, *short)
-        for number in range(2):
-            spawn("deterministic", 0, number, *short, "--set", "deterministic=true")
+        jobs += [("deterministic", 0, 1, short)]
+        alone = [("alone", 0, 0, short), ("deterministic", 0, 0, short)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda job: spawn(args, *job), jobs))
+    for job in alone:
+        spawn(args, *job)
     print(markdown(args.out))
+    said, green = verdict([json.loads(line) for line in args.out.read_text().splitlines()], not args.no_deterministic)
+    print(said, flush=True)
+    return green
+
+
+def drifts(rows: list[dict[str, Any]]) -> dict[str, tuple[list[float], float, str]]:
+    """By pair of runs: the differences of their losses step by step, that of their held-out losses, and these two."""
+    runs = {(r["path"], r["seed"]): r for r in rows if "failed" not in r}
+    pairs = [(f"fused and reference, seed {s}", ("fused", s), ("reference", s)) for s in SEEDS]
+    pairs += [(f"seeds 0 and 1, {path}", (path, 0), (path, 1)) for path in ("fused", "reference")]
+    found = {}
+    for name, a, b in pairs:
+        if a in runs and b in runs:
+            gaps = [abs(x - y) for x, y in zip(runs[a]["losses"], runs[b]["losses"], strict=True)]
+            ends = runs[a]["held_out"], runs[b]["held_out"]
+            found[name] = gaps, abs(ends[0] - ends[1]), f"{ends[0]:.4f}, {ends[1]:.4f}"
+    return found
+
+
+def exact(rows: list[dict[str, Any]]) -> tuple[bool, float] | None:
+    """Whether the two deterministic runs are equal, and the share of the steps a second that it costs; None without them."""
+    same = [r for r in rows if r["path"] == "deterministic" and "failed" not in r]
+    alone = [r for r in rows if r["path"] == "alone" and "failed" not in r]
+    if len(same) != 2 or not alone:
+        return None
+    equal = same[0]["losses"] == same[1]["losses"] and same[0]["adapter"] == same[1]["adapter"]
+    return equal, 1 - same[1]["steps_per_s"] / alone[0]["steps_per_s"]  # the last one ran alone, as what it is held against
+
+
+def verdict(rows: list[dict[str, Any]], deterministic: bool = True) -> tuple[str, bool]:
+    """One line, and whether it is green: curves and held-out losses within the noise of two seeds, and runs equal bit by bit."""
+    failed = sorted({r["path"] for r in rows if "failed" in r})
+    found = drifts(rows)
+    if failed or len(found) != 4:
+        return f"verdict: red, not measured: {', '.join(failed) or 'runs are missing'}", False
+    curve, noise = (max(mean(found[n][0]) for n in found if n.startswith(kind)) for kind in ("fused and", "seeds"))
+    ends, end_noise = (max(found[n][1] for n in found if n.startswith(kind)) for kind in ("fused and", "seeds"))
+    green = curve <= noise and ends <= end_noise
+    said = f"curves differ by {curve:.4f} (two seeds: {noise:.4f}), held-out losses by {ends:.4f} ({end_noise:.4f})"
+    if deterministic:
+        bits = exact(rows)
+        green = green and bits is not None and bits[0]
+        known = "not measured" if bits is None else f"{'equal' if bits[0] else 'NOT equal'} bit by bit, cost {bits[1]:.1%}"
+        said += f"; deterministic: {known}"
+    return f"verdict: {'green' if green else 'red'}, {said}", green
 
 
 def markdown(results: Path) -> str:
     """Drift of the two paths against the distance of two seeds, and the cost of determinism."""
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    runs = {(r["path"], r["seed"]): r for r in rows if "failed" not in r}
     text = ["| compared | largest difference | mean difference | held-out losses |", "| --- | ---: | ---: | --- |"]
-    pairs = [(f"fused and reference, seed {s}", ("fused", s), ("reference", s)) for s in SEEDS]
-    pairs += [(f"seeds 0 and 1, {path}", (path, 0), (path, 1)) for path in ("fused", "reference")]
-    for name, a, b in pairs:
-        if a in runs and b in runs:
-            gaps = [abs(x - y) for x, y in zip(runs[a]["losses"], runs[b]["losses"], strict=True)]
-            held = f"{runs[a]['held_out']:.4f}, {runs[b]['held_out']:.4f}"
-            text.append(f"| {name} | {max(gaps):.4f} | {mean(gaps):.4f} | {held} |")
-    exact = [r for r in rows if r["path"] == "deterministic" and "failed" not in r]
-    alone = runs.get(("alone", 0))
-    if len(exact) == 2 and alone:
-        same = exact[0]["losses"] == exact[1]["losses"] and exact[0]["adapter"] == exact[1]["adapter"]
-        cost = 1 - mean(r["steps_per_s"] for r in exact) / alone["steps_per_s"]
-        text += [
-            "",
-            f"Deterministic: two runs are {'equal bit by bit' if same else 'NOT equal'}; cost {cost:.1%} of the steps a second.",
-        ]
+    for name, (gaps, _, held) in drifts(rows).items():
+        text.append(f"| {name} | {max(gaps):.4f} | {mean(gaps):.4f} | {held} |")
+    if (bits := exact(rows)) is not None:
+        same = "equal bit by bit" if bits[0] else "NOT equal"
+        text += ["", f"Deterministic: two runs are {same}; cost {bits[1]:.1%} of the steps a second."]
     return "\n".join(text)
 
 
@@ -144,8 +190,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--compute", default="bf16")
-    parser.add_argument("--jobs", type=int, default=4)
-    parser.add_argument("--set", action="append", default=[], help="a key of the recipe, as KEY=JSON")
+    parser.add_argument("--jobs", type=int, default=5)
+    parser.add_argument("--set", action="append", default=[], help="a key of the recipe, as SECTION.KEY=JSON")
+    parser.add_argument("--limit", type=float, default=140, help="seconds that one run may take")
     parser.add_argument("--no-deterministic", action="store_true")
     parser.add_argument("--work", default="runs/equivalence")
     parser.add_argument("--output", default="runs/equivalence/one")
@@ -154,7 +201,10 @@ def main() -> None:
     if args.command == "table":
         print(markdown(args.out))
         return
-    {"run": run, "one": one}[args.command](args)
+    if args.command == "one":
+        one(args)
+    elif not run(args):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

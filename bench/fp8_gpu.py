@@ -1,9 +1,11 @@
 """fp8 products on a CUDA GPU: first the proof, then the figures. Needs torch and triton, no install; about 40 seconds.
 
-    python bench/fp8_gpu.py --out DIR         writes DIR/fp8_gpu.jsonl and DIR/fp8_gate.json
+    python bench/fp8_gpu.py --out DIR                                        where a layer's time goes, and what a GEMM could take
+    python bench/fp8_gpu.py --out DIR --no-gate --only elementwise,decode    any of: parts, gemm, elementwise, rows, layer, decode
 
-The gate is `tests/kernels/checks_fp8.py` on this GPU. Shapes are those of an 8B Llama 3 with rank 16 everywhere, nf4 nested. Every
-ratio compares things measured in the same run, in turn; decoded weights are read from buffers that the L2 cannot hold.
+Writes DIR/fp8_gpu.jsonl and DIR/fp8_gate.json. The gate is `tests/kernels/checks_fp8.py` on this GPU. Shapes are those of an 8B
+Llama 3 with rank 16 everywhere, nf4 nested. Every ratio compares things measured in the same run, in turn; decoded weights are read
+from buffers that the L2 cannot hold.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from halfbyte.kernels.augmented import Group  # noqa: E402
 from halfbyte.kernels.fp8 import decode, elementwise, fused, plan  # noqa: E402
 from halfbyte.kernels.fp8.decode import Shape  # noqa: E402
 from halfbyte.kernels.fp8.parts import Rows, Weight  # noqa: E402
+from halfbyte.kernels.gemm import matmul  # noqa: E402
 from halfbyte.kernels.lora_linear.members import LowRank, Member  # noqa: E402
 from halfbyte.kernels.products import Augmented, Float8  # noqa: E402
 
@@ -141,6 +144,55 @@ def bench_rows(report: Report, copy: float) -> None:
                    of_copy=round(rate / copy, 3), tail_alone_us=round(tail * 1e3, 1))  # fmt: skip
 
 
+def bench_parts(report: Report, tokens: int = 8192) -> None:
+    """Microseconds of everything that a group launches, in fp8 as a layer runs it and in bf16, and the sums over a layer."""
+    total: dict[str, float] = {}
+    for name in GROUPS:
+        g = group(name)[0]
+        for way in ("forward", "back"):
+            us = {k: 1e3 * v for k, v in times(_pieces(g, name, way, tokens), repeats=5).items()}
+            report(what="part", tokens=tokens, group=name, way=way, us={k: round(v, 1) for k, v in us.items()})
+            for part, value in us.items():
+                total[part] = total.get(part, 0.0) + value
+        torch.cuda.empty_cache()
+    ours = sum(v for k, v in total.items() if not k.startswith("bf16"))
+    theirs = sum(v for k, v in total.items() if k.startswith("bf16"))
+    report(what="part", tokens=tokens, group="a layer", us={k: round(v, 1) for k, v in total.items()}, fp8_us=round(ours, 1),
+           bf16_us=round(theirs, 1), of_step_ms={k: round(32e-3 * v, 2) for k, v in total.items()})  # fmt: skip
+
+
+def _pieces(g: Group, name: str, way: str, tokens: int) -> dict[str, Callable[[], Any]]:
+    back, bf16 = way == "back", torch.bfloat16
+    inner, outputs = (g.rows, g.width) if back else (g.width, g.rows)
+    x = torch.randn(tokens, inner + g.rank, device="cuda", dtype=bf16)
+    out = torch.empty(tokens, outputs + g.rank, device="cuda", dtype=bf16)[:, :outputs]
+    rows, weight = Rows(tokens, inner, g.rank, x.device), Weight(outputs, inner, g.rank, x.device)
+    small = torch.empty((g.rows, g.rank) if back else (g.rank, g.width), dtype=bf16, device="cuda")
+    decoded = decode.backward_weight if back else decode.forward_weight
+    right = small if back else small.T
+    fp8.quantize_both(x[:, :inner], x[:, inner:], rows)
+    decoded(g, plan.of(g), weight, small)
+    # The kernel in front has quantised these already; only the adapter's columns are left to write.
+    ready = (name, way) in (("qkv", "forward"), ("gate+up", "forward"), ("down", "forward"), ("gate+up", "back"))
+    residual = torch.randn(tokens, outputs, device="cuda", dtype=bf16) if (name, way) == ("down", "forward") else None
+    pieces: dict[str, Callable[[], Any]] = {
+        "decode": lambda: decoded(g, plan.of(g), weight, small),
+        "rank product": lambda: matmul(x[:, :inner], right, x[:, inner:]),
+        "tail" if ready else "quantise": (lambda: fp8.fill_tail(rows, x[:, inner:]))
+        if ready
+        else (lambda: fp8.quantize_both(x[:, :inner], x[:, inner:], rows)),
+        "product": lambda: fp8.product(rows, weight, None, None, out),
+        "bf16 decode": lambda: g.matrix(bf16),
+        "bf16 rank product": lambda: matmul(x[:, :inner], right, x[:, inner:]),
+    }
+    matrix = g.matrix(bf16)
+    whole = matrix[:, : g.width] if back else matrix[: g.rows].T
+    pieces["bf16 product"] = lambda: matmul(x, whole, out, c=residual, beta=0.0 if residual is None else 1.0)
+    if residual is not None:
+        pieces["residual"] = lambda: out.add_(residual)
+    return pieces
+
+
 def bench_elementwise(report: Report) -> None:
     """Norm and GLU that write e4m3 too, against the plain kernels with and without a pass that quantises; 8,192 tokens."""
     tokens, hidden, features = 8192, 4096, 14336
@@ -172,20 +224,19 @@ def bench_elementwise(report: Report) -> None:
         report(what="elementwise", kernel=name, us={k: round(1e3 * v, 1) for k, v in times(run).items()})
 
 
-def bench_gemm(report: Report) -> None:
+def bench_gemm(report: Report, tokens: int = 8192) -> None:
     """TFLOP/s of the base product (adapters' columns not counted): bf16 augmented, fp8 with every kind of scale."""
-    for tokens in (8192, 2048):
-        total: dict[str, float] = {}
-        for name, (outputs, width) in GROUPS.items():
-            n, r = sum(outputs), RANK * len(outputs)
-            r = -(-r // 16) * 16
-            for way, inner, out_width in (("forward", width, n), ("back", n, width)):
-                ms = _gemms(tokens, inner, out_width, r)
-                for key, value in ms.items():
-                    total[key] = total.get(key, 0.0) + value
-                flop = 2 * tokens * inner * out_width
-                report(what="gemm", tokens=tokens, group=name, way=way, **{k: round(flop / v / 1e9) for k, v in ms.items()})
-        report(what="gemm", tokens=tokens, group="a layer", ms={k: round(v, 3) for k, v in total.items()})
+    total: dict[str, float] = {}
+    for name, (outputs, width) in GROUPS.items():
+        n, r = sum(outputs), RANK * len(outputs)
+        r = -(-r // 16) * 16
+        for way, inner, out_width in (("forward", width, n), ("back", n, width)):
+            ms = _gemms(tokens, inner, out_width, r)
+            for key, value in ms.items():
+                total[key] = total.get(key, 0.0) + value
+            flop = 2 * tokens * inner * out_width
+            report(what="gemm", tokens=tokens, group=name, way=way, **{k: round(flop / v / 1e9) for k, v in ms.items()})
+    report(what="gemm", tokens=tokens, group="a layer", ms={k: round(v, 3) for k, v in total.items()})
 
 
 def _gemms(tokens: int, inner: int, outputs: int, rank: int) -> dict[str, float]:
@@ -198,6 +249,7 @@ def _gemms(tokens: int, inner: int, outputs: int, rank: int) -> dict[str, float]
     rows.scale.fill_(1e-3)
     weight.scale.fill_(1e-3)
     plain_x, plain_w = rows.main.contiguous(), weight.data[:, :inner].contiguous()
+    tight_x, tight_w = rows.data.contiguous(), weight.data.contiguous()
     one = torch.full((), 1e-3, device="cuda")
     small, sb = torch.randn(tokens, rank, device="cuda", dtype=torch.bfloat16), w[:, inner:]
 
@@ -215,6 +267,8 @@ def _gemms(tokens: int, inner: int, outputs: int, rank: int) -> dict[str, float]
             "tensorwise": lambda: scaled(plain_x, plain_w, one, one),
             "rowwise, exact sums": lambda: scaled(plain_x, plain_w, rows.scale, weight.scale, False),
             "(a) rowwise, then addmm_": afterwards,
+            "(b) the same, rows in no whole lines": lambda: scaled(tight_x, tight_w, rows.scale, weight.scale),
+            "(b) tensorwise, adapter inside": lambda: scaled(rows.data, weight.data, one, one),
             "(b) rowwise, adapter inside": lambda: scaled(rows.data, weight.data, rows.scale, weight.scale),
         },
         repeats=5,
@@ -256,10 +310,25 @@ def bench_layer(report: Report) -> None:
         report(what="layer", tokens=tokens, group="a layer", cpu_ms_to_launch=round(1e3 * cpu, 3))
 
 
+def _proven(out: Path, report: Report) -> bool:
+    """The checks on this GPU."""
+    from kernels import checks_fp8
+
+    found = checks_fp8.run("cuda")
+    (out / "fp8_gate.json").write_text(json.dumps(found, indent=1))
+    red = {name: text for name, text in found.items() if text}
+    for name, text in red.items():
+        print(f"RED {name}\n{text}", flush=True)
+    report(what="gate", green=len(found) - len(red), of=len(found), red=sorted(red), gpu=torch.cuda.get_device_name(),
+           torch=torch.__version__)  # fmt: skip
+    return not red
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="decode,rows,gemm,layer,elementwise")
+    parser.add_argument("--only", default="parts,gemm,elementwise")
+    parser.add_argument("--no-gate", action="store_true", help="after a green run of the same files")
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
@@ -272,29 +341,15 @@ def main() -> int:
         file.write(line + "\n")
         file.flush()
 
-    from kernels import checks_fp8
-
-    found = checks_fp8.run("cuda")
-    (out / "fp8_gate.json").write_text(json.dumps(found, indent=1))
-    red = {name: text for name, text in found.items() if text}
-    for name, text in red.items():
-        print(f"RED {name}\n{text}", flush=True)
-    report(
-        what="gate",
-        green=len(found) - len(red),
-        of=len(found),
-        red=sorted(red),
-        gpu=torch.cuda.get_device_name(),
-        torch=torch.__version__,
-    )
-    if red:
+    if not options.no_gate and not _proven(out, report):
         print("no figures: a kernel that is wrong has no speed")
         return 1
     torch.manual_seed(0)
     wanted = options.only.split(",")
     copy = copy_rate()
     report(what="copy", gb_per_s=round(copy))
-    for name, bench in (("decode", lambda: bench_decode(report, copy)), ("rows", lambda: bench_rows(report, copy)),
+    for name, bench in (("parts", lambda: bench_parts(report)),
+                        ("decode", lambda: bench_decode(report, copy)), ("rows", lambda: bench_rows(report, copy)),
                         ("gemm", lambda: bench_gemm(report)), ("layer", lambda: bench_layer(report)),
                         ("elementwise", lambda: bench_elementwise(report))):  # fmt: skip
         if name in wanted:

@@ -34,6 +34,7 @@ from halfbyte.kernels.gemm import choice, matmul, reference, vendor  # noqa: E40
 from halfbyte.kernels.gemm.cublaslt import Plan, Problem  # noqa: E402
 from halfbyte.kernels.outer import Outer, outer  # noqa: E402
 from kernels import checks_gemm  # noqa: E402
+from kernels.runner import outcomes  # noqa: E402
 
 GROUPS = {"qkv": (6144, 4096, 48), "o": (4096, 4096, 16), "gate+up": (28672, 4096, 32), "down": (4096, 14336, 16)}
 BF16 = torch.bfloat16
@@ -267,11 +268,14 @@ def residual(report: Report, tokens: int) -> None:
     report(what="residual", tokens=tokens, **{name: round(ms, 4) for name, ms in turns(functions, 12).items()})
 
 
-def measure(report: Report) -> None:
+def measure(report: Report, limit: float) -> None:
     version = vendor._library().version if CUDA else None
     report(what="machine", device=torch.cuda.get_device_name() if CUDA else "cpu", torch=torch.__version__, cublaslt=version)
     host(report)
     for tokens in (2048, 8192) if CUDA else (8,):
+        if time.perf_counter() - report.start > limit:
+            report(what="left out", tokens=tokens)
+            break
         found, gradients = products(tokens)
         if CUDA:
             rules(report, found, tokens)
@@ -288,13 +292,15 @@ def measure(report: Report) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    out: Path = parser.parse_args().out
+    parser.add_argument("--limit", type=float, default=60, help="seconds after which 8,192 tokens are not begun")
+    args = parser.parse_args()
+    out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     report = Report(out / "gemm_gpu.jsonl")
     logger = logging.getLogger("halfbyte.kernels")
     logger.addHandler(ToReport(report))
     logger.setLevel(logging.INFO)
-    gate = checks_gemm.run(DEVICE)
+    gate = outcomes(checks_gemm.CHECKS, DEVICE)
     (out / "gemm_gate.json").write_text(json.dumps(gate, indent=1), encoding="utf-8")
     report(what="gate", failed=[name for name, fault in gate.items() if fault])
     if any(gate.values()):
@@ -302,7 +308,7 @@ def main() -> int:
         return 1
     logger.setLevel(logging.DEBUG)
     with torch.no_grad():
-        measure(report)
+        measure(report, args.limit)
     report(what="budget of a measurement", seconds=choice.BUDGET)
     return 0
 

@@ -27,6 +27,7 @@ from halfbyte.kernels.dequantize import cpu, reference  # noqa: E402
 from halfbyte.kernels.dropout import Dropout, dropout  # noqa: E402
 from halfbyte.kernels.lora_linear import LowRank, lora_linear  # noqa: E402
 from kernels import checks  # noqa: E402
+from kernels.runner import outcomes  # noqa: E402
 
 FORMATS = (Format("nf4", 64, nested=True), Format("fp4", 64), Format("int4", 64), Format("int4", 64, zero="float"), Format("int8"))
 TOKENS, WIDTH, OUTPUTS = 1024, 576, 1536
@@ -53,7 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     torch.set_num_threads(parser.parse_args().threads)
-    red = {name: text for name, text in checks.run("cpu").items() if text}
+    red = {name: text for name, text in outcomes(checks.CHECKS, "cpu").items() if text}
     if red:
         print(f"no figures, these checks are red: {red}", file=sys.stderr)
         return 1

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from gputime import turns  # noqa: E402
+from reporting import Report, passed  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from halfbyte.formats.packed import Format, Packed  # noqa: E402
@@ -30,6 +31,7 @@ from halfbyte.kernels.dequantize import dequantize  # noqa: E402
 from halfbyte.kernels.dropout import Dropout, dropout  # noqa: E402
 from halfbyte.kernels.lora_linear import LowRank, lora_linear  # noqa: E402
 from kernels import checks  # noqa: E402
+from kernels.runner import outcomes  # noqa: E402
 
 SHAPES = {"q, o": (4096, 4096), "k, v": (1024, 4096), "gate, up": (14336, 4096), "down": (4096, 14336)}
 GROUPS = {"q+k+v": ((4096, 1024, 1024), 4096), "o": ((4096,), 4096), "gate+up": ((14336, 14336), 4096), "down": ((4096,), 14336)}
@@ -38,21 +40,11 @@ RANK = 16
 
 
 def times(functions: dict[str, Callable[[], Any]], repeats: int = 20) -> dict[str, float]:
-    """Median milliseconds of each, measured in turn, so that a GPU that warms up slows all alike."""
-    events = {
-        name: [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-        for name in functions
-    }
+    """Median milliseconds of each, measured in turn after three calls."""
     for f in functions.values():
         for _ in range(3):
             f()
-    for i in range(repeats):
-        for name, f in functions.items():
-            events[name][i][0].record()
-            f()
-            events[name][i][1].record()
-    torch.cuda.synchronize()
-    return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in events.items()}
+    return turns(functions, repeats)
 
 
 def packed(shape: tuple[int, int], fmt: Format) -> Packed:
@@ -169,36 +161,24 @@ def main() -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path)
     where.add_argument("--table", type=Path)
+    parser.add_argument("--limit", type=float, default=180, help="seconds after which nothing more is begun")
     options = parser.parse_args()
     if options.table:
         print(markdown(options.table))
         return 0
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
-    found = checks.run("cuda")
-    (out / "gate.json").write_text(json.dumps(found, indent=1))
-    red = {name: text for name, text in found.items() if text}
-    print(f"gate: {len(found) - len(red)} of {len(found)} checks green")
-    for name, text in red.items():
-        print(f"RED {name}\n{text}")
-    if red:
-        print("no figures: a kernel that is wrong has no speed")
+    if not passed(outcomes(checks.CHECKS, "cuda"), out / "gate.json"):
         return 1
-    rows: list[str] = []
-
-    def report(**fields: Any) -> None:
-        rows.append(json.dumps(fields))
-        print(rows[-1], flush=True)
-
-    import triton
-
-    report(what="machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__)
-    with torch.random.fork_rng():
+    with (out / "kernels_gpu.jsonl").open("w") as file, torch.random.fork_rng():
+        report = Report(file, options.limit)
+        report.machine()
         torch.manual_seed(0)
         for bench in (bench_dequantize, bench_lora_linear, bench_rest):
-            bench(report)
-            torch.cuda.empty_cache()
-    (out / "kernels_gpu.jsonl").write_text("\n".join(rows) + "\n")
+            if report.fits(bench.__name__):
+                bench(report)
+                torch.cuda.empty_cache()
+        report.done()
     return 0
 
 

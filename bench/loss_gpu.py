@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from gputime import turns  # noqa: E402
+from reporting import Report, passed  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from halfbyte.formats.packed import Format  # noqa: E402
@@ -31,6 +31,7 @@ from halfbyte.formats.quantize import quantize  # noqa: E402
 from halfbyte.kernels.cross_entropy import Extras, Head, cross_entropy, softmax, tiled  # noqa: E402
 from halfbyte.kernels.cross_entropy.parts import IGNORE, PLAIN, Task, Wants  # noqa: E402
 from kernels import checks_loss  # noqa: E402
+from kernels.runner import outcomes  # noqa: E402
 
 CASES = (
     ("8B, half labelled", 16384, 8192, 128256, 4096),
@@ -56,20 +57,10 @@ TILES = (
 
 
 def times(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, measured in turn, so that a GPU that warms up slows all alike."""
-    events = {
-        name: [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-        for name in functions
-    }
+    """Median milliseconds of each, measured in turn after a first call."""
     for f in functions.values():
         f()
-    for i in range(repeats):
-        for name, f in functions.items():
-            events[name][i][0].record()
-            f()
-            events[name][i][1].record()
-    torch.cuda.synchronize()
-    return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in events.items()}
+    return turns(functions, repeats)
 
 
 def example(tokens: int, labelled: int, vocabulary: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,41 +213,27 @@ def main() -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path)
     where.add_argument("--table", type=Path)
+    parser.add_argument("--limit", type=float, default=50, help="seconds after which nothing more is begun")
     options = parser.parse_args()
     if options.table:
         print(markdown(options.table))
         return 0
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
-    found = checks_loss.run("cuda")
-    (out / "loss_gate.json").write_text(json.dumps(found, indent=1))
-    red = {name: text for name, text in found.items() if text}
-    print(f"gate: {len(found) - len(red)} of {len(found)} checks green", flush=True)
-    for name, text in red.items():
-        print(f"RED {name}\n{text}")
-    if red:
-        print("no figures: a kernel that is wrong has no speed")
+    if not passed(outcomes(checks_loss.CHECKS, "cuda"), out / "loss_gate.json"):
         return 1
-    started = time.monotonic()
     with (out / "loss_gpu.jsonl").open("w") as file:
-
-        def report(**fields: Any) -> None:
-            file.write(json.dumps(fields) + "\n")
-            file.flush()
-            print(json.dumps(fields), flush=True)
-
-        import triton
-
-        report(what="machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__)
+        report = Report(file, options.limit)
+        report.machine()
         torch.manual_seed(0)
-        bench_kernel(report)
-        bench_tiles(report)
-        bench_bits(report)
+        for name, part in (("kernel", bench_kernel), ("tiles", bench_tiles), ("bits", bench_bits)):
+            if report.fits(name):
+                part(report)
         for case in CASES:
-            bench_case(report, *case)
-            torch.cuda.empty_cache()
-        report(what="seconds", gate=round(started - begun, 1), figures=round(time.monotonic() - started, 1))
+            if report.fits(case[0]):
+                bench_case(report, *case)
+                torch.cuda.empty_cache()
+        report.done()
     return 0
 
 

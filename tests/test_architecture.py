@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "halfbyte"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -70,23 +68,21 @@ def imports(file: Path) -> Iterator[tuple[int, str]]:
                     yield node.lineno, f"{node.module}.{alias.name}" if is_module else node.module
 
 
-def ids(file: Path) -> str:
+def name_of(file: Path) -> str:
     return str(file.relative_to(PACKAGE))
 
 
-@pytest.mark.parametrize("file", FILES, ids=ids)
-def test_imports_point_one_way(file: Path) -> None:
-    mine = part_of(module_of(file))
-    if mine == "halfbyte":
-        return
+def test_imports_point_one_way() -> None:
     wrong = []
-    for line, module in imports(file):
-        other = part_of(module)
-        allowed = other == mine or other in MAY_IMPORT[mine] or module == "halfbyte"
-        if other in ("config", "recipe") and mine not in MAY_SEE_RECIPE:
-            allowed = False
-        if not allowed:
-            wrong.append(f"{ids(file)}:{line}: {mine} may not import {module}")
+    for file in FILES:
+        mine = part_of(module_of(file))
+        for line, module in imports(file) if mine != "halfbyte" else ():
+            other = part_of(module)
+            allowed = other == mine or other in MAY_IMPORT[mine] or module == "halfbyte"
+            if other in ("config", "recipe") and mine not in MAY_SEE_RECIPE:
+                allowed = False
+            if not allowed:
+                wrong.append(f"{name_of(file)}:{line}: {mine} may not import {module}")
     assert not wrong, "\n".join(wrong)
 
 
@@ -96,45 +92,52 @@ def test_every_folder_is_in_the_table() -> None:
     assert "utils" not in folders
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.name == "__init__.py"], ids=ids)
-def test_packages_import_nothing(file: Path) -> None:
-    if file.parent == PACKAGE or file.parent.parent.name == "kernels":
-        return
-    assert all(isinstance(n, ast.Expr) for n in tree_of(file).body), f"{ids(file)} holds more than its docstring"
+def test_packages_import_nothing() -> None:
+    packages = [f for f in FILES if f.name == "__init__.py" and f.parent != PACKAGE and f.parent.parent.name != "kernels"]
+    wrong = [name_of(f) for f in packages if not all(isinstance(n, ast.Expr) for n in tree_of(f).body)]
+    assert packages and not wrong, f"these hold more than their docstring: {wrong}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=ids)
-def test_sizes(file: Path) -> None:
-    lines = len(file.read_text(encoding="utf-8").splitlines())
-    limit = LIMITS.get(ids(file), 400)
-    assert lines <= limit, f"{ids(file)} has {lines} lines, more than {limit}"
-    for node in ast.walk(tree_of(file)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            size = node.end_lineno - node.lineno + 1
-            kernel = any("jit" in ast.unparse(d) for d in node.decorator_list)
-            assert size <= (120 if kernel else 60), f"{ids(file)}:{node.lineno}: {node.name} has {size} lines"
+def test_sizes() -> None:
+    wrong = []
+    for file in FILES:
+        lines = len(file.read_text(encoding="utf-8").splitlines())
+        if lines > (limit := LIMITS.get(name_of(file), 400)):
+            wrong.append(f"{name_of(file)} has {lines} lines, more than {limit}")
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno is not None
+                size = node.end_lineno - node.lineno + 1
+                kernel = any("jit" in ast.unparse(d) for d in node.decorator_list)
+                if size > (120 if kernel else 60):
+                    wrong.append(f"{name_of(file)}:{node.lineno}: {node.name} has {size} lines")
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("file", FILES, ids=ids)
-def test_opens_with_what_it_is(file: Path) -> None:
-    doc = ast.get_docstring(tree_of(file))
-    assert doc, f"{ids(file)} has no docstring"
+def test_every_file_opens_with_what_it_is() -> None:
+    wrong = [name_of(file) for file in FILES if not ast.get_docstring(tree_of(file))]
+    assert not wrong, f"no docstring: {wrong}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=ids)
-def test_no_broad_except(file: Path) -> None:
-    if ids(file) in BROAD:
-        return
-    for node in ast.walk(tree_of(file)):
-        if isinstance(node, ast.ExceptHandler):
-            caught = "" if node.type is None else ast.unparse(node.type)
-            assert caught not in ("", "Exception", "BaseException"), f"{ids(file)}:{node.lineno}: catches everything"
+def test_no_broad_except() -> None:
+    wrong = []
+    for file in FILES:
+        for node in ast.walk(tree_of(file)) if name_of(file) not in BROAD else ():
+            if isinstance(node, ast.ExceptHandler):
+                caught = "" if node.type is None else ast.unparse(node.type)
+                if caught in ("", "Exception", "BaseException"):
+                    wrong.append(f"{name_of(file)}:{node.lineno}: catches everything")
+    assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("file", FILES, ids=ids)
-def test_patches_nothing(file: Path) -> None:
+def test_nothing_is_patched() -> None:
     """No assignment into an imported module (`torch.x = ...`, `transformers.y.z = ...`)."""
+    wrong = [line for file in FILES for line in patches(file)]
+    assert not wrong, "\n".join(wrong)
+
+
+def patches(file: Path) -> Iterator[str]:
+    """Assignments of a file into imported modules."""
     modules = set()
     for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
@@ -147,9 +150,8 @@ def test_patches_nothing(file: Path) -> None:
                 root = root.value
             patched = isinstance(target, ast.Attribute) and isinstance(root, ast.Name) and root.id in modules
             # These hold switches that torch documents as settings, not code.
-            assert not patched or ast.unparse(target).startswith(("torch.backends", "torch.utils.deterministic")), (
-                f"{ids(file)}:{node.lineno}: {ast.unparse(node)}"
-            )
+            if patched and not ast.unparse(target).startswith(("torch.backends", "torch.utils.deterministic")):
+                yield f"{name_of(file)}:{node.lineno}: {ast.unparse(node)}"
 
 
 def test_triton_is_imported_by_fused_only() -> None:
@@ -163,7 +165,7 @@ def test_triton_is_imported_by_fused_only() -> None:
                 else []
             )
             if any(n.split(".")[0] == "triton" for n in names):
-                assert "kernels" in file.parts, f"{ids(file)} imports triton"
+                assert "kernels" in file.parts, f"{name_of(file)} imports triton"
 
 
 def test_private_paths_stay_out() -> None:

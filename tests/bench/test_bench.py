@@ -83,12 +83,11 @@ def test_a_roofline_counts_every_kernel_once(tmp_path: Path) -> None:
 
 
 def test_a_case_is_its_command_line() -> None:
-    engines, throughput = bench("engines"), bench("throughput")
+    engines, cases = bench("engines"), bench("cases")
     case = engines.Case("unsloth", rows=1, recompute="full", offload=True, optimizer="ours-fused")
     words = case.arguments()
     assert "--offload" in words and "--packed" not in words and words[words.index("--recompute") + 1] == "full"
-    for name, cases in throughput.CASES.items():
-        assert name in bench("tables").ROLES and cases
+    assert set(cases.CASES) - {"launches", "cold", "smoke"} == set(bench("tables").ROLES)
 
 
 def test_labels_reach_a_peer_unshifted_and_never_across_documents() -> None:
@@ -113,19 +112,17 @@ def test_facts_of_this_machine(tmp_path: Path) -> None:
 
 @pytest.mark.cpu
 def test_gradients_of_both_agree(tmp_path: Path) -> None:
-    """The gate, and then a run, of a tiny model on a CPU."""
+    """`all` makes a tiny model on a CPU, proves its gradients and runs it."""
     pytest.importorskip("bitsandbytes")
-    tokenizer = tmp_path / "tokenizer"
+    tokenizer, out = tmp_path / "tokenizer", tmp_path / "out.jsonl"
     _tokenizer(tokenizer)
-    script = str(ROOT / "bench" / "throughput.py")
-    common = ["--dir", str(tmp_path / "m"), "--size", "tiny"]
-    subprocess.run([sys.executable, script, "make", *common, "--no-dense", "--tokenizer", str(tokenizer)], check=True)
-    done = subprocess.run([sys.executable, script, "gate", *common], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1])["gate"] == "green"
-    line = json.loads(subprocess.run([sys.executable, script, "run", *common, "--rows", "1", "--tokens", "64"],
-                                     capture_output=True, text=True, check=True).stdout.splitlines()[-1])  # fmt: skip
+    call = [sys.executable, str(ROOT / "bench" / "throughput.py"), "all", "--cases", "smoke", "--dir", str(tmp_path / "m")]
+    done = subprocess.run([*call, "--tokenizer", str(tokenizer), "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made, gate, line = map(json.loads, out.read_text().splitlines())
+    assert made["made"] == "tiny-2" and gate["gate"] == "green", (made, gate)
     assert line["gate"] == "green" and line["tokens_per_s"] > 0 and line["trainable"] == 38_912
+    assert len(done.stdout.splitlines()) == 3
 
 
 def _tokenizer(folder: Path) -> None:
@@ -137,3 +134,26 @@ def _tokenizer(folder: Path) -> None:
     made = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
     special = {"unk_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     PreTrainedTokenizerFast(tokenizer_object=made, **special).save_pretrained(folder)
+
+
+def test_a_profile_folds_by_the_order_of_its_launches() -> None:
+    fold = bench("profile_fold").fold
+
+    def events(before: str, layer: str, behind: str) -> list[tuple[float, float, str]]:
+        names, found, now = [*before, *(layer * 8), *behind], [], 0.0
+        for _ in range(3):
+            for name in names:  # each starts before the one in front has ended
+                found.append((now - 1, now + 2, name))
+                now += 2
+        return found
+
+    lines = fold(events("i", "ngagngg", "nghx"), 3, 8)
+    assert [line["kernel"] for line in lines[:-1]] == list("ngagngg") and all(line["us"] == 3 for line in lines[:-1])
+    assert [line["adds_us"] for line in lines[:-1]] == [2] * 7
+    assert {k: lines[-1][k] for k in ("launches_a_layer", "layers", "us_a_layer", "us_behind")} == {
+        "launches_a_layer": 7, "layers": 8, "us_a_layer": 14, "us_behind": 8,
+    }  # fmt: skip
+    other = fold(events("in", "gaggn", "h"), 3, 8)  # the norm stands behind: another cut of the same layer
+    assert len(other) == 6
+    with pytest.raises(ValueError, match="no cycle of 8 layers"):
+        fold([(float(i), i + 1.0, f"k{i}") for i in range(60)], 1, 8)

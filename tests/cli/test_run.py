@@ -75,6 +75,16 @@ def test_eval(trained: Path, cli: Cli) -> None:
     assert "on what?" in cli("eval", "model").err
 
 
+def test_eval_answers_questions(trained: Path, cli: Cli) -> None:
+    asked = ("--prompt", "What is 1 plus 1?", "--prompt", "And 2?", "--max-tokens", "4")
+    answers = json.loads(cli("eval", "run", *asked, "--json").out)["answers"]
+    assert [a["prompt"] for a in answers] == ["What is 1 plus 1?", "And 2?"]
+    samples = json.loads((trained / "run" / "summary.json").read_text())["samples"]
+    first, last = (next(s["answer"] for s in some if s["prompt"] == answers[0]["prompt"]) for some in (samples, samples[::-1]))
+    assert (answers[0]["base"], answers[0]["adapter"]) == (first, last)
+    assert "> And 2?" in cli("eval", "run", *asked).out
+
+
 def test_merge(trained: Path, cli: Cli) -> None:
     import torch
     from transformers import AutoModelForCausalLM

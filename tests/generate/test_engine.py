@@ -7,9 +7,13 @@ import torch
 
 from halfbyte.adapters import lora
 from halfbyte.adapters.config import AdapterConfig
+from halfbyte.generate import engine as engines
+from halfbyte.generate import prompt
 from halfbyte.generate.chat import encode, generate
 from halfbyte.generate.engine import Choose, Engine
+from halfbyte.generate.prompt import read_prompts
 from halfbyte.generate.reading import read
+from halfbyte.generate.routes import Request, Session
 from halfbyte.layers import swap
 from halfbyte.layers.structure import NotUnderstood
 from support import packed_base
@@ -32,8 +36,8 @@ def adapt(base) -> lora.Adapter:
     return adapter
 
 
-def plainly(base, prompt: str, tokens: int) -> list[int]:
-    ids = encode(base, prompt)
+def plainly(base, text: str, tokens: int) -> list[int]:
+    ids = encode(base, text)
     start = len(ids)
     with torch.no_grad():
         for _ in range(tokens):
@@ -73,8 +77,93 @@ def test_an_answer_ends_with_its_end_and_others_go_on() -> None:
 def test_the_same_engine_answers_again() -> None:
     base = adopted()
     engine = Engine(base.model, 1, 128, 16)
-    for prompt in (*PROMPTS, PROMPTS[0]):
-        assert engine.answer([encode(base, prompt)], 16, set()) == [plainly(base, prompt, 16)]
+    for text in (*PROMPTS, PROMPTS[0]):
+        assert engine.answer([encode(base, text)], 16, set()) == [plainly(base, text, 16)]
+
+
+def counted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of tokens that each later prompt is read by."""
+    read_by: list[int] = []
+
+    def counting(reading, parts, embedding, cache, tables, spans):
+        read_by.append(sum(len(span.tokens) for span in spans))
+        return read_prompts(reading, parts, embedding, cache, tables, spans)
+
+    monkeypatch.setattr(engines, "read_prompts", counting)
+    return read_by
+
+
+def test_a_prompt_is_read_from_where_it_leaves_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = adopted()
+    adapt(base)
+    first, more = encode(base, PROMPTS[0]), encode(base, PROMPTS[1])
+    engine = Engine(base.model, 1, 256, 20)
+    read_by = counted(engine, monkeypatch)
+    answer = engine.answer([first], 20, set())[0]
+    turns = ([*first, *answer, *more], [*first, *answer[:7], *more], first, more)
+    for ids in turns:
+        assert engine.answer([ids], 20, set()) == Engine(base.model, 1, 256, 20).answer([ids], 20, set())
+    # The last token of an answer has not been through the model; of a prompt that is all in the cache the last one is read.
+    assert [read_by[0], *read_by[1::2]] == [len(first), 1 + len(more), len(more), 1, len(more)]
+
+
+def test_two_rows_continue_each_from_its_own_place() -> None:
+    base = adopted("mistral")  # a window of 24 places
+    rows = [encode(base, p) for p in PROMPTS]
+    engine = Engine(base.model, 2, 256, 12)
+    answers = engine.answer(rows, 12, set())
+    longer = [[*rows[0], *answers[0], *rows[1]], [*rows[1], *answers[1][:3], *rows[0]]]
+    assert engine.answer(longer, 12, set()) == Engine(base.model, 2, 256, 12).answer(longer, 12, set())
+
+
+def test_long_prompts_are_read_in_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = adopted()
+    rows = [encode(base, p) for p in PROMPTS]
+    want = Engine(base.model, 2, 128, 8).answer(rows, 8, set())
+    monkeypatch.setattr(prompt, "AT_ONCE", 7)
+    assert Engine(base.model, 2, 128, 8).answer(rows, 8, set()) == want
+
+
+def test_an_interrupted_answer_leaves_a_cache_that_can_be_used() -> None:
+    base = adopted()
+    rows = [encode(base, p) for p in PROMPTS]
+    engine = Engine(base.model, 1, 128, 16)
+
+    def stop(row: int, token: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.answer([rows[0]], 16, set(), stop)
+    again = [*rows[0], *rows[1]]
+    assert engine.answer([again], 16, set()) == Engine(base.model, 1, 128, 16).answer([again], 16, set())
+
+
+def request(ids: list[int], temperature: float = 0.0, seed: int = 0) -> Request:
+    return Request(ids, 10, set(), temperature, 0.9, seed, 0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_session_answers_as_a_fresh_engine_would(temperature: float) -> None:
+    base = adopted()
+    adapter = adapt(base)
+    session, ids, used = Session(), encode(base, PROMPTS[1]), []
+
+    def turn(seed: int) -> list[int]:
+        asked = request(ids, temperature, seed)
+        fresh = Session().ready(base.model, asked).answer([ids], 10, set())[0]
+        used.append(session.ready(base.model, asked))
+        assert used[-1].answer([ids], 10, set())[0] == fresh
+        return fresh
+
+    for seed in range(8):  # 440 places in the end: more room is made once, and the cache taken along
+        ids = [*ids, *turn(seed), *encode(base, PROMPTS[1])]
+    assert len(set(map(id, used))) == 2 and len(used[-1].cached[0]) > 256
+    with adapter.enabled(False):
+        turn(0)
+    with torch.no_grad():
+        next(p for _, p, role in adapter.parameters() if role == "lora_b").data.mul_(2)  # unseen by torch's counter
+    turn(0)
+    assert len(set(map(id, used))) == 4
 
 
 def test_what_the_step_cannot_run_is_named() -> None:
@@ -91,7 +180,10 @@ def test_draws_depend_on_the_seed_and_stay_within_top_p() -> None:
 
     def drawn(top_p: float, temperature: float = 1.0, seed: int = 0) -> torch.Tensor:
         choose = Choose(temperature, top_p, seed, 400, 3, device)
-        return torch.stack([choose(scores, torch.tensor([i])) for i in range(400)])
+        out = torch.empty(400, 3, dtype=torch.int64)
+        for i in range(400):
+            choose(scores, torch.tensor([i]), out[i])
+        return out
 
     assert torch.equal(drawn(1.0), drawn(1.0)) and not torch.equal(drawn(1.0), drawn(1.0, seed=1))
     shares = drawn(1.0).flatten().bincount(minlength=4) / 1200

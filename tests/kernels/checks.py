@@ -12,12 +12,10 @@ arithmetic is exact, bits are compared. Fresh memory is NaN (`poisoned`), so an 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -29,6 +27,7 @@ from halfbyte.kernels.dequantize import dequantize
 from halfbyte.kernels.dropout import Dropout, apply
 from halfbyte.kernels.dropout import reference as philox
 from halfbyte.kernels.lora_linear import LowRank, lora_linear
+from kernels.runner import main, named
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = [
@@ -254,10 +253,10 @@ def plain_cross_entropy(hidden: Tensor, labels: Tensor, head: Head) -> Tensor:
 
 
 def check_cross_entropy(device: str) -> None:
-    """Loss and the gradients of hidden, weight and bias against float64; every head, few and many chunks."""
+    """Loss and the gradients of hidden, weight and bias against float64; every head, one chunk and several; a row a chunk once."""
     for dtype in DTYPES:
         for bias, scale, cap in ((False, 1.0, 0.0), (True, 0.25, 0.0), (True, 2.0, 5.0), (False, 1.0, 30.0)):
-            for chunk_bytes in (1, 431 * 4 * 7, 1 << 26):
+            for chunk_bytes in (*((1,) if cap == 5.0 else ()), 431 * 4 * 7, 1 << 26):
                 with poisoned():
                     _check_head(device, dtype, bias, scale, cap, chunk_bytes)
 
@@ -286,22 +285,7 @@ def _check_head(device: str, dtype: torch.dtype, bias: bool, scale: float, cap: 
     assert correct.dtype == torch.int64 and 0 <= int(correct) <= int((labels != -100).sum())
 
 
-CHECKS: dict[str, Callable[[str], None]] = {name[6:]: f for name, f in list(globals().items()) if name.startswith("check_")}
-
-
-def run(device: str) -> dict[str, str]:
-    """Every check on `device`: name to "" or what went wrong."""
-    found = {}
-    for name, check in CHECKS.items():
-        try:
-            check(device)
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc(limit=-3)
-    return found
-
+CHECKS = named(globals())
 
 if __name__ == "__main__":
-    outcome = run(sys.argv[1])
-    print(json.dumps(outcome))
-    sys.exit(1 if any(outcome.values()) else 0)
+    sys.exit(main(CHECKS))

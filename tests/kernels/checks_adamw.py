@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from halfbyte.formats.dynamic8 import dynamic_map
 from halfbyte.kernels import adamw
 from halfbyte.kernels.adamw import Moments, Part, Rule, Scratch, reference
 from kernels.checks import as_wrong_as_honest, poisoned
+from kernels.runner import main, named
 
 RULE = Rule(0.9, 0.999, 1e-8, (Part(3, 1.0, 0.1), Part(5, 4.0, 0.1), Part(9, 1.0, 0.0)))
 N = 9 * 256
@@ -174,23 +174,7 @@ def check_every_threshold(device: str) -> None:
         assert torch.equal(codes, nearest), f"signed={signed}: {(codes != nearest).sum()} codes differ"
 
 
-CHECKS: list[Callable[[str], None]] = [
-    check_bits_of_the_reference,
-    check_norm_and_clip,
-    check_the_formula,
-    check_nothing_moves_when_not_finite,
-    check_parts_are_the_whole,
-    check_every_threshold,
-]
-
-
-def main() -> int:
-    """Runs all of them on the device named on the command line; returns the exit code."""
-    for check in CHECKS:
-        check(sys.argv[1])
-        print(f"{check.__name__}: ok")
-    return 0
-
+CHECKS = named(globals())
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(CHECKS))

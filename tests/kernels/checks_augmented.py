@@ -5,10 +5,7 @@ python tests/kernels/checks_augmented.py cpu | cuda
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,6 +15,7 @@ from halfbyte.formats.packed import Format, Packed
 from halfbyte.kernels.augmented import Group
 from halfbyte.kernels.lora_linear.members import LowRank, Member
 from kernels.checks import DTYPES, as_wrong_as_honest, poisoned, random_packed
+from kernels.runner import main, named
 
 NESTED = Format("nf4", 64, nested=True)
 PLAIN = Format("nf4", 64)
@@ -162,24 +160,7 @@ def _dense(m: Member) -> Tensor:
     return formats.dequantize(m.weight, torch.float32) if isinstance(m.weight, Packed) else m.weight
 
 
-CHECKS: dict[str, Callable[[str], None]] = {
-    name[6:]: f for name, f in list(globals().items()) if name.startswith("check_") and name != "check_group"
-}
-
-
-def run(device: str) -> dict[str, str]:
-    """Every check on `device`: name to "" or what went wrong."""
-    found = {}
-    for name, check in CHECKS.items():
-        try:
-            check(device)
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc(limit=-3)
-    return found
-
+CHECKS = named(globals())
 
 if __name__ == "__main__":
-    outcome = run(sys.argv[1])
-    print(json.dumps(outcome))
-    sys.exit(1 if any(outcome.values()) else 0)
+    sys.exit(main(CHECKS))

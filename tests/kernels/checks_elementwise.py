@@ -8,10 +8,8 @@ Every tensor is a window of a wider buffer of NaN (the augmented layout); after 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +21,7 @@ from halfbyte.kernels import glu as glus
 from halfbyte.kernels import norm, rotary
 from halfbyte.kernels.norm import NormSpec
 from kernels.checks import DTYPES, as_wrong_as_honest, poisoned
+from kernels.runner import main, named
 
 EXTRA = 24
 
@@ -350,22 +349,7 @@ def check_beyond_int32(device: str) -> None:
     assert torch.equal(q, expected)
 
 
-CHECKS: dict[str, Callable[[str], None]] = {name[6:]: f for name, f in list(globals().items()) if name.startswith("check_")}
-
-
-def run(device: str) -> dict[str, str]:
-    """Every check on `device`: name to "" or what went wrong."""
-    found = {}
-    for name, check in CHECKS.items():
-        try:
-            check(device)
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc(limit=-4)
-    return found
-
+CHECKS = named(globals())
 
 if __name__ == "__main__":
-    outcome = run(sys.argv[1])
-    print(json.dumps(outcome))
-    sys.exit(1 if any(outcome.values()) else 0)
+    sys.exit(main(CHECKS))

@@ -193,6 +193,14 @@ def check_fp8_elementwise(device: str) -> None:
             reference.quantize_rows(out, want.main[:, :width], want.scale)
             same_bits(f"norm {spec}", half.main.contiguous(), want.main[:, :width].contiguous())
             same_bits(f"norm {spec} scale", half.scale, want.scale)
+            for add in (None, delta):
+                d, plain_d = torch.empty(5, width + 16, dtype=torch.bfloat16, device=device)[:, :width], torch.empty_like(delta)
+                fp8.norm_backward(out, got[0], got[1], got[2], spec, weight, add, d, half)
+                norm.norm_backward(out, got[0], got[1], got[2], spec, weight, add, plain_d)
+                assert (d.float() - plain_d.float()).abs().max() <= 2**-7 * plain_d.float().abs().max(), f"norm back {spec}"
+                reference.quantize_rows(d, want.main[:, :width], want.scale)
+                same_bits(f"norm back {spec}", half.main.contiguous(), want.main[:, :width].contiguous())
+                same_bits(f"norm back {spec} scale", half.scale, want.scale)
         gate, up = wide[:, :width], wide[:, width : 2 * width]
         h, dh = torch.empty_like(delta), normal(5, width, seed=5, device=device).bfloat16()
         fp8.glu(gate, up, "silu", h, half)

@@ -6,10 +6,7 @@ python tests/kernels/checks_gemm.py cuda
 from __future__ import annotations
 
 import itertools
-import json
 import sys
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -21,6 +18,7 @@ from torch import Tensor
 
 from halfbyte.kernels.gemm import matmul, reference
 from kernels.checks import as_wrong_as_honest, poisoned
+from kernels.runner import main, named
 
 Shape = tuple[int, int, int]
 SHAPES: tuple[Shape, ...] = ((64, 48, 80), (63, 60, 431), (1, 16, 24), (24, 1, 16), (5, 16, 1), (256, 128, 512))
@@ -119,22 +117,7 @@ def check_graph(device: str) -> None:
         as_wrong_as_honest(f"graph {size}", out, torch.mm(a, b), a.double() @ b.double())
 
 
-CHECKS: dict[str, Callable[[str], None]] = {name[6:]: f for name, f in list(globals().items()) if name.startswith("check_")}
-
-
-def run(device: str) -> dict[str, str]:
-    """Every check on `device`: name to "" or what went wrong."""
-    found = {}
-    for name, check in CHECKS.items():
-        try:
-            check(device)
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc(limit=-3)
-    return found
-
+CHECKS = named(globals())
 
 if __name__ == "__main__":
-    outcome = run(sys.argv[1])
-    print(json.dumps(outcome))
-    sys.exit(1 if any(outcome.values()) else 0)
+    sys.exit(main(CHECKS))

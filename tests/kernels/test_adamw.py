@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +12,8 @@ import torch
 from halfbyte.formats.dynamic8 import dynamic_map, quantize_blockwise
 from halfbyte.kernels import adamw
 from halfbyte.kernels.adamw import Part, Rule
-from kernels import checks_adamw
+from kernels import checks_adamw, runner
 
-ROOT = Path(__file__).parents[2]
 COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
@@ -42,7 +38,7 @@ print("compiled")
 """
 
 
-@pytest.mark.parametrize("check", checks_adamw.CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("check", checks_adamw.CHECKS.values(), ids=checks_adamw.CHECKS)
 @pytest.mark.parametrize("twin", ["cpu", "reference"])
 def test_the_twins_of_a_cpu(check: Callable[[str], None], twin: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if twin == "reference":
@@ -52,25 +48,13 @@ def test_the_twins_of_a_cpu(check: Callable[[str], None], twin: str, monkeypatch
 
 @pytest.mark.cpu
 def test_the_triton_twin_interpreted() -> None:
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "HALFBYTE_KERNELS": "fused",
-        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}",
-    }
-    command = [sys.executable, str(ROOT / "tests/kernels/checks_adamw.py"), "cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    runner.prove_forced(checks_adamw, "fused")
 
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_triton_twin_compiles(capability: int, tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT / "src")}
-    (tmp_path / "build.py").write_text(COMPILE)
-    command = [sys.executable, str(tmp_path / "build.py"), str(capability)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.stdout.strip() == "compiled", done.stderr
+    runner.compile_for(capability, COMPILE, tmp_path)
 
 
 def bitsandbytes_step(values: torch.Tensor, grads: torch.Tensor, state: list[torch.Tensor], rule: Rule, lr: float, t: int) -> None:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from halfbyte.kernels.augmented import Group
 from halfbyte.kernels.lora_linear.members import LowRank, Member
-from kernels import checks_augmented
+from kernels import checks_augmented, runner
 from kernels.checks_augmented import CHECKS
 
 
@@ -39,21 +33,9 @@ def test_members_of_different_widths_are_refused() -> None:
         Group([Member(torch.ones(2, 8), None, None), Member(torch.ones(2, 4), None, None)])
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str]:
-    """What a process with the Triton twin, interpreted, found."""
-    here = Path(checks_augmented.__file__)
-    environment = os.environ | {"HALFBYTE_KERNELS": "fused", "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = f"{here.parents[2] / 'src'}{os.pathsep}{here.parents[1]}"
-    done = subprocess.run([sys.executable, here, "cpu"], env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.stdout, done.stderr
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
-
-
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(interpreted: dict[str, str], name: str) -> None:
-    assert not interpreted[name], interpreted[name]
+@pytest.mark.cpu
+def test_interpreted() -> None:
+    runner.prove_forced(checks_augmented, "fused")
 
 
 @pytest.mark.gpu

@@ -1,22 +1,11 @@
-"""The twins against the formulas: the CPU's here, Triton's interpreted in a process of its own, and compiled on a GPU.
-
-Why another process: Triton decides when it is imported whether its kernels are interpreted, and other tests import it.
-"""
+"""The twins against the formulas: the CPU's here, Triton's interpreted in a process of its own, and compiled on a GPU."""
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from kernels import checks
-
-SOURCE = Path(__file__).parents[2] / "src"
+from kernels import checks, runner
 
 
 @pytest.mark.parametrize("name", checks.CHECKS)
@@ -30,21 +19,10 @@ def test_cuda_twin(name: str) -> None:
     checks.CHECKS[name]("cuda")
 
 
-@pytest.fixture(scope="module", params=["fused", "reference"])
-def outcome(request: pytest.FixtureRequest) -> dict[str, str]:
-    """What a process with this twin forced found, every check."""
-    environment = os.environ | {"HALFBYTE_KERNELS": request.param, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SOURCE)}
-    command = [sys.executable, str(Path(checks.__file__)), "cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.stdout, done.stderr
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
-
-
 @pytest.mark.cpu
-@pytest.mark.parametrize("name", checks.CHECKS)
-def test_forced_twin(outcome: dict[str, str], name: str) -> None:
-    assert not outcome[name], outcome[name]
+@pytest.mark.parametrize("twin", ["fused", "reference"])
+def test_forced_twin(twin: str) -> None:
+    runner.prove_forced(checks, twin)
 
 
 @pytest.mark.parametrize(

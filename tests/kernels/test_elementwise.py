@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +10,8 @@ import torch
 from halfbyte.kernels import norm, rotary
 from halfbyte.layers.decoder import rotate
 from kernels import checks_elementwise as checks
+from kernels import runner
 
-TESTS = Path(__file__).parents[1]
 PROGRAM = """
 import re
 import sys
@@ -68,21 +64,9 @@ def test_cuda_twin(name: str) -> None:
     checks.CHECKS[name]("cuda")
 
 
-@pytest.fixture(scope="module")
-def outcome() -> dict[str, str]:
-    path = os.pathsep.join((str(TESTS.parent / "src"), str(TESTS)))
-    environment = os.environ | {"HALFBYTE_KERNELS": "fused", "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "kernels.checks_elementwise", "cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.stdout, done.stderr
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", checks.CHECKS)
-def test_interpreted(outcome: dict[str, str], name: str) -> None:
-    assert not outcome[name], outcome[name]
+def test_interpreted() -> None:
+    runner.prove_forced(checks, "fused")
 
 
 @pytest.mark.parametrize("style", ["half", "interleaved", "interleaved-halves"])
@@ -118,11 +102,4 @@ def test_norms_agree_with_transformers(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_and_move_16_bytes(capability: int, tmp_path: Path) -> None:
     """For Ampere and Hopper, without a GPU."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(TESTS.parent / "src")}
-    program = tmp_path / "build.py"
-    program.write_text(PROGRAM)
-    done = subprocess.run(
-        [sys.executable, str(program), str(capability)], env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.stdout.strip() == "compiled", done.stderr
+    runner.compile_for(capability, PROGRAM, tmp_path)

@@ -82,6 +82,8 @@ build(elementwise._glu_backward, both, act)
 norm = {name: "*bf16" for name in ("x", "delta", "residual", "out", "weight")}
 norm |= dict(rstd="*fp32", out8="*u8", scale="*fp32", eps="fp32", offset="fp32")
 build(elementwise._add_norm, norm, dict(mean=None, bias=None, H=1000, BLOCK=1024) | numbers)
+norm |= dict(d_out="*bf16", add="*bf16")
+build(elementwise._norm_backward, norm, dict(mean=None, H=1000, BLOCK=1024) | numbers)
 print("compiled")
 """
 

@@ -99,12 +99,13 @@ same = dict(PDL=hopper, INTERPRETED=False)
 for half in ("*bf16", "*fp32"):
     build(step._normalise, dict(x=half, weight=half, bias=half, out=half, eps="fp32", offset="fp32"),
           dict(LAYER=False, WEIGHT=True, BIAS=False, BLOCK=4096) | same, 8)
-    build(step._place, dict(qkv=half, position="*i64", q_weight=half, k_weight=half, cos=half, sin=half, q=half, keys=half,
-          values=half, eps="fp32", offset="fp32"),
-          dict(H=32, G=8, D=128, BLOCK=128, ROTATION="half", NORM=True, LAYER=False) | same, 1)
-    build(step._attend, dict(q=half, keys=half, values=half, position="*i64", partial="*fp32", scale="fp32", cap="fp32"),
-          dict(H=32, G=8, D=128, BLOCK=128, QUERIES=16, SPLITS=32, KEYS=64, CAP=True, WINDOW=True) | same, 4)
-    build(step._join, dict(partial="*fp32", out=half), dict(H=32, D=128, BLOCK=128, SPLITS=32) | same, 2)
+    for splits in (32, 1):
+        build(step._attend, dict(qkv=half, position="*i64", q_weight=half, k_weight=half, cos=half, sin=half, keys=half,
+              values=half, partial="*fp32", tops="*fp32", counters="*i32", out=half, eps="fp32", offset="fp32", scale="fp32",
+              cap="fp32", feed=half, fed="*fp32"),
+              dict(H=32, G=8, D=128, BLOCK=128, QUERIES=16, SPLITS=splits, KEYS=32 if half == "*fp32" else 64, ROTATION="half",
+                   NORM=splits > 1, LAYER=False, CAP=splits > 1, WINDOW=splits > 1,
+                   FEED=16 if splits > 1 else 0, FED=16, FED_ROWS=2) | same, 4)
 print("compiled")
 """
 

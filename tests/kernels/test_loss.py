@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from halfbyte.formats.packed import Format
 from halfbyte.formats.quantize import quantize
 from halfbyte.kernels.cross_entropy import Extras, Head, cross_entropy
-from kernels import checks_loss
-
-SOURCE = Path(__file__).parents[2] / "src"
+from kernels import checks_loss, runner
 
 
 @pytest.mark.parametrize("name", checks_loss.CHECKS)
@@ -30,22 +22,10 @@ def test_cuda_twin(name: str) -> None:
     checks_loss.CHECKS[name]("cuda")
 
 
-@pytest.fixture(scope="module", params=["fused", "reference"])
-def outcome(request: pytest.FixtureRequest) -> dict[str, str]:
-    """What a process with this twin forced found, every check."""
-    paths = os.pathsep.join([str(SOURCE), str(Path(__file__).parents[1])])
-    environment = os.environ | {"HALFBYTE_KERNELS": request.param, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    command = [sys.executable, str(Path(checks_loss.__file__)), "cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.stdout, done.stderr
-    found: dict[str, str] = json.loads(done.stdout)
-    return found
-
-
 @pytest.mark.cpu
-@pytest.mark.parametrize("name", checks_loss.CHECKS)
-def test_forced_twin(outcome: dict[str, str], name: str) -> None:
-    assert not outcome[name], outcome[name]
+@pytest.mark.parametrize("twin", ["fused", "reference"])
+def test_forced_twin(twin: str) -> None:
+    runner.prove_forced(checks_loss, twin)
 
 
 def test_smoothing_and_z_move_the_loss_as_the_formula_says() -> None:

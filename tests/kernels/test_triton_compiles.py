@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "src"
+from kernels import runner
+
 PROGRAM = """
 import sys
 import triton
@@ -22,9 +20,9 @@ from halfbyte.kernels.dropout import fused as dropout
 
 target = GPUTarget("cuda", int(sys.argv[1]), 32)
 
-def build(kernel, signature, constants):
+def build(kernel, signature, constants, warps=4):
     types = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
-    triton.compile(ASTSource(kernel, types, constants), target=target, options={"enable_fp_fusion": False})
+    triton.compile(ASTSource(kernel, types, constants), target=target, options={"enable_fp_fusion": False, "num_warps": warps})
 
 for out in ("*bf16", "*fp16", "*fp32"):
     for kind, nested in (("codebook", True), ("codebook", False), ("none", False), ("int", False), ("min", False)):
@@ -39,10 +37,11 @@ for extra in (True, False):
     numbers = dict.fromkeys(("scale", "cap", "smoothing", "zeta"), "fp32")
     floats = dict.fromkeys(("losses", "factors", "tops", "sums", "plain_sums"), "*fp32")
     types = dict(z="*bf16", d="*bf16", h="*bf16", w="*bf16", hits="*i32", targets="*i64", bias="*fp32") | numbers | floats
-    build(softmax._softmax, types, kind | dict(SQUARED=extra, GRAD=True, LANES=2048, VEC=8, KEEP=True, STAGES=1, INTERPRETED=False))
-    build(tiled._logits, types, kind | dict(H=4096, M=128, N=128, K=32, INTERPRETED=False))
+    build(softmax._softmax, types, kind | dict(SQUARED=extra, GRAD=True, LANES=2048, VEC=8, KEEP=True, STAGES=1, INTERPRETED=False),
+          softmax.Tuning().warps)
+    build(tiled._logits, types, kind | dict(H=4096, M=128, N=128, K=32, INTERPRETED=False), tiled.Tile().warps)
     build(tiled._combine, types, kind | dict(TILES=501, WIDE=512, SQUARED=extra, N=256))
-    build(tiled._gradient, types, kind | dict(SPAN=8192, INTERPRETED=False))
+    build(tiled._gradient, types, kind | dict(SPAN=8192, INTERPRETED=False), 8)
 build(loss._expand, dict(out="*bf16", compact="*bf16", index="*i32", factor="*fp32"), dict(BLOCK=4096, INTERPRETED=False))
 print("compiled")
 """
@@ -52,11 +51,4 @@ print("compiled")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     """Ampere and Hopper."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SOURCE)}
-    program = tmp_path / "build.py"
-    program.write_text(PROGRAM)
-    done = subprocess.run(
-        [sys.executable, str(program), str(capability)], env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.stdout.strip() == "compiled", done.stderr
+    runner.compile_for(capability, PROGRAM, tmp_path)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "src"
+from kernels import runner
+
 PROGRAM = """
 import sys
 import triton
@@ -51,11 +49,4 @@ print("compiled")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     """Ampere and Hopper."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SOURCE)}
-    program = tmp_path / "build.py"
-    program.write_text(PROGRAM)
-    done = subprocess.run(
-        [sys.executable, str(program), str(capability)], env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.stdout.strip() == "compiled", done.stderr
+    runner.compile_for(capability, PROGRAM, tmp_path)

@@ -10,16 +10,22 @@ from typing import Any
 import pytest
 import torch
 
+from halfbyte.data.config import DataConfig
+from halfbyte.data.prepare import prepare as prepare_data
 from halfbyte.errors import RecipeError
+from halfbyte.layers import swap
+from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused import prepare
+from halfbyte.layers.fused.layer import Fused
 from halfbyte.memory.rungs import Rung
 from halfbyte.recipe import recipe_from
 from halfbyte.train import fusing, metrics
 from halfbyte.train.choices import Choice
 from halfbyte.train.determinism import VARIABLE, deterministic
+from halfbyte.train.evaluate import evaluate_base
 from halfbyte.train.finish import Result
 from halfbyte.train.run import train
-from support import chats, save_tiny, tiny_model, write_jsonl
+from support import chats, packed_base, save_tiny, tiny_model, write_jsonl
 
 CPU = torch.device("cpu")
 
@@ -126,6 +132,32 @@ def test_determinism_is_for_the_length_of_a_run(monkeypatch: pytest.MonkeyPatch)
     with deterministic(True):
         assert os.environ[VARIABLE] == ":16:8"
     assert os.environ[VARIABLE] == ":16:8"
+
+
+@pytest.mark.cpu
+def test_evaluation_without_a_run_takes_the_fused_layers(
+    files: Path, tmp_path: Path, fused_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = packed_base()
+    swap.adopt(base.model)
+    calls: list[int] = []
+    whole = Fused.run
+
+    def counted(self: Fused, *args: Any) -> Any:
+        calls.append(1)
+        return whole(self, *args)
+
+    monkeypatch.setattr(Fused, "run", counted)
+    data = DataConfig(train=[str(files / "chats.jsonl")], tokens=64, eval=0.5)
+    sets = prepare_data(data, base.tokenizer, 0, tmp_path).eval
+    fused = evaluate_base(base, sets, 64)
+    assert calls and all(m.fused is None for m in base.model.modules() if isinstance(m, DecoderLayer))
+    monkeypatch.setattr(fusing, "twin", lambda device: "reference")
+    seen = len(calls)
+    modules = evaluate_base(base, sets, 64)
+    assert len(calls) == seen
+    for name, score in modules.items():
+        assert fused[name].loss == pytest.approx(score.loss, rel=1e-5)
 
 
 def test_offloading_that_cannot_be_had_is_an_error() -> None:

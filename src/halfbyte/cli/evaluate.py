@@ -1,4 +1,4 @@
-"""`halfbyte eval`: held-out loss of a base, and of what was trained on it."""
+"""`halfbyte eval`: held-out loss of a base, and of what was trained on it; and what both answer."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ def evaluate(
     model: str | None = typer.Option(None, "--model", "-m", help="Base of the adapter, where it does not say or lies elsewhere."),
     other_base: bool = typer.Option(False, "--other-base", help="Allow a base whose weights differ from those it was trained on."),
     compute: str = typer.Option("auto", "--compute", help="auto, bf16, fp16 or fp32."),
+    prompts: list[str] = typer.Option(None, "--prompt", "-p", help="Also answer this question; may be given several times."),
+    max_tokens: int = typer.Option(128, "--max-tokens", min=1, help="Longest answer, in tokens."),
     as_json: bool = typer.Option(False, "--json", help="Print the scores as JSON."),
 ) -> None:
-    """Loss, perplexity and token accuracy of a base, and of the adapter on it.
+    """Loss, perplexity and token accuracy of a base, and of the adapter on it; with `--prompt` what each of them answers.
 
     \b
     halfbyte eval runs/quickstart
@@ -42,16 +44,33 @@ def evaluate(
     config, seed = _data(loaded, data or [], tokens, loss_on)
     sets = prepare(config, loaded.base.tokenizer, seed, cache_root()).eval
     scores: dict[str, Any] = {}
+    answers: list[dict[str, str]] = [{"prompt": prompt} for prompt in prompts or []]
     for name, on in (("base", False), ("adapter", True)) if loaded.adapter else (("base", True),):
         with loaded.adapter.enabled(on) if loaded.adapter else nullcontext():
             scores[name] = {part: asdict(score) for part, score in evaluate_base(loaded.base, sets, config.tokens).items()}
+            for answer in answers:
+                answer[name] = _answer(loaded, answer["prompt"], max_tokens)
     if as_json:
-        emit(scores)
+        emit(scores | ({"answers": answers} if answers else {}))
     else:
-        for name, found in scores.items():
-            for part, s in found.items():
-                text = f"loss {s['loss']:.4f}  perplexity {s['perplexity']:.2f}  token accuracy {s['accuracy']:.1%}"
-                print(f"{name:8} {part}: {text}  ({s['tokens']:,} tokens)")
+        _show(scores, answers)
+
+
+def _answer(loaded: Loaded, question: str, max_tokens: int) -> str:
+    from halfbyte.generate.chat import generate
+
+    return generate(loaded.base, [{"role": "user", "content": question}], max_tokens, template=loaded.template).text
+
+
+def _show(scores: dict[str, Any], answers: list[dict[str, str]]) -> None:
+    for name, found in scores.items():
+        for part, s in found.items():
+            text = f"loss {s['loss']:.4f}  perplexity {s['perplexity']:.2f}  token accuracy {s['accuracy']:.1%}"
+            print(f"{name:8} {part}: {text}  ({s['tokens']:,} tokens)")
+    for answer in answers:
+        print(f"\n> {answer['prompt']}")
+        for name in scores:
+            print(f"{name:8} {answer[name]}")
 
 
 def _data(loaded: Loaded, files: list[str], tokens: int | None, loss_on: str | None) -> tuple[DataConfig, int]:

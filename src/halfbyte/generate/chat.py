@@ -4,8 +4,9 @@ How tokens come is `routes`: one CUDA graph a token on a GPU, transformers' `gen
 adapter needs around it: the chat template that it was trained with, the tokens that end its turn, an answer that depends on
 nothing but its arguments (greedy at temperature 0, a private random state otherwise), and a model that is left exactly as it was
 found, so that a run can sample between two steps.
-Cost: a prefill of the prompt, then one pass a token; the cache holds 2 * layers * heads * head_dim numbers a token. On a CPU the
-weights are decoded once an answer and held meanwhile, when half of the free memory has room for them.
+Cost: a pass over the prompt (in a `Chat` over what is new of it), then one pass a token; the cache holds
+2 * layers * heads * head_dim numbers a token. On a CPU the weights are decoded once an answer and held meanwhile, when half of the
+free memory has room for them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from halfbyte.errors import DataError, RecipeError
-from halfbyte.generate.routes import Request, tokens_of
+from halfbyte.generate.routes import Request, Session, tokens_of
 from halfbyte.generate.stream import TextStream
 from halfbyte.layers.decoded import held
 
@@ -54,12 +55,14 @@ def generate(
     stream: Callable[[str], object] | None = None,
     *,
     template: str | None = None,
+    session: Session | None = None,
 ) -> Answer:
     """Answers `prompt`: a string is continued as it stands; messages (`role`, `content`) go through the chat template.
 
     temperature 0 takes the most likely token each time; above, tokens are drawn from the smallest set of probability top_p,
     the same ones for the same seed. stream: receives the text in pieces while it is made.
-    template: Jinja text; default the tokenizer's own. Raises DataError (no template, a prompt too long), RecipeError (arguments).
+    template: Jinja text; default the tokenizer's own. session: keeps what the token engine has read for the next call (`Chat` has
+    one); without it memory is given back. Raises DataError (no template, a prompt too long), RecipeError (arguments).
     """
     _check(max_tokens, temperature, top_p)
     ids = encode(base, prompt, template)
@@ -71,7 +74,7 @@ def generate(
     streamer = TextStream(base.tokenizer, len(ids), stream)
     started = time.perf_counter()
     with _evaluating(base.model), _seeded(seed, device), held(base.model, base.compute), torch.no_grad():
-        new = tokens_of(base.model, request, streamer)
+        new = tokens_of(base.model, request, streamer, session or Session())
     seconds = time.perf_counter() - started
     ended = bool(new) and new[-1] in ends
     text = str(base.tokenizer.decode(new, skip_special_tokens=True))
@@ -84,6 +87,7 @@ class Chat:
 
     adapter: what `lora.attach` or `peft.load` returned for the same base; None chats with the base alone.
     `which` says who answers now; `use("base")` and `use("adapter")` switch, the history is kept. `reset()` forgets it.
+    On a GPU a turn continues from the cache of the turns before: only what is new is read.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class Chat:
         self.max_tokens, self.temperature, self.top_p, self.seed = max_tokens, temperature, top_p, seed
         self.which: Literal["base", "adapter"] = "base" if adapter is None else "adapter"
         self.messages: list[Message] = []
+        self._session = Session()
         self.reset()
 
     def reset(self) -> None:
@@ -128,6 +133,7 @@ class Chat:
                 self.seed + turns - 1,
                 stream,
                 template=self.template,
+                session=self._session,
             )
         self.messages = [*turn, {"role": "assistant", "content": answer.text}]
         return answer

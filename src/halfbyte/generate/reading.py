@@ -16,12 +16,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ModelError
+from halfbyte.kernels.augmented import PADDED_TO
 from halfbyte.kernels.cross_entropy import Head
 from halfbyte.kernels.decode_step import Heads
 from halfbyte.kernels.packed_gemv import Activation
 from halfbyte.layers import head as heads
 from halfbyte.layers.decoder import DecoderLayer
-from halfbyte.layers.fused.parts import Norm, modules_of, operands, read_activation, read_norm
+from halfbyte.layers.fused.parts import (
+    LayerParts,
+    Norm,
+    key_of,
+    modules_of,
+    operands,
+    projections,
+    read_activation,
+    read_norm,
+)
+from halfbyte.layers.linear import Operand
 from halfbyte.layers.structure import NotUnderstood
 
 TOKENS = 12
@@ -32,7 +43,10 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer's fixed parts; its weights are read anew for every answer, since adapters move and are switched."""
+    """One decoder layer's fixed parts; its weights are read anew for every engine, since adapters move and are switched.
+
+    qk_norms: of queries and keys, whole (`full_norms`) or a head each, which is in `heads` too.
+    """
 
     module: DecoderLayer
     heads: Heads
@@ -41,7 +55,24 @@ class Layer:
     after_attention: Norm | None
     before_mlp: Norm | None
     after_mlp: Norm | None
-    full_norms: tuple[Norm, Norm] | None
+    qk_norms: tuple[Norm, Norm] | None
+
+    @property
+    def full_norms(self) -> tuple[Norm, Norm] | None:
+        """Norms over all queries, and over all keys."""
+        return self.qk_norms if self.module.structure.qk_norm == "full" else None
+
+    def operands(self) -> list[list[Operand]]:
+        """The four groups' weights, with whatever adapter is on now."""
+        return [operands(modules) for modules in modules_of(self.module, self.module.structure)]
+
+    def parts(self, groups: list[list[Operand]], dtype: torch.dtype) -> LayerParts:
+        """As the fused layer's forward takes it."""
+        q, k = self.qk_norms or (None, None)
+        return LayerParts(
+            self.module.structure, self.activation, key_of(groups), self.before_attention, self.after_attention, self.before_mlp,
+            self.after_mlp, q, k, *projections(groups, dtype, PADDED_TO),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -166,6 +197,8 @@ def tables(rotary: nn.Module, places: int, dtype: torch.dtype, device: torch.dev
 def _layer(layer: DecoderLayer) -> Layer:
     s = layer.structure
     attention = layer.get_submodule(s.attention)
+    if s.layout == "grouped":
+        raise NotUnderstood("queries, keys and values are interleaved in one projection")
     for modules in modules_of(layer, s):
         operands(modules)
     norms = [
@@ -181,5 +214,4 @@ def _layer(layer: DecoderLayer) -> Layer:
         each[0].spec if each else None, each[0].weight if each else None, each[1].weight if each else None,
     )  # fmt: skip
     activation = read_activation(getattr(layer.get_submodule(s.mlp), s.activation))
-    full = (qk[0], qk[1]) if s.qk_norm == "full" else None
-    return Layer(layer, numbers, activation, norms[0], norms[1], norms[2], norms[3], full)
+    return Layer(layer, numbers, activation, norms[0], norms[1], norms[2], norms[3], (qk[0], qk[1]) if qk else None)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from halfbyte.generate.engine import Choose, Engine
+from halfbyte.generate.reading import read
 from halfbyte.generate.stream import TextStream
 from halfbyte.layers.structure import NotUnderstood
 
@@ -38,21 +39,60 @@ class Request:
     pad: int
 
 
-def tokens_of(model: PreTrainedModel, request: Request, streamer: TextStream) -> list[int]:
+class Session:
+    """The engine of a conversation, kept between its turns: graph, buffers, and the cache of what was said.
+
+    A new one is made when weights or adapter are others than it was made of, for another way to draw tokens, and, with the cache
+    taken over, when a turn needs more room.
+    """
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self._key: object = None
+
+    def ready(self, model: PreTrainedModel, request: Request) -> Engine:
+        """The engine that answers `request`. Raises NotUnderstood for a model that the token step cannot run."""
+        key = (_made_of(model), request.temperature, request.top_p)
+        old = self.engine if self._key == key else None
+        self.engine, self._key = old, key
+        needed = len(request.ids) + request.room
+        if old is None or needed > old.b.cache.shape[3] or request.room > len(old.history):
+            places = needed if old is None else max(needed, 2 * old.b.cache.shape[3])
+            choose = Choose(request.temperature, request.top_p, request.seed, request.room, 1, next(model.parameters()).device)
+            self.engine = Engine(model, 1, -(-places // ROOM) * ROOM, request.room, choose)
+            if old is not None:
+                self.engine.take_over(old)
+        assert self.engine is not None
+        self.engine.choose.seed(request.seed)
+        return self.engine
+
+
+@torch.no_grad()
+def _made_of(model: PreTrainedModel) -> tuple[object, ...]:
+    """What an engine is made of: the stored weights' addresses, the adapters that are on, and how large each of their matrices is.
+
+    Optimizers write without torch's noticing, so a change is seen by the norm. Cost: a small launch a matrix, one wait a turn.
+    """
+    operands = [o for layer in read(model).layers for group in layer.operands() for o in group]
+    on = [(id(t), o.lora.scale) for o in operands if o.lora is not None for t in (o.lora.a, o.lora.b)]
+    learned = [t for o in operands if o.lora is not None for t in (o.lora.a, o.lora.b)]
+    sizes = torch.stack([torch.linalg.vector_norm(t) for t in learned]).tolist() if learned else []
+    return (id(model), *((id(p), p._version) for p in model.parameters()), *on, *sizes)
+
+
+def tokens_of(model: PreTrainedModel, request: Request, streamer: TextStream, session: Session) -> list[int]:
     """The new tokens, the end token included; `streamer` gets them while they are made. Random state: the caller's business."""
     device = next(model.parameters()).device
     if device.type == "cuda":
         try:
-            return _by_engine(model, request, streamer, device)
+            return _by_engine(model, request, streamer, session)
         except NotUnderstood as reason:
             _say(model, f"transformers (auto: {reason})")
     return _by_transformers(model, request, streamer, device)
 
 
-def _by_engine(model: PreTrainedModel, request: Request, streamer: TextStream, device: torch.device) -> list[int]:
-    places = -(-(len(request.ids) + request.room) // ROOM) * ROOM
-    choose = Choose(request.temperature, request.top_p, request.seed, request.room, 1, device)
-    engine = Engine(model, 1, places, request.room, choose)
+def _by_engine(model: PreTrainedModel, request: Request, streamer: TextStream, session: Session) -> list[int]:
+    engine = session.ready(model, request)
     plain = f"; decoded at every token: {', '.join(engine.plain)}" if engine.plain else ""
     _say(model, f"token engine (auto: CUDA, every layer adopted{plain})")
     streamer.put(torch.tensor(request.ids))

@@ -1,7 +1,7 @@
 """One token step over any adopted model, as launches on static buffers: what a CUDA graph captures and replays for every token.
 
-A layer of the usual kind is nine launches: norm, q/k/v with adapter, rotation into the cache, attention in two, output added to
-the residual, norm, gate/up with adapter and activation, down added to the residual. Other layers (norms after, parallel halves,
+A layer of the usual kind is seven launches: norm, q/k/v with adapter, attention with rotation and cache, output added to the
+residual, norm, gate/up with adapter and activation, down added to the residual. Other layers (norms after, parallel halves,
 fused gate and up) take the same pieces with a few more. Nothing here looks at a value: positions and tokens stay on the device.
 
 Letters: M rows, P places of the cache.
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from halfbyte.generate.reading import Layer, Reading, tables
-from halfbyte.kernels.decode_step import attend, normalise, place
+from halfbyte.kernels.decode_step import Scratch, attend, normalise
 from halfbyte.kernels.glu import glu
 from halfbyte.kernels.lora_linear.members import Member
 from halfbyte.kernels.packed_gemv import Product, build, multiply
-from halfbyte.layers.fused.parts import Norm, modules_of, operands
+from halfbyte.layers.fused.parts import Norm
+from halfbyte.layers.linear import Operand
 
 PROGRAMS = 256
 """Pieces of attention over all rows and key heads: about two a multiprocessor of a large GPU."""
@@ -38,29 +39,41 @@ class Products:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Everything that a step reads and writes. cache `[layers, 2, M, P, G, d]`; token, position int64 `[M]`; logits `[M, V]`."""
+    """Everything that a step reads and writes. cache `[layers, 2, M, P, G, d]`; token int64 `[M]`; logits `[M, V]`.
+
+    counted: int64 `[M + 1]`, the rows' positions and the number of the token of the answer: one addition moves them all.
+    """
 
     cache: Tensor
     cos: Tensor | None
     sin: Tensor | None
     token: Tensor
-    position: Tensor
+    counted: Tensor
     residual: Tensor
     normed: Tensor
     qkv: Tensor
-    query: Tensor
     mixed: Tensor
     side: Tensor
     wide: Tensor
     inner: Tensor
-    partial: Tensor
+    scratch: Scratch
     logits: Tensor
 
+    @property
+    def position(self) -> Tensor:
+        """int64 `[M]`."""
+        return self.counted[:-1]
 
-def products(layer: Layer, dtype: torch.dtype) -> Products:
-    """Reads the layer's weights and adapters as they are now."""
+    @property
+    def number(self) -> Tensor:
+        """int64 `[1]`."""
+        return self.counted[-1:]
+
+
+def products(layer: Layer, operands: list[list[Operand]], dtype: torch.dtype) -> Products:
+    """Of the layer's weights and adapters as they are now."""
     s = layer.module.structure
-    groups = [[Member(o.weight, o.bias, o.lora) for o in operands(modules)] for modules in modules_of(layer.module, s)]
+    groups = [[Member(o.weight, o.bias, o.lora) for o in group] for group in operands]
     alone = s.gated and len(groups[2]) == 1  # gate and up in one weight: the activation is a launch of its own
     return Products(
         build(groups[0], dtype), build(groups[1], dtype), build(groups[2], dtype, None if alone else layer.activation),
@@ -78,18 +91,18 @@ def buffers(reading: Reading, made: list[Products], rows: int, places: int, embe
     while pieces * 2 * rows * first.kv <= PROGRAMS and pieces < MOST_PIECES:
         pieces *= 2
 
-    def empty(*shape: int, like: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=like, device=device)
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
 
     queries = max(layer.heads.query for layer in reading.layers)
     cos, sin = (None, None) if reading.rotary is None else tables(reading.rotary, places, dtype, device)
     inner = max(p.down.width for p in made)
     return Buffers(
         torch.zeros(len(reading.layers), 2, rows, places, first.kv, first.size, dtype=dtype, device=device), cos, sin,
-        torch.zeros(rows, dtype=torch.int64, device=device), torch.zeros(rows, dtype=torch.int64, device=device),
+        torch.zeros(rows, dtype=torch.int64, device=device), torch.zeros(rows + 1, dtype=torch.int64, device=device),
         empty(rows, hidden), empty(rows, hidden), empty(rows, max(p.qkv.rows for p in made)), empty(rows, queries * first.size),
-        empty(rows, queries * first.size), empty(rows, hidden), empty(rows, max(p.inputs.rows for p in made)), empty(rows, inner),
-        empty(rows, queries, pieces, first.size + 2, like=torch.float32), empty(rows, reading.head.weight.shape[0]),
+        empty(rows, hidden), empty(rows, max(p.inputs.rows for p in made)), empty(rows, inner),
+        Scratch.empty(rows, queries, first.kv, first.size, pieces, device), empty(rows, reading.head.weight.shape[0]),
     )  # fmt: skip
 
 
@@ -129,9 +142,8 @@ def _layer(layer: Layer, weights: Products, cache: Tensor, b: Buffers) -> None:
         width = heads.query * heads.size
         for norm, part in zip(layer.full_norms, (qkv[:, :width], qkv[:, width : width + heads.kv * heads.size]), strict=True):
             _norm(norm, part, part)
-    query, mixed = (t[:, : heads.query * heads.size] for t in (b.query, b.mixed))
-    place(qkv, b.position, heads, b.cos, b.sin, query, cache[0], cache[1])
-    attend(query, cache[0], cache[1], b.position, heads, b.partial[:, : heads.query], mixed)
+    mixed = b.mixed[:, : heads.query * heads.size]
+    attend(qkv, b.position, heads, b.cos, b.sin, cache[0], cache[1], b.scratch, mixed)
     # Parallel halves read the same norm, which must outlive the residual's change: it does, being another buffer.
     keeps = normed is b.residual and s.norms.parallel
     assert not keeps, "a parallel layer without a norm"

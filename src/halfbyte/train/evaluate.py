@@ -20,6 +20,7 @@ from halfbyte.data.tokens import TokenSet
 from halfbyte.layers import decoded, head
 from halfbyte.layers.forward import hidden_states
 from halfbyte.objectives import sft
+from halfbyte.train import fusing
 from halfbyte.train.signals import Stop
 from halfbyte.train.state import Loader, Microbatch, Parts, State
 from halfbyte.train.step import forward, mixed
@@ -81,7 +82,7 @@ def measure(
 def evaluate_base(base: Base, sets: Mapping[str, TokenSet], tokens: int) -> dict[str, Score]:
     """Scores of a loaded model, with whatever adapter is attached and switched on; `tokens` a row, one row at a time.
 
-    On a CPU with room for it, the weights are decoded once for all rows.
+    On CUDA adopted layers run fused, as in training; on a CPU with room for it, the weights are decoded once for all rows.
     """
     device = next(base.model.parameters()).device
     output = head.find(base.model)
@@ -90,7 +91,7 @@ def evaluate_base(base: Base, sets: Mapping[str, TokenSet], tokens: int) -> dict
         hidden = hidden_states(base.model, part.input_ids.to(device), part.position_ids.to(device), part.cu_seqlens)
         return sft.sums(hidden, part.labels, output)
 
-    with decoded.held(base.model, base.compute):
+    with fusing.attached(base.model, device), decoded.held(base.model, base.compute):
         scores = {name: measure(DataLoader(part, tokens, 1, 0), 1, sums) for name, part in sets.items()}
     return {name: score for name, score in scores.items() if score is not None}
 

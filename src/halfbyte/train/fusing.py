@@ -1,14 +1,16 @@
 """Which path the decoder layers take in a run: the fused layer where the device's kernels are the fused twins, else modules.
 
 The path is chosen, proven (`layers.fused.prove`, and isolation of packed examples once more) and told before the first step; layers
-that cannot take it are named with the reason and run their modules. Evaluation takes the same path; generation has a cache and
-never does. A checkpoint tells the choices and does not decide them again: they follow from recipe and machine.
+that cannot take it are named with the reason and run their modules. Evaluation takes the same path, in a run and without one
+(`attached`); generation reads prompts with the same forward and makes tokens with kernels of its own (`generate/`). A checkpoint
+tells the choices and does not decide them again: they follow from recipe and machine.
 Cost: two forwards and backwards of a few tokens for each kind of layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -21,7 +23,7 @@ from halfbyte.layers import forward, recompute
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused import host
 from halfbyte.layers.fused.layer import Fused
-from halfbyte.layers.fused.prepare import prepare
+from halfbyte.layers.fused.prepare import prepare, remove
 from halfbyte.memory.plan import ASKED
 from halfbyte.memory.rungs import Rung
 from halfbyte.train.choices import Choice
@@ -72,6 +74,26 @@ def place(
         "offload": offload,
         "decoded weights": decoded,
     }
+
+
+@contextmanager
+def attached(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """While inside, adopted layers run fused where the device's kernels are the fused ones: evaluation without a run.
+
+    Layers that a run has put on their path stay on it. What cannot run fused is logged with its reason.
+    """
+    layers = [m for m in model.modules() if isinstance(m, DecoderLayer)]
+    if twin(device) != "fused" or any(layer.fused is not None for layer in layers):
+        yield
+        return
+    recomputing = [layer.gradient_checkpointing for layer in layers]
+    prepare(model)
+    try:
+        yield
+    finally:
+        remove(model)
+        for layer, recompute in zip(layers, recomputing, strict=True):
+            layer.gradient_checkpointing = recompute
 
 
 def _modules(compute: str, offload: Choice, device: torch.device, decoded: Choice, why: str) -> dict[str, Choice]:

@@ -1,9 +1,9 @@
-"""What stands between the products of one token step: norm, rotation into the cache, attention over it. Few rows, small launches.
+"""What stands between the products of one token step: norm, and attention with rotation and cache. Few rows, small launches.
 
-Why apart from training's kernels: a step of one token is bound by how fast its launches follow each other, so here the rotation
-also norms heads and writes the cache, attention cuts the cache into pieces so that every multiprocessor has one, and on sm_90 each
-launch starts while the one before it ends. Positions are read on the device: a step is the same launches for every token, in one
-CUDA graph.
+Why apart from training's kernels: a step of one token is bound by how fast its launches follow each other. So attention also norms
+and turns its heads and writes the cache, cuts the cache into pieces so that every multiprocessor has one, and joins them, in one
+launch; on sm_90 each launch starts, and reads the cache, while the one before it ends. Positions are read on the device: a step is
+the same launches for every token, in one CUDA graph.
 
 Letters: M rows, P places of the cache, S pieces, H query heads, G key/value heads, d head size, r elements of a head that turn.
 """
@@ -13,11 +13,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from halfbyte.kernels.decode_step import reference
-from halfbyte.kernels.decode_step.reference import Heads
+from halfbyte.kernels.decode_step.reference import Heads, Scratch
 from halfbyte.kernels.dispatch import twin
 from halfbyte.kernels.norm import NormSpec
 
-__all__ = ["Heads", "attend", "normalise", "place"]
+__all__ = ["Heads", "Scratch", "attend", "normalise"]
 
 
 def normalise(x: Tensor, spec: NormSpec, weight: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
@@ -30,29 +30,20 @@ def normalise(x: Tensor, spec: NormSpec, weight: Tensor | None, bias: Tensor | N
     fused.normalise(x, spec, weight, bias, out)
 
 
-def place(
-    qkv: Tensor, position: Tensor, heads: Heads, cos: Tensor | None, sin: Tensor | None, q: Tensor, keys: Tensor, values: Tensor
-) -> None:
-    """Norms and turns the heads of qkv `[M, (H + 2 G) d]`: queries into q `[M, H d]`, keys and values into the cache at `position`.
+def attend(
+    qkv: Tensor, position: Tensor, heads: Heads, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor,
+    scratch: Scratch, out: Tensor, feed: Tensor | None = None, fed: Tensor | None = None,
+) -> None:  # fmt: skip
+    """out `[M, H d]` = attention of qkv `[M, (H + 2 G) d]`, heads normed and turned, over places 0..position (the window).
 
-    position: int64 `[M]`. cos, sin: `[P, r]`. keys, values: `[M, P, G, d]`, of one layer.
+    Keys and values of qkv are written into the cache at `position`. position: int64 `[M]`. cos, sin: `[P, r]`. keys, values:
+    `[M, P, G, d]`, of one layer. On a GPU an early launch reads `position` and the older places: what wrote them must have ended
+    before the launch in front of this one began. feed `[H d, R]`, fed fp32 `[H, >= M, R]`: where given, what each head of `out`
+    makes of its rows of `feed` is left in `fed`; the sum over heads is `out feed`.
     """
     if twin(qkv.device) != "fused":
-        reference.place(qkv, position, heads, cos, sin, q, keys, values)
+        reference.attend(qkv, position, heads, cos, sin, keys, values, out, feed, fed)
         return
     from halfbyte.kernels.decode_step import fused
 
-    fused.place(qkv, position, heads, cos, sin, q, keys, values)
-
-
-def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, heads: Heads, partial: Tensor, out: Tensor) -> None:
-    """out `[M, H d]` = attention of q over places 0..position of the cache (the window's last ones).
-
-    partial: fp32 `[M, H, S, d + 2]`, scratch; S, its pieces, a power of two.
-    """
-    if twin(q.device) != "fused":
-        reference.attend(q, keys, values, position, heads, out)
-        return
-    from halfbyte.kernels.decode_step import fused
-
-    fused.attend(q, keys, values, position, heads, partial, out)
+    fused.attend(qkv, position, heads, cos, sin, keys, values, scratch, out, feed, fed)

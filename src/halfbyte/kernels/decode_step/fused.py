@@ -1,7 +1,8 @@
-"""The Triton twins. Attention is cut along the cache: every piece keeps its maximum, its sum and its output, and a second launch
-joins them.
+"""The Triton twins. Attention is cut along the cache: every piece keeps its maximum, its sum and its output, and whichever piece of
+a key head ends last joins them.
 
-Each launch lets the next one start at once and waits for the one before it where it first reads what that wrote (`gdc_wait`).
+Each launch lets the next one start at once and waits for the one before it where it first reads what that wrote (`gdc_wait`). What
+was written before the step began can be read earlier: launches without early starts (torch's) stand between two tokens.
 """
 
 # Kernels are typed by Triton, whose decorator is not.
@@ -16,13 +17,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-from halfbyte.kernels.decode_step.reference import Heads
+from halfbyte.kernels.decode_step.reference import Heads, Scratch
 from halfbyte.kernels.dequantize.fused import INTERPRETED, to_dtype
 from halfbyte.kernels.norm import NormSpec
 from halfbyte.kernels.packed_gemv.launch import hopper
 
-KEYS = 64
-"""Places of the cache that a program of attention reads at a time."""
+WARPS = 4
+"""Of a program of attention."""
+READ = 16384
+"""Bytes of keys that a program reads at a time; as many of values, and the next ones meanwhile, in registers."""
 
 
 @triton.jit
@@ -61,49 +64,27 @@ def _normalise(
 
 
 @triton.jit
-def _place(
-    qkv, position, q_weight, k_weight, cos, sin, q, keys, values, stride, q_stride, places, turns, eps, offset,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, ROTATION: tl.constexpr, NORM: tl.constexpr,
-    LAYER: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+def _turned(
+    at, i, other, sign, c, s, inside, turning, weight, eps, offset,
+    D: tl.constexpr, ROTATION: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
 ):  # fmt: skip
-    """One head of one row a program: H query heads, G of keys, G of values."""
-    _begin(PDL)
-    row, head = tl.program_id(0), tl.program_id(1)
-    i = tl.arange(0, BLOCK)
-    inside = i < D
-    at = tl.load(position + row)
-    other = i
-    sign = tl.where(i % 2 == 0, -1.0, 1.0)
-    table = i
-    if ROTATION == "half":
-        other = tl.where(i < turns // 2, i + turns // 2, i - turns // 2)
-        sign = tl.where(i < turns // 2, -1.0, 1.0)
-    elif ROTATION != "none":
-        other = i ^ 1
-        if ROTATION == "interleaved-halves":
-            table = i // 2
-    turning = inside & (i < tl.where(head < H + G, turns, 0))  # a number beside a block would be no mask for the interpreter
-    source = qkv + row * stride + head * D
-    x = tl.load(source + i, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(source + other, mask=turning, other=0.0).to(tl.float32)
-    if NORM and head < H + G:
-        weight = q_weight if head < H else k_weight
-        mean = tl.sum(x, 0) / D if LAYER else 0.0
-        rstd = tl.rsqrt(tl.sum(tl.where(inside, (x - mean) * (x - mean), 0.0), 0) / D + eps)
-        x = (x - mean) * rstd * (tl.load(weight + i, mask=inside, other=0.0).to(tl.float32) + offset)
-        y = (y - mean) * rstd * (tl.load(weight + other, mask=turning, other=0.0).to(tl.float32) + offset)
+    """Heads `[N, BLOCK]` at addresses `at` (`[N, 1]`, or one), normed and turned, fp32. other: what element i turns with."""
+    x = tl.load(at + i, mask=inside, other=0.0).to(tl.float32)
+    y = x
     if ROTATION != "none":
-        c = tl.load(cos + at * turns + table, mask=turning, other=1.0).to(tl.float32)
-        s = tl.load(sin + at * turns + table, mask=turning, other=0.0).to(tl.float32)
-        x = x * c + sign * y * s
-    out = to_dtype(x, q.dtype.element_ty, INTERPRETED)
-    slot = (row * places + at) * G * D
-    if head < H:
-        tl.store(q + row * q_stride + head * D + i, out, mask=inside)
-    elif head < H + G:
-        tl.store(keys + slot + (head - H) * D + i, out, mask=inside)
-    else:
-        tl.store(values + slot + (head - H - G) * D + i, out, mask=inside)
+        y = tl.load(at + other, mask=turning, other=0.0).to(tl.float32)
+    if NORM:
+        w = tl.load(weight + i, mask=i < D, other=0.0).to(tl.float32) + offset
+        u = w
+        if ROTATION != "none":
+            u = tl.load(weight + other, mask=(other >= 0) & (other < D), other=0.0).to(tl.float32) + offset
+        mean = tl.sum(x, 1)[:, None] / D if LAYER else 0.0
+        centred = tl.where(inside, x - mean, 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, 1)[:, None] / D + eps)
+        x, y = centred * rstd * w, (y - mean) * rstd * u
+    if ROTATION != "none":
+        x = x * c + tl.where(turning, sign * y * s, 0.0)
+    return x
 
 
 @triton.jit
@@ -116,63 +97,136 @@ def _dot(a, b, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _attend(
-    q, keys, values, position, partial, q_stride, places, scale, cap, window,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr,
-    KEYS: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """One piece of the cache for the query heads of one key head: output, maximum (base 2) and sum, fp32."""
-    _begin(PDL)
-    row, group, split = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
-    last = tl.load(position + row) + 1
-    first = tl.maximum(last - window, 0) if WINDOW else last * 0
-    per = tl.cdiv(tl.cdiv(last - first, SPLITS), KEYS) * KEYS
-    start = first + split * per
-    stop = tl.minimum(start + per, last)
-    h, i, n = tl.arange(0, QUERIES), tl.arange(0, BLOCK), tl.arange(0, KEYS)
-    share: tl.constexpr = H // G
-    head = group * share + h
-    query = tl.load(q + row * q_stride + head[:, None] * D + i[None, :], mask=(h < share)[:, None] & (i < D)[None, :], other=0.0)
-    top = tl.full((QUERIES,), -float("inf"), tl.float32)
-    total = tl.zeros((QUERIES,), tl.float32)
-    acc = tl.zeros((QUERIES, BLOCK), tl.float32)
-    while start < stop:
-        place = start + n
-        seen = place < stop
-        at = ((row * places + place) * G + group) * D
-        mask = seen[:, None] & (i < D)[None, :]
-        k = tl.load(keys + at[:, None] + i[None, :], mask=mask, other=0.0)
-        v = tl.load(values + at[:, None] + i[None, :], mask=mask, other=0.0)
-        scores = _dot(query, tl.trans(k), INTERPRETED) * scale
-        if CAP:
-            scores = cap * (2 / (1 + tl.exp(-2 * scores / cap)) - 1)
-        scores = tl.where(seen[None, :], scores * 1.4426950408889634, -float("inf"))
-        new = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores - new[:, None])
-        fade = tl.exp2(top - new)
-        total = total * fade + tl.sum(p, 1)
-        acc = acc * fade[:, None] + _dot(to_dtype(p, v.dtype, INTERPRETED), v, INTERPRETED)
-        top = new
-        start += KEYS
-    out = partial + ((row * H + head) * SPLITS + split) * (D + 2)
-    tl.store(out[:, None] + i[None, :], acc, mask=(h < share)[:, None] & (i < D)[None, :])
-    tl.store(out + D, top, mask=h < share)
-    tl.store(out + D + 1, total, mask=h < share)
+def _places(keys, values, base, start, stop, n, i, G: tl.constexpr, D: tl.constexpr):
+    """Keys and values `[KEYS, BLOCK]` of the places from `start` on."""
+    place = start + n
+    at = base + place[:, None] * (G * D) + i
+    mask = (place < stop)[:, None] & (i < D)
+    return tl.load(keys + at, mask=mask, other=0.0), tl.load(values + at, mask=mask, other=0.0)
 
 
 @triton.jit
-def _join(partial, out, out_stride, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
-          INTERPRETED: tl.constexpr):  # fmt: skip
-    """The pieces of one head."""
-    _begin(PDL)
-    row, head = tl.program_id(0), tl.program_id(1)
-    i, s = tl.arange(0, BLOCK), tl.arange(0, SPLITS)
-    piece = partial + ((row * H + head) * SPLITS + s) * (D + 2)
-    top = tl.load(piece + D)
+def _capped(scores, cap, CAP: tl.constexpr):
+    """Scores to the base 2."""
+    if CAP:
+        scores = cap * (2 / (1 + tl.exp(-2 * scores / cap)) - 1)
+    return scores * 1.4426950408889634
+
+
+@triton.jit
+def _joined(
+    partial, tops, head, live, out, i, feed, fed,
+    D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, FEED: tl.constexpr, FED: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The pieces of one head, summed in one order whichever of them came last. head: its number among all rows'.
+
+    FEED: columns of `feed` `[d, FEED]`, by which the head is multiplied into `fed` `[FEED]`; FED as a power of two.
+    """
+    s = tl.arange(0, SPLITS)
+    if FEED > 0:
+        column, r = tl.arange(0, BLOCK)[:, None], tl.arange(0, FED)
+        mask = (column < D) & (r < FEED)[None, :]
+        lines = tl.load(feed + column * FEED + r[None, :], mask=mask, other=0.0).to(tl.float32)
+    at = partial + (head * SPLITS + s)[:, None] * D + i
+    acc = tl.load(at, mask=live[:, None] & (i < D), other=0.0, cache_modifier=".cg")
+    top = tl.load(tops + head * (2 * SPLITS) + s, mask=live, other=-float("inf"), cache_modifier=".cg")
+    total = tl.load(tops + head * (2 * SPLITS) + SPLITS + s, mask=live, other=0.0, cache_modifier=".cg")
     weight = tl.exp2(top - tl.max(top, 0))
-    acc = tl.load(piece[:, None] + i[None, :], mask=(i < D)[None, :], other=0.0)
-    y = tl.sum(acc * weight[:, None], 0) / tl.sum(tl.load(piece + D + 1) * weight, 0)
-    tl.store(out + row * out_stride + head * D + i, to_dtype(y, out.dtype.element_ty, INTERPRETED), mask=i < D)
+    y = tl.sum(acc * weight[:, None], 0)[None, :] / tl.sum(total * weight, 0)
+    y = to_dtype(y, out.dtype.element_ty, INTERPRETED)
+    tl.store(out + i, y, mask=i < D)
+    if FEED > 0:
+        tl.store(fed + r, tl.sum(tl.trans(y).to(tl.float32) * lines, 0), mask=r < FEED)
+
+
+@triton.jit
+def _attend(
+    qkv, position, q_weight, k_weight, cos, sin, keys, values, partial, tops, counters, out, feed, fed,
+    stride, out_stride, places, turns, eps, offset, scale, cap, window,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr,
+    KEYS: tl.constexpr, ROTATION: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
+    FEED: tl.constexpr, FED: tl.constexpr, FED_ROWS: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """One piece of the cache for the query heads of one key head; the last piece has the newest place too, from qkv itself.
+
+    Old places and positions were written by the tokens before: they are read before the wait for qkv.
+    """
+    if PDL:
+        cuda.gdc_launch_dependents()
+    row, group, split = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
+    share: tl.constexpr = H // G
+    newest = tl.load(position + row)
+    first = tl.maximum(newest + 1 - window, 0) if WINDOW else newest * 0
+    per = tl.maximum(tl.cdiv(tl.cdiv(newest - first, SPLITS), KEYS), 1) * KEYS
+    pieces = tl.maximum(tl.cdiv(newest - first, per), 1)
+    if split < pieces:
+        start = first + split * per
+        stop = tl.minimum(start + per, newest)
+        h, i, n = tl.arange(0, QUERIES)[:, None], tl.arange(0, BLOCK)[None, :], tl.arange(0, KEYS)
+        base = (row.to(tl.int64) * places * G + group) * D
+        k, v = _places(keys, values, base, start, stop, n, i, G, D)
+        other, table, sign = i, i, tl.where(i % 2 == 0, -1.0, 1.0)
+        if ROTATION == "half":
+            other = tl.where(i < turns // 2, i + turns // 2, i - turns // 2)
+            sign = tl.where(i < turns // 2, -1.0, 1.0)
+        elif ROTATION != "none":
+            other = i ^ 1
+            if ROTATION == "interleaved-halves":
+                table = i // 2
+        c, s = sign, sign
+        if ROTATION != "none":
+            c = tl.load(cos + newest * turns + table, mask=i < turns, other=1.0).to(tl.float32)
+            s = tl.load(sin + newest * turns + table, mask=i < turns, other=0.0).to(tl.float32)
+        if PDL:
+            cuda.gdc_wait()
+        source = qkv + row * stride
+        inside = (h < share) & (i < D)
+        x = _turned(source + (group * share + h) * D, i, other, sign, c, s, inside, inside & (i < turns), q_weight, eps, offset,
+                    D, ROTATION, NORM, LAYER)  # fmt: skip
+        new = _turned(source + (H + group) * D, i, other, sign, c, s, i < D, i < tl.minimum(turns, D), k_weight, eps, offset,
+                      D, ROTATION, NORM, LAYER)  # fmt: skip
+        query = to_dtype(x, k.dtype, INTERPRETED)
+        new = to_dtype(new, k.dtype, INTERPRETED)
+        value = to_dtype(tl.load(source + (H + G + group) * D + i, mask=i < D, other=0.0).to(tl.float32), v.dtype, INTERPRETED)
+        mine = split == pieces - 1
+        kept = i < tl.where(mine, D, 0)
+        tl.store(keys + base + newest * (G * D) + i, new, mask=kept)
+        tl.store(values + base + newest * (G * D) + i, value, mask=kept)
+        score = tl.sum(query.to(tl.float32) * new.to(tl.float32), 1) * scale
+        top = tl.where(mine, _capped(score, cap, CAP), -float("inf"))
+        total = tl.where(mine, 1.0, tl.zeros((QUERIES,), tl.float32))
+        acc = tl.where(kept, value.to(tl.float32), 0.0) + tl.zeros((QUERIES, BLOCK), tl.float32)
+        while start < stop:
+            next_k, next_v = _places(keys, values, base, start + KEYS, stop, n, i, G, D)
+            scores = _capped(_dot(query, tl.trans(k), INTERPRETED) * scale, cap, CAP)
+            scores = tl.where((start + n < stop)[None, :], scores, -float("inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            p = tl.exp2(scores - new_top[:, None])
+            fade = tl.exp2(top - new_top)
+            total = total * fade + tl.sum(p, 1)
+            acc = acc * fade[:, None] + _dot(to_dtype(p, v.dtype, INTERPRETED), v, INTERPRETED)
+            top, k, v = new_top, next_k, next_v
+            start += KEYS
+        heads = row * H + group * share + tl.arange(0, QUERIES)
+        alive = tl.arange(0, QUERIES) < share
+        tl.store(partial + (heads * SPLITS + split)[:, None] * D + i, acc, mask=inside)
+        tl.store(tops + heads * (2 * SPLITS) + split, top, mask=alive)
+        tl.store(tops + heads * (2 * SPLITS) + SPLITS + split, total, mask=alive)
+        tl.debug_barrier()
+        if tl.atomic_add(counters + row * G + group, 1, sem="acq_rel", scope="gpu") == pieces - 1:
+            tl.store(counters + row * G + group, 0)
+            live = tl.arange(0, SPLITS) < pieces
+            there = out + row * out_stride + group * share * D
+            if share <= 8:
+                for q in tl.static_range(share):
+                    n_q = group * share + q
+                    _joined(partial, tops, row * H + n_q, live, there + q * D, i, feed + n_q * D * FEED,
+                            fed + (n_q * FED_ROWS + row) * FEED, D, BLOCK, SPLITS, FEED, FED, INTERPRETED)  # fmt: skip
+            else:
+                for q in range(share):
+                    n_q = group * share + q
+                    _joined(partial, tops, row * H + n_q, live, there + q * D, i, feed + n_q * D * FEED,
+                            fed + (n_q * FED_ROWS + row) * FEED, D, BLOCK, SPLITS, FEED, FED, INTERPRETED)  # fmt: skip
 
 
 def _options(device: torch.device, warps: int) -> dict[str, Any]:
@@ -189,31 +243,28 @@ def normalise(x: Tensor, spec: NormSpec, weight: Tensor | None, bias: Tensor | N
     )  # fmt: skip
 
 
-def place(
-    qkv: Tensor, position: Tensor, heads: Heads, cos: Tensor | None, sin: Tensor | None, q: Tensor, keys: Tensor, values: Tensor
-) -> None:
+def attend(
+    qkv: Tensor, position: Tensor, heads: Heads, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor,
+    scratch: Scratch, out: Tensor, feed: Tensor | None, fed: Tensor | None,
+) -> None:  # fmt: skip
     """See the package."""
-    spec, turns = heads.spec or NormSpec(), 0 if cos is None else cos.shape[1]
+    spec, turns, device = heads.spec or NormSpec(), 0 if cos is None else cos.shape[1], qkv.device
     assert keys.is_contiguous() and values.is_contiguous() and (cos is None or cos.is_contiguous())
-    _place[(qkv.shape[0], heads.query + 2 * heads.kv)](
+    partial, splits, block = scratch.partial, scratch.partial.shape[2], max(triton.next_power_of_2(heads.size), 16)
+    _attend[(qkv.shape[0] * heads.kv, splits)](
         qkv, position, qkv if heads.q_weight is None else heads.q_weight, qkv if heads.k_weight is None else heads.k_weight,
-        qkv if cos is None else cos, qkv if sin is None else sin, q, keys, values, qkv.stride(0), q.stride(0), keys.shape[1], turns,
-        spec.eps, spec.offset, H=heads.query, G=heads.kv, D=heads.size, BLOCK=triton.next_power_of_2(heads.size),
-        ROTATION=heads.rotation if cos is not None else "none", NORM=heads.spec is not None, LAYER=spec.kind == "layer",
-        PDL=hopper(q.device), INTERPRETED=INTERPRETED, **_options(q.device, 1),
-    )  # fmt: skip
-
-
-def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, heads: Heads, partial: Tensor, out: Tensor) -> None:
-    """See the package."""
-    splits, block = partial.shape[2], max(triton.next_power_of_2(heads.size), 16)
-    _attend[(q.shape[0] * heads.kv, splits)](
-        q, keys, values, position, partial, q.stride(0), keys.shape[1], heads.scale, heads.cap or 1.0, heads.window or 0,
+        qkv if cos is None else cos, qkv if sin is None else sin, keys, values, partial, scratch.tops, scratch.counters, out,
+        qkv if feed is None else feed, partial if fed is None else fed,
+        qkv.stride(0), out.stride(0), keys.shape[1], turns, spec.eps, spec.offset, heads.scale, heads.cap or 1.0, heads.window or 0,
         H=heads.query, G=heads.kv, D=heads.size, BLOCK=block, QUERIES=max(triton.next_power_of_2(heads.query // heads.kv), 16),
-        SPLITS=splits, KEYS=KEYS, CAP=bool(heads.cap), WINDOW=heads.window is not None, PDL=hopper(q.device),
-        INTERPRETED=INTERPRETED, **_options(q.device, 4),
+        SPLITS=splits, KEYS=keys_of(block, keys.dtype), ROTATION=heads.rotation if cos is not None else "none",
+        NORM=heads.spec is not None, LAYER=spec.kind == "layer", CAP=bool(heads.cap), WINDOW=heads.window is not None,
+        FEED=0 if feed is None else feed.shape[1], FED=16 if feed is None else triton.next_power_of_2(feed.shape[1]),
+        FED_ROWS=1 if fed is None else fed.shape[1],
+        PDL=hopper(device), INTERPRETED=INTERPRETED, **_options(device, WARPS),
     )  # fmt: skip
-    _join[(q.shape[0], heads.query)](
-        partial, out, out.stride(0), H=heads.query, D=heads.size, BLOCK=block, SPLITS=splits, PDL=hopper(q.device),
-        INTERPRETED=INTERPRETED, **_options(q.device, 2),
-    )  # fmt: skip
+
+
+def keys_of(block: int, dtype: torch.dtype) -> int:
+    """Places that a program reads at a time."""
+    return max(16, min(64, READ // (block * dtype.itemsize)))

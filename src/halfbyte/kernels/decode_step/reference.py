@@ -31,6 +31,24 @@ class Heads:
     k_weight: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Scratch:
+    """What the pieces leave for the one that joins them. partial: fp32 `[M, H, S, d]`; tops: fp32 `[M, H, 2, S]`, maxima and sums;
+    counters: int32 `[M, G]`, pieces done: zero before and after a launch."""
+
+    partial: Tensor
+    tops: Tensor
+    counters: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, heads: int, kv: int, size: int, pieces: int, device: torch.device) -> Scratch:
+        """pieces: a power of two."""
+        counters = torch.zeros(rows, kv, dtype=torch.int32, device="cpu").to(device)
+        return cls(
+            torch.empty(rows, heads, pieces, size, device=device), torch.empty(rows, heads, 2, pieces, device=device), counters
+        )
+
+
 def normalise(x: Tensor, spec: NormSpec, weight: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
     """out = norm(x)."""
     add_norm(x, None, spec, weight, bias, out)
@@ -45,28 +63,28 @@ def _normed(x: Tensor, spec: NormSpec | None, weight: Tensor | None) -> Tensor:
     return y
 
 
-def place(
-    qkv: Tensor, position: Tensor, heads: Heads, cos: Tensor | None, sin: Tensor | None, q: Tensor, keys: Tensor, values: Tensor
-) -> None:
+def attend(
+    qkv: Tensor, position: Tensor, heads: Heads, cos: Tensor | None, sin: Tensor | None, keys: Tensor, values: Tensor, out: Tensor,
+    feed: Tensor | None = None, fed: Tensor | None = None,
+) -> None:  # fmt: skip
     """See the package."""
     query, key, value = qkv.unflatten(1, (-1, heads.size)).split([heads.query, heads.kv, heads.kv], dim=1)  # type: ignore[no-untyped-call]
     cos, sin = (None if t is None else t[position] for t in (cos, sin))
-    q.copy_(turned(_normed(query, heads.spec, heads.q_weight), cos, sin, heads.rotation).flatten(1))
     rows = torch.arange(len(qkv), device=qkv.device)
     keys[rows, position] = turned(_normed(key, heads.spec, heads.k_weight), cos, sin, heads.rotation).to(keys.dtype)
     values[rows, position] = value.to(values.dtype)
-
-
-def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, heads: Heads, out: Tensor) -> None:
-    """See the package."""
+    q = turned(_normed(query, heads.spec, heads.q_weight), cos, sin, heads.rotation).to(keys.dtype)
     place_P = torch.arange(keys.shape[1], device=q.device)[None]
     seen = place_P <= position[:, None]
     if heads.window is not None:
         seen &= place_P > position[:, None] - heads.window
     # Places that were never written may hold anything.
     k, v = (torch.where(seen[:, :, None, None], wide(t), 0.0).repeat_interleave(heads.query // heads.kv, 2) for t in (keys, values))
-    scores = torch.einsum("mhd,mphd->mhp", wide(q).unflatten(1, (heads.query, heads.size)), k) * heads.scale  # type: ignore[no-untyped-call]
+    scores = torch.einsum("mhd,mphd->mhp", wide(q), k) * heads.scale
     if heads.cap:
         scores = heads.cap * torch.tanh(scores / heads.cap)
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     out.copy_(torch.einsum("mhp,mphd->mhd", scores.softmax(-1), v).flatten(1))
+    if feed is not None and fed is not None:
+        by_head = wide(feed).unflatten(0, (heads.query, heads.size))  # type: ignore[no-untyped-call]
+        fed[:, : len(out)] = torch.einsum("mhd,hdr->hmr", wide(out).unflatten(1, (heads.query, -1)), by_head)  # type: ignore[no-untyped-call]

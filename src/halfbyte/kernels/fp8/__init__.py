@@ -45,6 +45,7 @@ __all__ = [
     "forward_weight",
     "glu",
     "glu_backward",
+    "norm_backward",
     "product",
     "quantize_both",
     "quantize_rows",
@@ -99,6 +100,28 @@ def add_norm(
     if rows is not None:
         quantize_rows(out, rows.main, rows.scale)
     return found
+
+
+def norm_backward(
+    d_out: Tensor,
+    residual: Tensor,
+    rstd: Tensor,
+    mean: Tensor | None,
+    spec: NormSpec,
+    weight: Tensor | None,
+    add: Tensor | None,
+    out: Tensor,
+    rows: Rows | None,
+) -> None:
+    """`kernels.norm.norm_backward`; with `rows` also `out` quantised, in the same pass."""
+    if rows is not None and twin(out.device) == "fused":
+        from halfbyte.kernels.fp8 import elementwise
+
+        elementwise.norm_backward(d_out, residual, rstd, mean, spec, weight, add, out, rows)
+        return
+    norm.norm_backward(d_out, residual, rstd, mean, spec, weight, add, out)
+    if rows is not None:
+        quantize_rows(out, rows.main, rows.scale)
 
 
 def glu(gate: Tensor, up: Tensor | None, activation: Activation, out: Tensor, rows: Rows | None) -> None:

@@ -124,6 +124,38 @@ def _glu_backward(
     _write(out8, scale, row, column, d_gate.to(tl.float32), inside, top, out8_stride, LARGEST, INTERPRETED)
 
 
+@triton.jit
+def _norm_backward(
+    d_out, residual, rstd, mean, weight, add, out, out8, scale, d_stride, residual_stride, add_stride, out_stride, out8_stride,
+    offset, H: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr, TINY: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A row a program. `out` may be `d_out` or `add`: all of a row is in registers before any of it is written."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < H
+    unit = tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(d_out + row * d_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if add is not None:
+        stream = tl.load(add + row * add_stride + column, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.load(rstd + row)
+    if mean is not None:
+        unit = unit - tl.load(mean + row)
+    unit = unit * inverse
+    if weight is not None:
+        g = g * (tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + offset)
+    # Beyond H g is zero, so what unit is there does not count.
+    d = g - unit * (tl.sum(g * unit, axis=0) / H)
+    if mean is not None:
+        d = d - tl.sum(g, axis=0) / H
+    d = d * inverse
+    if add is not None:
+        d = d + stream
+    stored = to_dtype(d, out.dtype.element_ty, INTERPRETED)
+    tl.store(out + row * out_stride + column, stored, mask=inside)
+    y = tl.where(inside, stored.to(tl.float32), 0.0)
+    _write(out8, scale, row, column, y, inside, tl.maximum(tl.max(tl.abs(y), 0), TINY), out8_stride, LARGEST, INTERPRETED)
+
+
 def _warps(block: int) -> int:
     return min(max(block // 1024, 1), 16)
 
@@ -186,5 +218,31 @@ def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, activation: Activa
     _glu_backward[(length,)](
         dh, gate, up, rows.main.view(torch.uint8), rows.scale, dh.stride(0), gate.stride(0), 0 if up is None else up.stride(0),
         rows.main.stride(0), ACTIVATION=activation, K=ROOT_2_OVER_PI, C=CUBIC, F=width, BLOCK=block, **NUMBERS,
+        num_warps=warps or _warps(block),
+    )  # fmt: skip
+
+
+def norm_backward(
+    d_out: Tensor,
+    residual: Tensor,
+    rstd: Tensor,
+    mean: Tensor | None,
+    spec: NormSpec,
+    weight: Tensor | None,
+    add: Tensor | None,
+    out: Tensor,
+    rows: Rows,
+    warps: int = 0,
+) -> None:
+    """`kernels.norm.norm_backward`, with `out` in `rows` too."""
+    length, width = residual.shape
+    block = triton.next_power_of_2(width)
+    if block > LONGEST or not length:
+        norm_kernels.norm_backward(d_out, residual, rstd, mean, spec, weight, add, out)
+        quantize_rows(out, rows.main, rows.scale)
+        return
+    _norm_backward[(length,)](
+        d_out, residual, rstd, mean, weight, add, out, rows.main.view(torch.uint8), rows.scale, d_out.stride(0), residual.stride(0),
+        0 if add is None else add.stride(0), out.stride(0), rows.main.stride(0), spec.offset, H=width, BLOCK=block, **NUMBERS,
         num_warps=warps or _warps(block),
     )  # fmt: skip

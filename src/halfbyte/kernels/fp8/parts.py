@@ -28,27 +28,36 @@ ALIGNED = 16
 """What both dimensions of an fp8 product must be a multiple of."""
 
 
+LINE = 128
+"""Bytes: rows begin at the beginning of a cache line, or every load of a tile's row would touch two."""
+
+
+def _lines(rows: int, columns: int, device: torch.device) -> Tensor:
+    """e4m3 `[rows, columns]`, rows strided."""
+    return torch.empty(rows, -(-columns // LINE) * LINE, dtype=E4M3, device=device)[:, :columns]
+
+
 class Rows:
     """Activations or gradients in e4m3, a scale a row, room for the adapter's columns behind each row.
 
-    data e4m3 `[T, width + 3R]` contiguous; main `[T, width]` and tail `[T, 3R]` are views of it; scale fp32 `[T, 1]`.
+    data e4m3 `[T, width + 3R]`, rows in whole lines; main `[T, width]` and tail `[T, 3R]` are views of it; scale fp32 `[T, 1]`.
     """
 
     __slots__ = ("data", "main", "scale", "tail")
 
     def __init__(self, tokens: int, width: int, rank: int, device: torch.device) -> None:
-        self.data = torch.empty(tokens, width + COLUMNS * rank, dtype=E4M3, device=device)
+        self.data = _lines(tokens, width + COLUMNS * rank, device)
         self.main, self.tail = self.data[:, :width], self.data[:, width:]
         self.scale = torch.empty(tokens, 1, dtype=torch.float32, device=device)
 
 
 class Weight:
-    """A scaled weight, one output a row: data e4m3 `[outputs, inner + 3R]` contiguous, scale fp32 `[1, outputs]`."""
+    """A scaled weight, one output a row: data e4m3 `[outputs, inner + 3R]`, rows in whole lines, scale fp32 `[1, outputs]`."""
 
     __slots__ = ("data", "scale")
 
     def __init__(self, outputs: int, inner: int, rank: int, device: torch.device) -> None:
-        self.data = torch.empty(outputs, inner + COLUMNS * rank, dtype=E4M3, device=device)
+        self.data = _lines(outputs, inner + COLUMNS * rank, device)
         self.scale = torch.empty(1, outputs, dtype=torch.float32, device=device)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels import fp8, norm, rotary
+from halfbyte.kernels.fp8 import Rows
 from halfbyte.layers.fused import forward as stages
 from halfbyte.layers.fused.forward import Activations, Call, buffer
 from halfbyte.layers.fused.gradients import Gradients
@@ -25,24 +26,36 @@ def backward(call: Call, a: Activations, grad: Tensor, gradients: Gradients, wan
     stages.fill(call, a)
     d_source = _mlp_in_tiles(call, a, grad, gradients) if call.keep.tile else _mlp(call, a, grad, gradients)
     if norms.parallel:
-        d_out = _branch(call, grad, p.after_attention, a.attended_raw, a.attended_rstd, a.attended_mean, p.out)
-        d_normed = _attention(call, a, d_out, gradients, want_x)
+        d_out, rows = _branch(call, grad, p.after_attention, a.attended_raw, a.attended_rstd, a.attended_mean, p.out)
+        d_normed = _attention(call, a, d_out, gradients, want_x, rows)
         return _parallel_input(call, a, grad, d_source, d_normed) if want_x and d_normed is not None else None
     d_mid = buffer(p.out, grad, p.out.rows)
-    _through_norm(p.before_mlp, d_source, a.mid, a.mid_rstd, a.mid_mean, grad, d_mid[:, : p.out.rows])
+    # With nothing between the sum and the branch, its gradient is the branch's, and quantised where it is made.
+    plain = p.after_attention is None and p.structure.residual_multiplier == 1.0
+    rows = _quantised(call, p.before_mlp, p.out, grad) if plain else None
+    _through_norm(p.before_mlp, d_source, a.mid, a.mid_rstd, a.mid_mean, grad, d_mid[:, : p.out.rows], rows)
     a.mid = a.normed_mlp = None
     del d_source
     d_out = d_mid
-    if p.after_attention is not None or p.structure.residual_multiplier != 1.0:
-        d_out = _branch(call, d_mid[:, : p.out.rows], p.after_attention, a.attended_raw, a.attended_rstd, a.attended_mean, p.out)
+    if not plain:
+        d_above = d_mid[:, : p.out.rows]
+        d_out, rows = _branch(call, d_above, p.after_attention, a.attended_raw, a.attended_rstd, a.attended_mean, p.out)
         a.attended_raw = None
-    d_normed = _attention(call, a, d_out, gradients, want_x)
+    d_normed = _attention(call, a, d_out, gradients, want_x, rows)
     if not want_x or d_normed is None:
         return None
     below = buffer(p.down, d_normed, p.qkv.width)
-    dx = call.room.leave(below, p.qkv.width)
-    _through_norm(p.before_attention, d_normed, a.x, a.rstd, a.mean, d_mid[:, : p.out.rows], dx)
+    # The layer below is like this one, or it will not take what was left for it.
+    down_below = plain and p.after_mlp is None
+    rows = _quantised(call, p.before_attention, p.down, d_normed) if down_below else None
+    dx = call.room.leave(below, p.qkv.width, rows)
+    _through_norm(p.before_attention, d_normed, a.x, a.rstd, a.mean, d_mid[:, : p.out.rows], dx, rows)
     return dx
+
+
+def _quantised(call: Call, n: Norm | None, p: Projection, like: Tensor) -> Rows | None:
+    """Where the norm in front of the backward of `p` writes its gradient in e4m3 too; None where nobody wants it."""
+    return None if n is None else call.products.rows(p.group, like.shape[0], back=True)
 
 
 def _parallel_input(call: Call, a: Activations, grad: Tensor, d_source: Tensor, d_normed: Tensor) -> Tensor:
@@ -59,12 +72,19 @@ def _parallel_input(call: Call, a: Activations, grad: Tensor, d_source: Tensor, 
 
 
 def _through_norm(
-    n: Norm | None, d_out: Tensor, x: Tensor | None, rstd: Tensor | None, mean: Tensor | None, add: Tensor | None, out: Tensor
+    n: Norm | None,
+    d_out: Tensor,
+    x: Tensor | None,
+    rstd: Tensor | None,
+    mean: Tensor | None,
+    add: Tensor | None,
+    out: Tensor,
+    rows: Rows | None = None,
 ) -> None:
-    """out = dnormᵀ d_out + add; without a norm, d_out + add."""
+    """out = dnormᵀ d_out + add, quantised too with `rows`; without a norm, d_out + add."""
     if n is not None:
         assert x is not None and rstd is not None
-        norm.norm_backward(d_out, x, rstd, mean, n.spec, n.weight, add, out)
+        fp8.norm_backward(d_out, x, rstd, mean, n.spec, n.weight, add, out, rows)
     elif add is None:
         out.copy_(d_out)
     else:
@@ -73,8 +93,11 @@ def _through_norm(
 
 def _branch(
     call: Call, grad: Tensor, after: Norm | None, raw: Tensor | None, rstd: Tensor | None, mean: Tensor | None, p: Projection
-) -> Tensor:
-    """The gradient of a branch's last product in a buffer with room behind it: through the multiplier and the norm behind it."""
+) -> tuple[Tensor, Rows | None]:
+    """The gradient of a branch's last product in a buffer with room behind it: through the multiplier and the norm behind it.
+
+    And the same in e4m3, if it is there.
+    """
     multiplier = call.parts.structure.residual_multiplier
     if after is None and multiplier == 1.0:
         return call.room.take(grad, p)
@@ -85,7 +108,7 @@ def _branch(
         grad = d
     if after is not None:
         _through_norm(after, grad, raw, rstd, mean, None, d)
-    return out
+    return out, None
 
 
 def _mlp(call: Call, a: Activations, grad: Tensor, gradients: Gradients) -> Tensor:
@@ -94,11 +117,11 @@ def _mlp(call: Call, a: Activations, grad: Tensor, gradients: Gradients) -> Tens
     assert a.inputs is not None
     if p.after_mlp is not None and a.mlp_raw is None:
         stages.down(call, a)
-    d_down = _branch(call, grad, p.after_mlp, a.mlp_raw, a.mlp_rstd, a.mlp_mean, p.down)
+    d_down, rows = _branch(call, grad, p.after_mlp, a.mlp_raw, a.mlp_rstd, a.mlp_mean, p.down)
     a.mlp_raw = None
     dh = grad.new_empty(grad.shape[0], p.down.width)
     gate, up = stages.gate_up(call, a.inputs)
-    call.products.project_back(p.down.group, d_down, dh, call.mask)
+    call.products.project_back(p.down.group, d_down, dh, call.mask, rows)
     rows = call.products.rows(p.inputs.group, grad.shape[0], back=True)
     fp8.glu_backward(dh, gate, up, p.activation, rows)  # dh is h now, gate and up are their gradients
     adapter_gradients(p.down, d_down, dh, a.xa_down, gradients, call.mask)
@@ -121,12 +144,13 @@ def _mlp_in_tiles(call: Call, a: Activations, grad: Tensor, gradients: Gradients
     return d_source
 
 
-def _attention(call: Call, a: Activations, d_out: Tensor, gradients: Gradients, want_x: bool) -> Tensor | None:
-    """The gradient of the attention's (normed) input `[T, H]`, if wanted. d_out `[T, N + R]` of the output projection."""
+def _attention(call: Call, a: Activations, d_out: Tensor, gradients: Gradients, want_x: bool, rows: Rows | None) -> Tensor | None:
+    """The gradient of the attention's (normed) input `[T, H]`, if wanted. d_out `[T, N + R]` of the output projection; rows: it in
+    e4m3."""
     p, s = call.parts, call.parts.structure
     assert a.attended is not None and a.qkv is not None and a.method is not None
     d_attended = torch.empty_like(a.attended)
-    call.products.project_back(p.out.group, d_out, d_attended, call.mask)
+    call.products.project_back(p.out.group, d_out, d_attended, call.mask, rows)
     adapter_gradients(p.out, d_out, a.attended, a.xa_out, gradients, call.mask)
     q, k, v = stages.heads(call, a)
     shape = (-1, s.heads, s.head_size)

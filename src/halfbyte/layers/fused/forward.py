@@ -47,6 +47,7 @@ class Room:
 
     def __init__(self) -> None:
         self.buffer: Tensor | None = None
+        self.rows: Rows | None = None
         self._tables: tuple[object, int, Tensor, Tensor] | None = None
 
     def tables(self, tokens: int, embeddings: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
@@ -61,20 +62,21 @@ class Room:
             self._tables = known
         return known[2], known[3]
 
-    def leave(self, buffer: Tensor, width: int) -> Tensor:
-        """The view `[T, width]` to hand down."""
-        self.buffer = buffer
+    def leave(self, buffer: Tensor, width: int, rows: Rows | None = None) -> Tensor:
+        """The view `[T, width]` to hand down. rows: the same gradient in e4m3, where products are in fp8."""
+        self.buffer, self.rows = buffer, rows
         return buffer[:, :width]
 
-    def take(self, grad: Tensor, p: Projection) -> Tensor:
-        """`[T, N + R]` that begins with `grad` `[T, N]`: the buffer it stands in, or a copy."""
-        found, self.buffer = self.buffer, None
+    def take(self, grad: Tensor, p: Projection) -> tuple[Tensor, Rows | None]:
+        """`[T, N + R]` that begins with `grad` `[T, N]`: the buffer it stands in, with its `rows`, or a copy."""
+        found, rows = self.buffer, self.rows
+        self.buffer = self.rows = None
         shape = (grad.shape[0], p.rows + p.rank)
         if found is not None and found.shape == shape and found.data_ptr() == grad.data_ptr() and found.stride() == grad.stride():
-            return found
+            return found, rows
         out = buffer(p, grad, p.rows)
         out[:, : p.rows].copy_(grad)
-        return out
+        return out, None
 
 
 @dataclass
@@ -127,7 +129,7 @@ def forward(call: Call, x: Tensor) -> tuple[Tensor, Activations]:
 def fill(call: Call, a: Activations) -> None:
     """Computes what is missing of everything that backward reads, from the input on."""
     if a.qkv is None:
-        _projected(call, a)
+        projected(call, a)
     if a.attended is None:
         s = call.parts.structure
         q, k, v = heads(call, a)
@@ -209,7 +211,8 @@ def normed(call: Call, a: Activations, rows: Rows | None = None) -> Tensor:
     return a.normed
 
 
-def _projected(call: Call, a: Activations) -> None:
+def projected(call: Call, a: Activations) -> None:
+    """q, k and v, normed and rotated."""
     p, s = call.parts, call.parts.structure
     rows = None if a.normed is not None or p.before_attention is None else quantised(call, p.qkv, a.x)
     source = normed(call, a, rows)
