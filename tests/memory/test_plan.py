@@ -64,6 +64,7 @@ def test_rungs_go_down_in_bytes_and_up_in_seconds() -> None:
     assert found.smaller(found.rungs[-1]) is None
 
 
+@pytest.mark.cpu
 def test_the_choice_is_as_fast_as_the_fastest_of_all_that_were_tried_one_by_one() -> None:
     """Against every pair of choices of a coarser list, counted layer by layer."""
     recipe, card = recipe_of("data.tokens=4096", "memory.microbatch=1", "optim.paged=never"), budget("rtx3060")
