@@ -91,7 +91,7 @@ def check_packed_gemv(
             for _ in range(2):
                 with poisoned():
                     out = torch.empty(m, product.rows, dtype=dtype, device=device) if add is None else add.clone()
-                    multiply(product, x, out, None if add is None else out, times, shape)
+                    multiply(product, x, out, None if add is None else out, times, shape=shape)
                 as_wrong_as_honest(f"{fmt} {rows} {width} m={m} {activation} {dtype}", out, honest, truth)
 
 

@@ -22,9 +22,13 @@ __all__ = ["MOST_ROWS", "Activation", "Launch", "Product", "Shape", "build", "mu
 
 
 def multiply(
-    product: Product, x: Tensor, out: Tensor, add: Tensor | None = None, multiplier: float = 1.0, shape: Shape | None = None
-) -> None:
-    """x `[M, K]`, out and add `[M, N]`: strided rows, last dimension contiguous; out may be add. shape: for measurements."""
+    product: Product, x: Tensor, out: Tensor, add: Tensor | None = None, multiplier: float = 1.0, ready: bool = False,
+    shape: Shape | None = None,
+) -> None:  # fmt: skip
+    """x `[M, K]`, out and add `[M, N]`: strided rows, last dimension contiguous; out may be add.
+
+    ready: A x is there already (`product.launch.xa`). shape: for measurements.
+    """
     assert x.shape[0] <= MOST_ROWS and x.shape[1] == product.width and out.shape == (x.shape[0], product.rows), "does not fit"
     if twin(x.device) != "fused":
         reference.multiply(product, x, out, add, multiplier)
@@ -33,7 +37,7 @@ def multiply(
     else:
         from halfbyte.kernels.packed_gemv import launch
 
-        launch.multiply(product.launch, product.activation, x, out, add, multiplier, shape)
+        launch.multiply(product.launch, product.activation, x, out, add, multiplier, ready, shape)
 
 
 def _decoded(product: Product, x: Tensor, out: Tensor, add: Tensor | None, multiplier: float) -> None:
