@@ -67,10 +67,11 @@ def _fetch(segments, tile, ROW_BYTES: tl.constexpr, SEGMENTS: tl.constexpr, PAIR
 def _lines(
     segments, tile, g, t, K64: tl.constexpr, KIND: tl.constexpr, SEGMENTS: tl.constexpr, PAIRED: tl.constexpr, RT: tl.constexpr
 ):
-    """Of a tile, for each of its RT parts: the segment; for rows g and g + 8 of each: their first code and their number. Rows beyond
-    the last are the last."""
+    """Of a tile: whole tiles that follow in its segment; for each of its RT parts the segment; for rows g and g + 8 of each their
+    first code and their first block. Rows beyond the last are the last."""
     s = _segment(segments, tile, SEGMENTS, PAIRED)
-    row = (tile - _field(segments, s, 10)) * (16 if PAIRED else 16 * RT)
+    tall: tl.constexpr = 16 if PAIRED else 16 * RT
+    row = (tile - _field(segments, s, 10)) * tall
     wide: tl.constexpr = 16 if KIND == "dense" else 8 if KIND == "int8" else 4
     numbers, codes, rows = (), (), ()
     for f in tl.static_range(RT):
@@ -82,7 +83,28 @@ def _lines(
             codes = codes + (p + mine * (K64 * wide) + t * (wide // 4),)
             rows = rows + (mine.to(tl.int32) * K64,)
         numbers = numbers + (sf,)
-    return numbers, codes, rows
+    return ((_field(segments, s, 8) - row).to(tl.int32) // tall - 1, numbers, codes, rows)
+
+
+@triton.jit
+def _next_lines(
+    lines, segments, tile, g, t, K64: tl.constexpr, KIND: tl.constexpr, SEGMENTS: tl.constexpr, PAIRED: tl.constexpr,
+    RT: tl.constexpr,
+):  # fmt: skip
+    """Of the tile after that of `lines`: the same, a fixed way on, unless a segment ends."""
+    left, numbers, codes, rows = lines
+    tall: tl.constexpr = 16 if PAIRED else 16 * RT
+    wide: tl.constexpr = 16 if KIND == "dense" else 8 if KIND == "int8" else 4
+    if left > 0:
+        left -= 1
+        further, below = (), ()
+        for i in tl.static_range(2 * RT):
+            further = further + (codes[i] + tall * K64 * wide,)
+            below = below + (rows[i] + tall * K64,)
+        codes, rows = further, below
+    else:
+        left, numbers, codes, rows = _lines(segments, tile, g, t, K64, KIND, SEGMENTS, PAIRED, RT)
+    return left, numbers, codes, rows
 
 
 @triton.jit
@@ -96,43 +118,43 @@ def _at(four, b, K64: tl.constexpr):
 
 @triton.jit
 def _raw_scales(
-    segments, lines, four, t,
+    segments, lines, four, t, live,
     K64: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr, RT: tl.constexpr,
 ):  # fmt: skip
     """What lane t reads for block `four + t` of its rows: scale, or code, nested scale and offset; zero point."""
-    numbers, _, rows = lines
+    _, numbers, _, rows = lines
     raw = ()
     if KIND == "four":
         for i in tl.static_range(2 * RT):
             s = numbers[i // 2]
             index = (rows[i] + _at(four, t, K64)) // PER
             if NESTED:
-                raw = raw + (tl.load(_field(segments, s, 1).to(tl.pointer_type(tl.uint8)) + index),)
-                raw = raw + (tl.load(_field(segments, s, 2).to(tl.pointer_type(tl.float32)) + index // 256),)
+                raw = raw + (tl.load(_field(segments, s, 1).to(tl.pointer_type(tl.uint8)) + index, mask=live, other=0),)
+                raw = raw + (tl.load(_field(segments, s, 2).to(tl.pointer_type(tl.float32)) + index // 256, mask=live, other=0.0),)
                 raw = raw + (tl.load(_field(segments, s, 3).to(tl.pointer_type(tl.float32))),)
             else:
-                raw = raw + (tl.load(_field(segments, s, 1).to(tl.pointer_type(tl.float32)) + index),)
+                raw = raw + (tl.load(_field(segments, s, 1).to(tl.pointer_type(tl.float32)) + index, mask=live, other=0.0),)
             if ZERO != "none":
-                raw = raw + (tl.load(_field(segments, s, 4).to(tl.pointer_type(tl.float32)) + index),)
+                raw = raw + (tl.load(_field(segments, s, 4).to(tl.pointer_type(tl.float32)) + index, mask=live, other=0.0),)
     return raw
 
 
 @triton.jit
-def _codes(lines, four, b, K64: tl.constexpr, KIND: tl.constexpr, RT: tl.constexpr, INTERPRETED: tl.constexpr):
+def _codes(lines, four, b, live, K64: tl.constexpr, KIND: tl.constexpr, RT: tl.constexpr, INTERPRETED: tl.constexpr):
     """Block `four + b` of all rows of a tile."""
-    _, codes, _ = lines
+    _, _, codes, _ = lines
     wide: tl.constexpr = 16 if KIND == "dense" else 8 if KIND == "int8" else 4
     read = ()
     for i in tl.static_range(2 * RT):
-        read = read + (words(codes[i] + _at(four, b, K64) * wide, KIND, INTERPRETED),)
+        read = read + (words(codes[i] + _at(four, b, K64) * wide, live, KIND, INTERPRETED),)
     return read
 
 
 @triton.jit
-def _first_codes(lines, four, K64: tl.constexpr, KIND: tl.constexpr, RT: tl.constexpr, INTERPRETED: tl.constexpr):
+def _first_codes(lines, four, live, K64: tl.constexpr, KIND: tl.constexpr, RT: tl.constexpr, INTERPRETED: tl.constexpr):
     read = ()
     for b in tl.static_range(4):
-        read = read + _codes(lines, four, b, K64, KIND, RT, INTERPRETED)
+        read = read + _codes(lines, four, b, live, K64, KIND, RT, INTERPRETED)
     return read
 
 
@@ -207,7 +229,7 @@ def _added(acc, part, s, z, ones, KIND: tl.constexpr, ZERO: tl.constexpr):
 
 @triton.jit
 def _four_blocks(
-    acc, read, raw, xs, lines, four, t, base, levels_at, pairs, nested_levels,
+    acc, read, raw, xs, lines, four, live, t, base, levels_at, pairs, nested_levels,
     K64: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr, ZERO: tl.constexpr, RT: tl.constexpr, SLOTS: tl.constexpr,
     NT: tl.constexpr, WARPS: tl.constexpr, HALF: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -228,7 +250,7 @@ def _four_blocks(
                     part = _picked(picked[NT * f + n], part, t, b % SLOTS, SLOTS)
                 kept = kept + (part,)
         picked = kept
-        new = new + _codes(lines, four, b, K64, KIND, RT, INTERPRETED)
+        new = new + _codes(lines, four, b, live, K64, KIND, RT, INTERPRETED)
         if b % SLOTS == SLOTS - 1:
             for f in tl.static_range(RT):
                 s, z = picked[0], picked[0]
@@ -339,11 +361,11 @@ def _gemv(
     g, t, mine = tid % 32 // 4, tid % 4, tid // 32 * 4
     STEPS: tl.constexpr = (K64 + 4 * WARPS - 1) // (4 * WARPS)
     tall: tl.constexpr = 16 if PAIRED else 16 * RT
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     position, last = program * tiles // tl.num_programs(0), (program + 1) * tiles // tl.num_programs(0)
     lines = _lines(segments, position, g, t, K64, KIND, SEGMENTS, PAIRED, RT)
-    read = _first_codes(lines, mine, K64, KIND, RT, INTERPRETED)
-    raw = _raw_scales(segments, lines, mine, t, K64, KIND, NESTED, PER, ZERO, RT)
+    read = _first_codes(lines, mine, tid >= 0, K64, KIND, RT, INTERPRETED)
+    raw = _raw_scales(segments, lines, mine, t, tid >= 0, K64, KIND, NESTED, PER, ZERO, RT)
     for i in tl.static_range(1, AHEAD):
         if position + i < last:
             _fetch(segments, position + i, ROW_BYTES, SEGMENTS, PAIRED, RT)
@@ -384,17 +406,19 @@ def _gemv(
                 else:
                     now = _x(x, x_stride, M, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
                 four = mine + (step + 1) % STEPS * WARPS * 4
+                live = tid >= 0
                 if step == STEPS - 1:
-                    lines = _lines(segments, tl.minimum(number + 1, last - 1), g, t, K64, KIND, SEGMENTS, PAIRED, RT)
-                coming = _raw_scales(segments, lines, four, t, K64, KIND, NESTED, PER, ZERO, RT)
+                    live = tid * 0 + number < last - 1
+                    lines = _next_lines(lines, segments, number + 1, g, t, K64, KIND, SEGMENTS, PAIRED, RT)
+                coming = _raw_scales(segments, lines, four, t, live, K64, KIND, NESTED, PER, ZERO, RT)
                 acc, read = _four_blocks(
-                    acc, read, raw, now, lines, four, t, base, levels_at, pairs, nested_levels,
+                    acc, read, raw, now, lines, four, live, t, base, levels_at, pairs, nested_levels,
                     K64, KIND, NESTED, ZERO, RT, SLOTS, NT, WARPS, HALF, INTERPRETED,
                 )  # fmt: skip
                 raw = coming
             if AHEAD > 0 and number + AHEAD < last:
                 _fetch(segments, number + AHEAD, ROW_BYTES, SEGMENTS, PAIRED, RT)
-            _put_sums(acc, (number - position).to(tl.int32), sums_at, scratch, tid, RT, SLOTS, NT, ROWS, WARPS, INTERPRETED)
+            _put_sums(acc, number - position, sums_at, scratch, tid, RT, SLOTS, NT, ROWS, WARPS, INTERPRETED)
             number += 1
         tl.debug_barrier()
         y = _whole(0, o, sums_at, scratch, RT, PAIRED, BATCH, ROWS, WARPS, INTERPRETED)

@@ -8,8 +8,6 @@ Letters: K64 blocks of 64 columns a row, M rows of x; g = lane / 4 is a row of a
 """
 
 # Kernels are typed by Triton, whose decorator is not.
-# Tuples grow in unrolled loops, and Triton knows no `(*tuple, element)`.
-# ruff: noqa: RUF005
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
 from __future__ import annotations
 
@@ -106,26 +104,31 @@ def two(long):
 
 
 @triton.jit
-def words(p, KIND: tl.constexpr, INTERPRETED: tl.constexpr):
-    """What a lane reads of a block of 64 columns of a row, at p (uint64): 2, 4 or 8 registers."""
+def words(p, live, KIND: tl.constexpr, INTERPRETED: tl.constexpr):
+    """What a lane reads of a block of 64 columns of a row, at p (uint64), where live: 2, 4 or 8 registers."""
     if INTERPRETED:
-        read = two(tl.load(p))
+        read = two(tl.load(p, mask=live, other=0))
         if KIND != "four":
-            read = read + two(tl.load(p + 1))
+            read = read + two(tl.load(p + 1, mask=live, other=0))
         if KIND == "dense":
-            read = read + two(tl.load(p + 2)) + two(tl.load(p + 3))
+            read = read + two(tl.load(p + 2, mask=live, other=0)) + two(tl.load(p + 3, mask=live, other=0))
         return read
     elif KIND == "four":
-        return tl.inline_asm_elementwise(TWO_WORDS, "=r,=r,l", [p], dtype=(tl.uint32, tl.uint32), is_pure=False, pack=1)
-    else:
-        read = tl.inline_asm_elementwise(
-            FOUR_WORDS, "=r,=r,=r,=r,l", [p], dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=False, pack=1
+        return tl.inline_asm_elementwise(
+            TWO_WORDS, "=r,=r,l,r", [p, live.to(tl.int32)], dtype=(tl.uint32, tl.uint32), is_pure=False, pack=1
         )
-        if KIND == "dense":
-            read = read + tl.inline_asm_elementwise(
-                FOUR_WORDS, "=r,=r,=r,=r,l", [p + 2], dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=False, pack=1
-            )
-        return read
+    elif KIND == "int8":
+        return four_words(p, live)
+    else:
+        return four_words(p, live) + four_words(p + 2, live)
+
+
+@triton.jit
+def four_words(p, live):
+    return tl.inline_asm_elementwise(
+        FOUR_WORDS, "=r,=r,=r,=r,l,r", [p, live.to(tl.int32)], dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=False,
+        pack=1,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -87,7 +87,7 @@ def multiply(
         PAIRED=launch.paired, ACT=activation or "none", ADD=add is not None, BIAS=launch.bias, RANK=launch.rank, RT=tall,
         SLOTS=slots, NT=2 if rows > 8 else 1, ROWS=kept, BATCH=batch, OUT=triton.next_power_of_2(batch * wide), WARPS=shape.warps,
         HALF=HALVES[x.dtype], SHARED=ptx.shared(launch.kind, launch.nested, shape.warps * 32), SUMS=ptx.sums_at(launch.kind),
-        ROW_BYTES=blocks * 8 * BITS[launch.kind], KEEP=steps * (4 // slots) * (2 if rows > 8 else 1) * 8 <= KEPT.get(shape.warps, 64),
+        ROW_BYTES=blocks * 8 * BITS[launch.kind], KEEP=steps * (4 // slots) * (2 if rows > 8 else 1) * 8 <= min(KEPT.get(shape.warps, 64), (shape.registers or 255) // 3),
         PDL=early, AHEAD=shape.ahead if hopper(x.device) else 0, INTERPRETED=INTERPRETED, **options,
     )  # fmt: skip
 
