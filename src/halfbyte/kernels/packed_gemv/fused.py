@@ -27,7 +27,7 @@ from triton.language.extra import cuda
 
 from halfbyte.kernels.dequantize.fused import to_dtype
 from halfbyte.kernels.packed_gemv import ptx
-from halfbyte.kernels.packed_gemv.lanes import block, columns_of_x, decode, get, of_quad, put, words
+from halfbyte.kernels.packed_gemv.lanes import block, both, columns_of_x, decode, get, halves, of_quad, put, words
 
 PREFETCH = tl.constexpr(ptx.PREFETCH)
 GET = tl.constexpr(ptx.GET)
@@ -324,37 +324,133 @@ def _activated(z, ACT: tl.constexpr):
 
 
 @triton.jit
-def _beside(
-    segments, s, row, alive, xa, M, A_ROWS,
-    BIAS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, HALF: tl.constexpr,
+def _finished(y, z, PAIRED: tl.constexpr, ACT: tl.constexpr):
+    """act(y) z, act(y) or y."""
+    if ACT != "none":
+        y = _activated(y, ACT)
+    return y * z if PAIRED else y
+
+
+@triton.jit
+def _fed(y, feed, column, mask, alive, ROWS: tl.constexpr, FEED: tl.constexpr, FED: tl.constexpr):
+    """Outputs y `[OUT, ROWS]` at `column` by their lines of `feed`, `[ROWS, FED]`."""
+    r = tl.arange(0, FED)
+    lines = tl.load(feed + column * FEED + r[None, :], mask=alive[:, None] & (r < FEED)[None, :], other=0.0).to(tl.float32)
+    return tl.sum(tl.where(mask, y.to(tl.float32), 0.0)[:, :, None] * lines[:, None, :], 0)
+
+
+@triton.jit
+def _keep_fed(total, fed, program, M, ROWS: tl.constexpr, FEED: tl.constexpr, FED: tl.constexpr):
+    m, r = tl.arange(0, ROWS)[:, None], tl.arange(0, FED)[None, :]
+    tl.store(fed + (program * 2 + m) * FEED + r, total, mask=(m < M) & (r < FEED))
+
+
+@triton.jit
+def _normed(
+    xs, weights, eps, offset, STEPS: tl.constexpr, K64: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, HALF: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """bias + B (A x) of outputs `row` of segments s, `[OUT, ROWS]`."""
+    """x through an RMS norm, rounded, for up to two rows; and 1 / rms of each, `[ROWS]`."""
+    square = tl.zeros((WARPS * 32,), tl.float32)
+    for i in tl.static_range(STEPS):
+        for j in tl.static_range(8):
+            low, high = halves(xs[i][j], HALF)
+            square += low * low + high * high
+    rstd = tl.rsqrt(tl.sum(tl.sum(tl.reshape(square, (WARPS, 2, 16)), 2), 0) / (K64 * 64) + eps)
+    factor = tl.reshape(tl.broadcast_to(rstd[None, :, None], (WARPS, 2, 16)), (WARPS * 32,))
+    normed = ()
+    for i in tl.static_range(STEPS):
+        words = ()
+        for j in tl.static_range(8):
+            low, high = halves(xs[i][j], HALF)
+            w_low, w_high = halves(weights[i][j], HALF)
+            words = words + (both(low * factor * (w_low + offset), high * factor * (w_high + offset), HALF, INTERPRETED),)
+        normed = normed + (words,)
+    if ROWS == 1:
+        rstd = tl.sum(tl.where(tl.arange(0, 2) == 0, rstd, 0.0), 0) + tl.zeros((1,), tl.float32)
+    return normed, rstd
+
+
+@triton.jit
+def _side(
+    segments, s, row, alive, xa, M, A_ROWS,
+    BIAS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, HALF: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """What depends on no column of W, for outputs `row` of segments s: bias + B (A x), `[OUT, ROWS]`; where A x is still in pieces,
+    the bias, and B for later: 16 ranks at a time `[OUT, 16]`."""
     m, r = tl.arange(0, ROWS), tl.arange(0, 16)
     absolute = _field(segments, s, 7) + row
-    y = tl.zeros((OUT, ROWS), tl.float32)
+    y, bs = tl.zeros((OUT, ROWS), tl.float32), ()
     if BIAS:
         bias = _field(segments, s, 5)
         y += tl.load(bias.to(tl.pointer_type(HALF)) + absolute, mask=alive & (bias != 0), other=0.0).to(tl.float32)[:, None]
     for r0 in tl.static_range(0, RANK, 16):
         p = _field(segments, s, 6).to(tl.pointer_type(HALF)) + absolute * RANK + r0
-        b = tl.load(p[:, None] + r[None, :], mask=alive[:, None] & (r < 16)[None, :], other=0.0).to(tl.float32)
-        at = (m * A_ROWS)[None, :, None] + (_field(segments, s, 11) + r0)[:, None, None] + r[None, None, :]
-        ax = tl.load(xa + at, mask=alive[:, None, None] & (m < M)[None, :, None] & (r < 16)[None, None, :], other=0.0)
-        y += tl.sum(b[:, None, :] * ax, 2)
+        b = tl.load(p[:, None] + r[None, :], mask=alive[:, None] & (r < 16)[None, :], other=0.0)
+        if GROUPS > 0:
+            bs = bs + (b,)
+        else:
+            at = (m * A_ROWS)[None, :, None] + (_field(segments, s, 11) + r0)[:, None, None] + r[None, None, :]
+            ax = tl.load(xa + at, mask=alive[:, None, None] & (m < M)[None, :, None] & (r < 16)[None, None, :], other=0.0)
+            y += tl.sum(b.to(tl.float32)[:, None, :] * ax, 2)
+    return y, bs
+
+
+@triton.jit
+def _put_pieces(
+    xa, sums_at, scratch, tid, A_ROWS: tl.constexpr, PIECES: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr,
+    XA: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Adds the pieces of A x up to GROUPS of them, in shared memory: `[ROWS, GROUPS, WIDE]` at number XA of the sums."""
+    r, group = tid % WIDE, tid // WIDE
+    for m in tl.static_range(ROWS):
+        total = tl.zeros(tid.shape, tl.float32)
+        for i in tl.static_range((PIECES + GROUPS - 1) // GROUPS):
+            mask = (group + i * GROUPS < PIECES) & (group < GROUPS) & (r < A_ROWS)
+            total += tl.load(xa + ((group + i * GROUPS) * 2 + m) * A_ROWS + r, mask=mask, other=0.0)
+        put(sums_at, scratch, XA + m * GROUPS * WIDE + tid, total, group < GROUPS, INTERPRETED)
+
+
+@triton.jit
+def _of_pieces(
+    bs, segments, s, sums_at, scratch, RANK: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, GROUPS: tl.constexpr,
+    WIDE: tl.constexpr, XA: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """B (A x) from what `_put_pieces` left, `[OUT, ROWS]`."""
+    y = tl.zeros((OUT, ROWS), tl.float32)
+    first = _field(segments, s, 11).to(tl.int32)[:, None, None]
+    at = XA + first + (tl.arange(0, ROWS) * (GROUPS * WIDE))[None, :, None] + tl.arange(0, 16)[None, None, :]
+    for r0 in tl.static_range(0, RANK, 16):
+        ax = get(sums_at, scratch, at + r0, INTERPRETED)
+        for i in tl.static_range(1, GROUPS):
+            ax += get(sums_at, scratch, at + r0 + i * WIDE, INTERPRETED)
+        y += tl.sum(bs[r0 // 16].to(tl.float32)[:, None, :] * ax, 2)
     return y
 
 
-@triton.jit(do_not_specialize=["M", "tiles", "A_ROWS"])
+@triton.jit
+def _row_scale(y, segments, s, row, alive):
+    """y times each row's own scale."""
+    scales = _field(segments, s, 1).to(tl.pointer_type(tl.float32))
+    return y * tl.load(scales + _field(segments, s, 7) + row, mask=alive, other=0.0)[:, None]
+
+
+@triton.jit(do_not_specialize=["M", "tiles"])
 def _gemv(
-    out, x, add, segments, pairs, nested_levels, xa, scratch,
-    M, x_stride, out_stride, add_stride, multiplier, tiles, A_ROWS,
+    out, x, add, segments, pairs, nested_levels, xa, norm, feed, fed, scratch,
+    M, x_stride, out_stride, add_stride, multiplier, tiles, eps, offset,
     K64: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr, SEGMENTS: tl.constexpr,
     PAIRED: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, RT: tl.constexpr,
     SLOTS: tl.constexpr, NT: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, OUT: tl.constexpr, WARPS: tl.constexpr,
-    HALF: tl.constexpr, SHARED: tl.constexpr, SUMS: tl.constexpr, ROW_BYTES: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
-    AHEAD: tl.constexpr, INTERPRETED: tl.constexpr,
+    HALF: tl.constexpr, SHARED: tl.constexpr, SUMS: tl.constexpr, XA: tl.constexpr, ROW_BYTES: tl.constexpr, KEEP: tl.constexpr,
+    A_ROWS: tl.constexpr, PIECES: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, NORM: tl.constexpr, FEED: tl.constexpr,
+    FED: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """out = add + multiplier * (x W^T + bias + B (A x)), or act(first) * second of two segments' outputs (PAIRED)."""
+    """out = add + multiplier * (x W^T + bias + B (A x)), or act(first) * second of two segments' outputs (PAIRED).
+
+    NORM: x goes through an RMS norm first. PIECES: of A x, added here. FEED: columns of `feed` `[N, FEED]`, by which this program's
+    outputs are multiplied and added up into its line of `fed`: A x of the group that reads `out`.
+    """
     if PDL:
         cuda.gdc_launch_dependents()
     tid = tl.arange(0, WARPS * 32)
@@ -369,30 +465,38 @@ def _gemv(
     for i in tl.static_range(1, AHEAD):
         if position + i < last:
             _fetch(segments, position + i, ROW_BYTES, SEGMENTS, PAIRED, RT)
-    base, sums_at, levels_at = tid, tid, tid
+    base, sums_at, levels_at = tid, 0, 0
     if not INTERPRETED:
         start = tl.inline_asm_elementwise(
             SHARED, "=&r,l,l", [pairs.to(tl.int64), nested_levels.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
         )
         base, sums_at, levels_at = start + tid % 32 * 4, start + SUMS, start + TABLE_BYTES
         tl.debug_barrier()
+    xs, weights = (), ()
+    for step in tl.static_range(STEPS if NORM else 0):
+        weights = weights + _x(norm, 0, 8, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
     if PDL:
         cuda.gdc_wait()
-    xs = ()
-    if KEEP:
-        for step in tl.static_range(STEPS):
-            xs = xs + _x(x, x_stride, M, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
+    for step in tl.static_range(STEPS if KEEP else 0):
+        xs = xs + _x(x, x_stride, M, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
+    if GROUPS > 0:
+        _put_pieces(xa, sums_at, scratch, tid, A_ROWS, PIECES, GROUPS, WIDE, XA, ROWS, INTERPRETED)
     o, m = tl.arange(0, OUT), tl.arange(0, ROWS)
+    rstd, total = m * 0 + 1.0, 0.0
+    if NORM:
+        xs, rstd = _normed(xs, weights, eps, offset, STEPS, K64, ROWS, WARPS, HALF, INTERPRETED)
+    if FEED > 0:
+        total = tl.zeros((ROWS, FED), tl.float32)
     while position < last:
         stop = tl.minimum(position + BATCH, last)
         tile = position + o // tall
         s = _segment(segments, tl.minimum(tile, last - 1), SEGMENTS, PAIRED)
         row = (tile - _field(segments, s, 10)) * tall + o % tall
         alive = (tile < stop) & (row < _field(segments, s, 8))
-        side = _beside(segments, s, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF)
-        other = side
+        side, bs = _side(segments, s, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS)
+        other, others = side, bs
         if PAIRED:
-            other = _beside(segments, s + 1, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF)
+            other, others = _side(segments, s + 1, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS)
         column = (_field(segments, s, 9) + row)[:, None]
         mask = alive[:, None] & (m < M)[None, :]
         if ADD:
@@ -422,19 +526,25 @@ def _gemv(
             number += 1
         tl.debug_barrier()
         y = _whole(0, o, sums_at, scratch, RT, PAIRED, BATCH, ROWS, WARPS, INTERPRETED)
-        if KIND == "int8":
-            y *= tl.load(_field(segments, s, 1).to(tl.pointer_type(tl.float32)) + _field(segments, s, 7) + row, mask=alive, other=0.0)[:, None]
-        y += side
+        z = y
         if PAIRED:
             z = _whole(1, o, sums_at, scratch, RT, PAIRED, BATCH, ROWS, WARPS, INTERPRETED)
-            if KIND == "int8":
-                z *= tl.load(_field(segments, s + 1, 1).to(tl.pointer_type(tl.float32)) + _field(segments, s + 1, 7) + row, mask=alive, other=0.0)[:, None]
-            y = _activated(y, ACT) * (z + other)
-        elif ACT != "none":
-            y = _activated(y, ACT)
-        y = y * multiplier
+        if KIND == "int8":
+            y = _row_scale(y, segments, s, row, alive)
+            if PAIRED:
+                z = _row_scale(z, segments, s + 1, row, alive)
+        if GROUPS > 0:
+            y += _of_pieces(bs, segments, s, sums_at, scratch, RANK, ROWS, OUT, GROUPS, WIDE, XA, INTERPRETED) * rstd[None, :]
+            if PAIRED:
+                z += _of_pieces(others, segments, s + 1, sums_at, scratch, RANK, ROWS, OUT, GROUPS, WIDE, XA, INTERPRETED) * rstd[None, :]
+        y = _finished(y + side, z + other, PAIRED, ACT) * multiplier
         if ADD:
             y += before.to(tl.float32)
-        tl.store(out + m[None, :] * out_stride + column, to_dtype(y, out.dtype.element_ty, INTERPRETED), mask=mask)
+        y = to_dtype(y, out.dtype.element_ty, INTERPRETED)
+        tl.store(out + m[None, :] * out_stride + column, y, mask=mask)
+        if FEED > 0:
+            total += _fed(y, feed, column, mask, alive, ROWS, FEED, FED)
         tl.debug_barrier()
         position = stop
+    if FEED > 0:
+        _keep_fed(total, fed, program, M, ROWS, FEED, FED)

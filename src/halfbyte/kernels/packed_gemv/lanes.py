@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from halfbyte.kernels.dequantize.fused import to_dtype
 from halfbyte.kernels.packed_gemv import ptx
 
 LOOKUP = tl.constexpr(ptx.LOOKUP)
@@ -156,6 +157,20 @@ def columns_of_x(x, stride, k_block, m, t, mask):
     e, f = two(tl.load(p + 2, mask=mask, other=0))
     g, h = two(tl.load(p + 3, mask=mask, other=0))
     return a, b, c, d, e, f, g, h
+
+
+@triton.jit
+def halves(word, HALF: tl.constexpr):
+    """The two 16-bit numbers of a register in fp32."""
+    return ((word & 0xFFFF).to(tl.uint16).to(HALF, bitcast=True).to(tl.float32),
+            (word >> 16).to(tl.uint16).to(HALF, bitcast=True).to(tl.float32))  # fmt: skip
+
+
+@triton.jit
+def both(low, high, HALF: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Two fp32 numbers rounded into a register."""
+    low = to_dtype(low, HALF, INTERPRETED).to(tl.uint16, bitcast=True).to(tl.uint32)
+    return low | (to_dtype(high, HALF, INTERPRETED).to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
 
 
 @triton.jit

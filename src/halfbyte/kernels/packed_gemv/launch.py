@@ -13,7 +13,7 @@ from torch import Tensor
 from halfbyte.kernels.dequantize.fused import INTERPRETED
 from halfbyte.kernels.dequantize.levels import nested_levels
 from halfbyte.kernels.packed_gemv import fused, low, ptx
-from halfbyte.kernels.packed_gemv.product import Launch, Shape
+from halfbyte.kernels.packed_gemv.product import FED_ROWS, MOST_FED, Launch, Pieces, Product, RmsNorm, Shape
 
 BITS = {"four": 4, "int8": 8, "dense": 16}
 HALVES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -43,6 +43,22 @@ def chosen(launch: Launch, rows: int) -> Shape:
     return Shape(2 if launch.paired else 1, 16, 1)
 
 
+def programs(launch: Launch, rows: int, shape: Shape | None = None) -> int:
+    """Programs of a launch with `rows` rows of x."""
+    shape = shape or chosen(launch, rows)
+    return min(launch.segments[2 if launch.paired else shape.tiles][1], multiprocessors(launch.a.device) * shape.programs)
+
+
+def keeps(width: int, rows: int, shape: Shape) -> bool:
+    """Whether a thread holds its part of x in registers."""
+    steps, slots = -(-width // (256 * shape.warps)), _slots(rows)
+    return steps * (4 // slots) * (2 if rows > 8 else 1) * 8 <= min(KEPT.get(shape.warps, 64), (shape.registers or 255) // 3)
+
+
+def _slots(rows: int) -> int:
+    return 4 if rows <= 2 else 2 if rows <= 4 else 1
+
+
 def low_rank(launch: Launch, x: Tensor) -> None:
     """A x of the group into `launch.xa`."""
     rank, rows = launch.a.shape[0], triton.next_power_of_2(x.shape[0])
@@ -50,53 +66,63 @@ def low_rank(launch: Launch, x: Tensor) -> None:
     options: dict[str, Any] = {} if INTERPRETED else {"num_warps": 8, "launch_pdl": early}
     tall = 2 if rows <= 2 else 1
     low._low_rank[(rank // tall,)](
-        x, launch.a, launch.xa, x.shape[0], x.shape[1], x.stride(0), A_ROWS=rank, TALL=tall, ROWS=rows, SPAN=4096 // rows, PDL=early,
-        **options,
+        x, launch.a, launch.xa, x.shape[0], x.shape[1], x.stride(0),
+        A_ROWS=rank, TALL=tall, ROWS=rows, SPAN=4096 // rows, PDL=early, **options,
     )  # fmt: skip
 
 
 def multiply(
-    launch: Launch, activation: str | None, x: Tensor, out: Tensor, add: Tensor | None, multiplier: float, ready: bool,
-    shape: Shape | None,
+    product: Product, launch: Launch, x: Tensor, out: Tensor, add: Tensor | None, multiplier: float, norm: RmsNorm | None,
+    pieces: Pieces | None, feeds: Pieces | None, shape: Shape | None,
 ) -> None:  # fmt: skip
     """See the package."""
     rows = x.shape[0]
     shape = shape or chosen(launch, rows)
     tall = 2 if launch.paired else shape.tiles
     assert x.stride(0) % 8 == 0 or rows == 1, "rows of x start at multiples of 16 bytes"
+    assert (norm is None and pieces is None and feeds is None) or rows <= FED_ROWS, f"{rows} rows are not fused"
+    assert norm is None or keeps(x.shape[1], rows, shape), "x is too wide for a norm in the product"
+    assert norm is None or pieces is not None or not launch.rank, "A x of a normed x comes in pieces"
     segments, tiles = launch.segments[tall]
-    if launch.rank and not ready:
+    if launch.rank and pieces is None:
         low_rank(launch, x)
-    programs = min(tiles, multiprocessors(x.device) * shape.programs)
-    blocks, steps = x.shape[1] // 64, -(-x.shape[1] // (256 * shape.warps))
-    slots = 4 if rows <= 2 else 2 if rows <= 4 else 1
-    kept = 1 if rows == 1 else 8 // slots * (2 if rows > 8 else 1)
-    batch = _batch(launch.kind, launch.paired, tall, shape.warps, kept, -(-tiles // programs))
-    wide = 16 if launch.paired else 16 * tall
+    count, blocks, threads = programs(launch, rows, shape), x.shape[1] // 64, shape.warps * 32
+    assert feeds is None or count == len(feeds.sums), "made for another number of programs"
+    kept = 1 if rows == 1 else 8 // _slots(rows) * (2 if rows > 8 else 1)
+    wide = triton.next_power_of_2(launch.a.shape[0])
+    groups = 0 if pieces is None else max(min(threads, MOST_FED) // wide, 1)
+    assert pieces is None or wide <= threads, f"{wide} ranks are too many for {threads} threads"
+    batch = _batch(launch, tall, shape.warps, kept, -(-tiles // count), groups * wide)
     early = hopper(x.device) and shape.early
     options: dict[str, Any] = {"num_warps": shape.warps, "num_stages": 1, "launch_pdl": early}
     if shape.registers is not None:
         options["maxnreg"] = shape.registers
     if INTERPRETED:
         options = {}
-    fused._gemv[(programs,)](
-        out, x, out if add is None else add, segments, launch.pairs, nested_levels(str(x.device)), launch.xa,
-        _scratch() if INTERPRETED else launch.xa, rows, x.stride(0), out.stride(0), out.stride(0) if add is None else add.stride(0),
-        float(multiplier), tiles, launch.a.shape[0],
+    fused._gemv[(count,)](
+        out, x, out if add is None else add, segments, launch.pairs, nested_levels(str(x.device)),
+        launch.xa if pieces is None else pieces.sums, x if norm is None else norm.weight, x if feeds is None else feeds.at,
+        launch.xa if feeds is None else feeds.sums, _scratch() if INTERPRETED else launch.xa,
+        rows, x.stride(0), out.stride(0), out.stride(0) if add is None else add.stride(0), float(multiplier), tiles,
+        0.0 if norm is None else norm.eps, 0.0 if norm is None else norm.offset,
         K64=blocks, KIND=launch.kind, NESTED=launch.nested, PER=launch.per, ZERO=launch.zero, SEGMENTS=launch.count,
-        PAIRED=launch.paired, ACT=activation or "none", ADD=add is not None, BIAS=launch.bias, RANK=launch.rank, RT=tall,
-        SLOTS=slots, NT=2 if rows > 8 else 1, ROWS=kept, BATCH=batch, OUT=triton.next_power_of_2(batch * wide), WARPS=shape.warps,
-        HALF=HALVES[x.dtype], SHARED=ptx.shared(launch.kind, launch.nested, shape.warps * 32), SUMS=ptx.sums_at(launch.kind),
-        ROW_BYTES=blocks * 8 * BITS[launch.kind], KEEP=steps * (4 // slots) * (2 if rows > 8 else 1) * 8 <= min(KEPT.get(shape.warps, 64), (shape.registers or 255) // 3),
+        PAIRED=launch.paired, ACT=product.activation or "none", ADD=add is not None, BIAS=launch.bias, RANK=launch.rank, RT=tall,
+        SLOTS=_slots(rows), NT=2 if rows > 8 else 1, ROWS=kept, BATCH=batch,
+        OUT=triton.next_power_of_2(batch * (16 if launch.paired else 16 * tall)), WARPS=shape.warps, HALF=HALVES[x.dtype],
+        SHARED=ptx.shared(launch.kind, launch.nested, threads), SUMS=ptx.sums_at(launch.kind),
+        XA=batch * 16 * tall * shape.warps * kept, ROW_BYTES=blocks * 8 * BITS[launch.kind], KEEP=keeps(x.shape[1], rows, shape),
+        A_ROWS=launch.a.shape[0], PIECES=1 if pieces is None else len(pieces.sums), GROUPS=groups, WIDE=wide, NORM=norm is not None,
+        FEED=0 if feeds is None else feeds.at.shape[1], FED=0 if feeds is None else triton.next_power_of_2(feeds.at.shape[1]),
         PDL=early, AHEAD=shape.ahead if hopper(x.device) else 0, INTERPRETED=INTERPRETED, **options,
     )  # fmt: skip
 
 
-def _batch(kind: str, paired: bool, tall: int, warps: int, kept: int, most: int) -> int:
-    """Tiles whose sums stand in shared memory at a time."""
-    room = (ptx.STATIC_BYTES - ptx.sums_at(kind)) // (4 * 16 * tall * warps * kept)
-    assert room > 0, f"{warps} warps are too many for {kept} rows of x"
-    return min(room, most, MOST_OUTPUTS // (16 if paired else 16 * tall))
+def _batch(launch: Launch, tall: int, warps: int, kept: int, most: int, beside: int) -> int:
+    """Tiles whose sums stand in shared memory at a time, `beside` numbers of each row of A x next to them."""
+    room = (ptx.STATIC_BYTES - ptx.sums_at(launch.kind)) // 4 - beside * kept
+    batch = room // (16 * tall * warps * kept)
+    assert batch > 0, f"{warps} warps are too many for {kept} rows of x"
+    return min(batch, most, MOST_OUTPUTS // (16 if launch.paired else 16 * tall))
 
 
 @functools.cache

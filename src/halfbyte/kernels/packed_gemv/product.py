@@ -22,14 +22,18 @@ from halfbyte.kernels.lora_linear.members import Member
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 MOST_ROWS = 16
 """Rows of x that one launch takes."""
+FED_ROWS = 2
+"""Rows of x up to which a norm goes into the product, and a product feeds the next."""
+MOST_FED = 256
+"""Ranks of a group up to which it is fed."""
 
 
 @dataclass(frozen=True)
 class Shape:
     """How the kernel cuts the work. tiles: 16 rows of the weight each, at a time. warps: of a program. programs: a multiprocessor.
 
-    registers: most a thread. ahead: tiles asked into the L2 cache ahead of use. early: start before the launch before has ended. Both
-    on sm_90 and newer only.
+    registers: most a thread. ahead: tiles asked into the L2 cache ahead of use. early: start before the launch before has ended.
+    Both on sm_90 and newer only.
     """
 
     tiles: int
@@ -38,6 +42,26 @@ class Shape:
     registers: int | None = None
     ahead: int = 3
     early: bool = True
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """x * rsqrt(mean(x^2) + eps) * (weight + offset), rounded. weight `[K]` in the dtype of x."""
+
+    weight: Tensor
+    eps: float
+    offset: float
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A x of a group, left by the launch that made x, a sum a program: nobody waits for anybody, and no launch is spent on it.
+
+    at `[K, R]`: A^T in 16 bits, times the norm's weight where a norm stands between. sums: fp32 `[programs, FED_ROWS, R]`.
+    """
+
+    at: Tensor
+    sums: Tensor
 
 
 @dataclass(frozen=True)
@@ -87,6 +111,22 @@ def build(members: Sequence[Member], dtype: torch.dtype, activation: Activation 
     why_not = _obstacle(members, dtype)
     launch = None if why_not else _launch(members, dtype, paired)
     return Product(members, activation, width, outputs // 2 if paired else outputs, launch, why_not)
+
+
+def pieces(reader: Product, programs: int, norm: RmsNorm | None) -> Pieces:
+    """For `reader`, to be filled by a launch of so many programs. norm: what stands between that one's output and the group."""
+    launch = reader.launch
+    assert launch is not None and launch.rank, "nothing to feed"
+    rows = [
+        torch.zeros(launch.rank, reader.width, device=launch.a.device)
+        if m.lora is None
+        else torch.nn.functional.pad(m.lora.a.detach().float(), (0, 0, 0, launch.rank - m.lora.a.shape[0]))
+        for m in reader.members
+    ]
+    a = torch.cat(rows)
+    if norm is not None:
+        a = a * (norm.weight.float() + norm.offset)
+    return Pieces(a.T.to(launch.a.dtype).contiguous(), torch.zeros(programs, FED_ROWS, len(a), device=a.device))
 
 
 def _obstacle(members: tuple[Member, ...], dtype: torch.dtype) -> str:
