@@ -31,6 +31,7 @@ from halfbyte.adapters import lora  # noqa: E402
 from halfbyte.adapters.config import AdapterConfig  # noqa: E402
 from halfbyte.formats.packed import Packed  # noqa: E402
 from halfbyte.generate.engine import Engine  # noqa: E402
+from halfbyte.generate.step import links  # noqa: E402
 from halfbyte.kernels.lora_linear.members import Member  # noqa: E402
 from halfbyte.kernels.packed_gemv import Product, multiply  # noqa: E402
 from halfbyte.kernels.packed_gemv import launch as gemv_launch  # noqa: E402
@@ -125,6 +126,7 @@ def as_cublas(engine: Engine) -> None:
         replace(p, qkv=stacked(p.qkv), out=stacked(p.out), inputs=stacked(p.inputs), down=stacked(p.down)) for p in engine.products
     ]
     engine.products = made
+    engine.links = links(engine.reading, made, len(engine.b.token))
     engine.head = stacked(engine.head)
     rows = len(engine.b.token)
     engine.b = replace(engine.b, wide=torch.empty(rows, made[0].inputs.rows, dtype=engine.dtype, device="cuda"))

@@ -96,8 +96,10 @@ def check_packed_gemv(
                 as_wrong_as_honest(f"{fmt} {rows} {width} m={m} {activation} {dtype}", out, honest, truth)
 
 
-def check_fed_products(device: str, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16), shape: Shape | None = None) -> None:
-    """Products that leave A x for the next one and norm what they read: o, gate and up, down and q, k, v in turn, for one and two rows."""
+def check_fed_products(
+    device: str, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16), shape: Shape | None = None
+) -> None:
+    """Products that leave A x for the next one and norm what they read: o, gate and up, down, and q, k, v; one and two rows."""
     for dtype in dtypes:
         for m in (1, 2):
             _check_chain(device, dtype, m, shape)
@@ -130,9 +132,7 @@ def _check_chain(device: str, dtype: torch.dtype, m: int, shape: Shape | None) -
             results.append(_plain(list(product.members), inside, product.activation, residual if adds else None, 1.0))
         with poisoned():
             out = residual.clone() if adds else torch.empty(m, product.rows, dtype=dtype, device=device)
-            multiply(
-                product, read, out, out if adds else None, norm=norm if norms else None, pieces=fed, feeds=leaves, shape=shape
-            )
+            multiply(product, read, out, out if adds else None, norm=norm if norms else None, pieces=fed, feeds=leaves, shape=shape)
         as_wrong_as_honest(f"{i} of a chain, m={m} {dtype}", out, *results)
         if i != 3:
             x, fed = out, leaves

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from halfbyte.generate.reading import read
-from halfbyte.generate.step import Products, buffers, logits, products, token_step
+from halfbyte.generate.step import Links, Products, buffers, links, logits, products, token_step
 from halfbyte.kernels.lora_linear.members import Member
 from halfbyte.kernels.packed_gemv import MOST_ROWS, build
 
@@ -66,6 +66,7 @@ class Engine:
         with torch.no_grad():
             self.products: list[Products] = [products(layer, self.dtype) for layer in self.reading.layers]
             self.head = build([Member(self.reading.head.weight, self.reading.head.bias, None)], self.dtype)
+            self.links: list[Links] = links(self.reading, self.products, rows)
             self.b = buffers(self.reading, self.products, rows, places, self.embedding)
         self.choose = choose or Choose(0.0, 1.0, 0, tokens, rows, self.device)
         self.number = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -106,7 +107,7 @@ class Engine:
         self.number.add_(1)
 
     def _step(self) -> None:
-        token_step(self.reading, self.embedding, self.products, self.head, self.b)
+        token_step(self.reading, self.embedding, self.products, self.links, self.head, self.b)
         self._chosen()
 
     @torch.no_grad()

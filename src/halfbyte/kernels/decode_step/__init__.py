@@ -16,6 +16,7 @@ from halfbyte.kernels.decode_step import reference
 from halfbyte.kernels.decode_step.reference import Heads
 from halfbyte.kernels.dispatch import twin
 from halfbyte.kernels.norm import NormSpec
+from halfbyte.kernels.packed_gemv.product import Pieces
 
 __all__ = ["Heads", "attend", "normalise", "place"]
 
@@ -45,14 +46,17 @@ def place(
     fused.place(qkv, position, heads, cos, sin, q, keys, values)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, heads: Heads, partial: Tensor, out: Tensor) -> None:
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, position: Tensor, heads: Heads, partial: Tensor, out: Tensor,
+    feeds: Pieces | None = None,
+) -> None:  # fmt: skip
     """out `[M, H d]` = attention of q over places 0..position of the cache (the window's last ones).
 
-    partial: fp32 `[M, H, S, d + 2]`, scratch; S, its pieces, a power of two.
+    partial: fp32 `[M, H, S, d + 2]`, scratch; S, its pieces, a power of two. feeds: A x of the group that reads `out`, a head each.
     """
     if twin(q.device) != "fused":
         reference.attend(q, keys, values, position, heads, out)
         return
     from halfbyte.kernels.decode_step import fused
 
-    fused.attend(q, keys, values, position, heads, partial, out)
+    fused.attend(q, keys, values, position, heads, partial, out, feeds)

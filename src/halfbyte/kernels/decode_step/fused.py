@@ -20,6 +20,7 @@ from halfbyte.kernels.decode_step.reference import Heads
 from halfbyte.kernels.dequantize.fused import INTERPRETED, to_dtype
 from halfbyte.kernels.norm import NormSpec
 from halfbyte.kernels.packed_gemv.launch import hopper
+from halfbyte.kernels.packed_gemv.product import Pieces
 
 KEYS = 64
 """Places of the cache that a program of attention reads at a time."""
@@ -161,18 +162,27 @@ def _attend(
 
 
 @triton.jit
-def _join(partial, out, out_stride, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
-          INTERPRETED: tl.constexpr):  # fmt: skip
-    """The pieces of one head."""
-    _begin(PDL)
+def _join(
+    partial, out, feed, fed, out_stride,
+    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, FEED: tl.constexpr, FED: tl.constexpr,
+    PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The pieces of one head. FEED: columns of `feed` `[H D, FEED]`, by which the head is multiplied into its line of `fed`."""
     row, head = tl.program_id(0), tl.program_id(1)
-    i, s = tl.arange(0, BLOCK), tl.arange(0, SPLITS)
+    i, s, r = tl.arange(0, BLOCK), tl.arange(0, SPLITS), tl.arange(0, FED)
+    if FEED > 0:
+        mask = (i < D)[:, None] & (r < FEED)[None, :]
+        lines = tl.load(feed + (head * D + i)[:, None] * FEED + r[None, :], mask=mask, other=0.0).to(tl.float32)
+    _begin(PDL)
     piece = partial + ((row * H + head) * SPLITS + s) * (D + 2)
     top = tl.load(piece + D)
     weight = tl.exp2(top - tl.max(top, 0))
     acc = tl.load(piece[:, None] + i[None, :], mask=(i < D)[None, :], other=0.0)
     y = tl.sum(acc * weight[:, None], 0) / tl.sum(tl.load(piece + D + 1) * weight, 0)
-    tl.store(out + row * out_stride + head * D + i, to_dtype(y, out.dtype.element_ty, INTERPRETED), mask=i < D)
+    y = to_dtype(y, out.dtype.element_ty, INTERPRETED)
+    tl.store(out + row * out_stride + head * D + i, y, mask=i < D)
+    if FEED > 0:
+        tl.store(fed + (head * 2 + row) * FEED + r, tl.sum(y.to(tl.float32)[:, None] * lines, 0), mask=r < FEED)
 
 
 def _options(device: torch.device, warps: int) -> dict[str, Any]:
@@ -204,7 +214,9 @@ def place(
     )  # fmt: skip
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, heads: Heads, partial: Tensor, out: Tensor) -> None:
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, position: Tensor, heads: Heads, partial: Tensor, out: Tensor, feeds: Pieces | None
+) -> None:
     """See the package."""
     splits, block = partial.shape[2], max(triton.next_power_of_2(heads.size), 16)
     _attend[(q.shape[0] * heads.kv, splits)](
@@ -214,6 +226,8 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, position: Tensor, heads: Hea
         INTERPRETED=INTERPRETED, **_options(q.device, 4),
     )  # fmt: skip
     _join[(q.shape[0], heads.query)](
-        partial, out, out.stride(0), H=heads.query, D=heads.size, BLOCK=block, SPLITS=splits, PDL=hopper(q.device),
-        INTERPRETED=INTERPRETED, **_options(q.device, 2),
+        partial, out, out if feeds is None else feeds.at, partial if feeds is None else feeds.sums, out.stride(0),
+        H=heads.query, D=heads.size, BLOCK=block, SPLITS=splits, FEED=0 if feeds is None else feeds.at.shape[1],
+        FED=16 if feeds is None else triton.next_power_of_2(feeds.at.shape[1]), PDL=hopper(q.device), INTERPRETED=INTERPRETED,
+        **_options(q.device, 2),
     )  # fmt: skip

@@ -17,12 +17,22 @@ from halfbyte.kernels.dequantize import decode
 from halfbyte.kernels.dispatch import twin
 from halfbyte.kernels.packed_gemv import reference
 from halfbyte.kernels.packed_gemv.product import (
-    FED_ROWS, MOST_FED, MOST_ROWS, Activation, Launch, Pieces, Product, RmsNorm, Shape, build, pieces,
+    FED_ROWS,
+    MOST_FED,
+    MOST_ROWS,
+    Activation,
+    Launch,
+    Pieces,
+    Product,
+    RmsNorm,
+    Shape,
+    build,
+    pieces,
 )  # fmt: skip
 
 __all__ = [
-    "MOST_ROWS", "Activation", "Launch", "Pieces", "Product", "RmsNorm", "Shape", "build", "feeds", "multiply", "pieces", "programs",
-    "takes_norm",
+    "MOST_ROWS", "Activation", "Launch", "Pieces", "Product", "RmsNorm", "Shape", "build", "feeds", "multiply", "pieces",
+    "programs", "takes_norm",
 ]  # fmt: skip
 
 
@@ -49,10 +59,13 @@ def multiply(
 
 def takes_norm(product: Product, rows: int, norm: RmsNorm) -> bool:
     """Whether a product with so many rows of x can norm them itself."""
-    if product.launch is None or rows > FED_ROWS or norm.weight.dtype != product.launch.a.dtype or norm.weight.data_ptr() % 8:
+    if not _fused(product) or rows > FED_ROWS or norm.weight.data_ptr() % 8:
         return False
     from halfbyte.kernels.packed_gemv import launch
 
+    assert product.launch is not None
+    if norm.weight.dtype != product.launch.a.dtype:
+        return False
     return launch.keeps(product.width, rows, launch.chosen(product.launch, rows))
 
 
@@ -66,8 +79,14 @@ def programs(product: Product, rows: int, shape: Shape | None = None) -> int:
 
 def feeds(product: Product | None, reader: Product, rows: int) -> bool:
     """Whether the launch of `product` (None: another kernel) can leave pieces of A x for the group that reads its output."""
-    ours = reader.launch is not None and reader.launch.rank > 0 and reader.launch.a.shape[0] <= MOST_FED
-    return ours and rows <= FED_ROWS and (product is None or product.launch is not None)
+    if not _fused(reader) or rows > FED_ROWS or not (product is None or _fused(product)):
+        return False
+    assert reader.launch is not None
+    return 0 < reader.launch.a.shape[0] <= MOST_FED and reader.launch.rank > 0
+
+
+def _fused(product: Product) -> bool:
+    return product.launch is not None and twin(product.launch.a.device) == "fused"
 
 
 def _decoded(product: Product, x: Tensor, out: Tensor, add: Tensor | None, multiplier: float) -> None:

@@ -9,8 +9,8 @@ multiplied once.
 
 As many programs as fit run at once and each walks over its tiles of rows: shared memory is filled once, and a tile's codes are
 asked for while the one before is multiplied, so that memory never waits. Warps stand side by side along the columns and never wait
-for each other inside a batch of tiles: their sums meet in shared memory, once a batch. All that does not depend on the launch before
-(weights, B, bias) is asked for before that one has ended. A x comes ready.
+for each other inside a batch of tiles: their sums meet in shared memory, once a batch (`beside.py`). Weights do not depend on the
+launch before, so they are asked for before that one has ended.
 
 Letters: N rows of the weight, K columns, M rows of x; a tile is RT times 16 rows (16 of gate and of up); see also `lanes.py`.
 """
@@ -18,7 +18,7 @@ Letters: N rows of the weight, K columns, M rows of x; a tile is RT times 16 row
 # Kernels are typed by Triton, whose decorator is not.
 # Tuples grow in unrolled loops, and Triton knows no `(*tuple, element)`.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment,misc"
 from __future__ import annotations
 
 import triton
@@ -27,7 +27,19 @@ from triton.language.extra import cuda
 
 from halfbyte.kernels.dequantize.fused import to_dtype
 from halfbyte.kernels.packed_gemv import ptx
-from halfbyte.kernels.packed_gemv.lanes import block, both, columns_of_x, decode, get, halves, of_quad, put, words
+from halfbyte.kernels.packed_gemv.beside import (
+    fed_by,
+    field,
+    finished,
+    keep_fed,
+    of_pieces,
+    put_pieces,
+    put_sums,
+    row_scaled,
+    side_of,
+    whole,
+)  # fmt: skip
+from halfbyte.kernels.packed_gemv.lanes import block, decode, normed, of_quad, words, x_of_four
 
 PREFETCH = tl.constexpr(ptx.PREFETCH)
 GET = tl.constexpr(ptx.GET)
@@ -35,18 +47,11 @@ TABLE_BYTES = tl.constexpr(ptx.TABLE_BYTES)
 
 
 @triton.jit
-def _field(segments, s, n: tl.constexpr):
-    """Of a segment's line: codes, scales, nested scales, offset, zeros, bias, B (addresses); first row, rows, first output, first
-    tile, first column of A x."""
-    return tl.load(segments + s * 12 + n)
-
-
-@triton.jit
 def _segment(segments, tile, SEGMENTS: tl.constexpr, PAIRED: tl.constexpr):
     """The segment of a tile (a number or a block of them); the first one's where two are paired."""
     s = tile * 0
     for i in tl.static_range(1, 1 if PAIRED else SEGMENTS):
-        s += (tile >= _field(segments, i, 10)).to(tl.int32)
+        s += (tile >= field(segments, i, 10)).to(tl.int32)
     return s
 
 
@@ -55,11 +60,11 @@ def _fetch(segments, tile, ROW_BYTES: tl.constexpr, SEGMENTS: tl.constexpr, PAIR
     """A tile's codes into the L2 cache."""
     s = _segment(segments, tile, SEGMENTS, PAIRED)
     tall: tl.constexpr = 16 if PAIRED else 16 * RT
-    row = (tile - _field(segments, s, 10)) * tall
+    row = (tile - field(segments, s, 10)) * tall
     for f in tl.static_range(2 if PAIRED else 1):
         sf = f if PAIRED else s
-        count = tl.minimum(_field(segments, sf, 8) - row, tall).to(tl.int32) * ROW_BYTES
-        address = _field(segments, sf, 0) + (_field(segments, sf, 7) + row) * ROW_BYTES
+        count = tl.minimum(field(segments, sf, 8) - row, tall).to(tl.int32) * ROW_BYTES
+        address = field(segments, sf, 0) + (field(segments, sf, 7) + row) * ROW_BYTES
         tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [address, count], dtype=tl.int32, is_pure=False, pack=1)
 
 
@@ -71,19 +76,19 @@ def _lines(
     first code and their first block. Rows beyond the last are the last."""
     s = _segment(segments, tile, SEGMENTS, PAIRED)
     tall: tl.constexpr = 16 if PAIRED else 16 * RT
-    row = (tile - _field(segments, s, 10)) * tall
+    row = (tile - field(segments, s, 10)) * tall
     wide: tl.constexpr = 16 if KIND == "dense" else 8 if KIND == "int8" else 4
     numbers, codes, rows = (), (), ()
     for f in tl.static_range(RT):
         sf = f if PAIRED else s
-        last = _field(segments, sf, 8) - 1
-        p = _field(segments, sf, 0).to(tl.pointer_type(tl.uint64))
+        last = field(segments, sf, 8) - 1
+        p = field(segments, sf, 0).to(tl.pointer_type(tl.uint64))
         for h in tl.static_range(2):
-            mine = _field(segments, sf, 7) + tl.minimum((row if PAIRED else row + 16 * f) + g + 8 * h, last)
+            mine = field(segments, sf, 7) + tl.minimum((row if PAIRED else row + 16 * f) + g + 8 * h, last)
             codes = codes + (p + mine * (K64 * wide) + t * (wide // 4),)
             rows = rows + (mine.to(tl.int32) * K64,)
         numbers = numbers + (sf,)
-    return ((_field(segments, s, 8) - row).to(tl.int32) // tall - 1, numbers, codes, rows)
+    return ((field(segments, s, 8) - row).to(tl.int32) // tall - 1, numbers, codes, rows)
 
 
 @triton.jit
@@ -129,13 +134,13 @@ def _raw_scales(
             s = numbers[i // 2]
             index = (rows[i] + _at(four, t, K64)) // PER
             if NESTED:
-                raw = raw + (tl.load(_field(segments, s, 1).to(tl.pointer_type(tl.uint8)) + index, mask=live, other=0),)
-                raw = raw + (tl.load(_field(segments, s, 2).to(tl.pointer_type(tl.float32)) + index // 256, mask=live, other=0.0),)
-                raw = raw + (tl.load(_field(segments, s, 3).to(tl.pointer_type(tl.float32))),)
+                raw = raw + (tl.load(field(segments, s, 1).to(tl.pointer_type(tl.uint8)) + index, mask=live, other=0),)
+                raw = raw + (tl.load(field(segments, s, 2).to(tl.pointer_type(tl.float32)) + index // 256, mask=live, other=0.0),)
+                raw = raw + (tl.load(field(segments, s, 3).to(tl.pointer_type(tl.float32))),)
             else:
-                raw = raw + (tl.load(_field(segments, s, 1).to(tl.pointer_type(tl.float32)) + index, mask=live, other=0.0),)
+                raw = raw + (tl.load(field(segments, s, 1).to(tl.pointer_type(tl.float32)) + index, mask=live, other=0.0),)
             if ZERO != "none":
-                raw = raw + (tl.load(_field(segments, s, 4).to(tl.pointer_type(tl.float32)) + index, mask=live, other=0.0),)
+                raw = raw + (tl.load(field(segments, s, 4).to(tl.pointer_type(tl.float32)) + index, mask=live, other=0.0),)
     return raw
 
 
@@ -159,21 +164,8 @@ def _first_codes(lines, four, live, K64: tl.constexpr, KIND: tl.constexpr, RT: t
 
 
 @triton.jit
-def _x(
-    x, stride, M, four, g, t, K64: tl.constexpr, SLOTS: tl.constexpr, NT: tl.constexpr,
-):  # fmt: skip
-    """x for four blocks: SLOTS blocks at a time, for each eight rows of x."""
-    xs = ()
-    for j in tl.static_range(4 // SLOTS):
-        for n in tl.static_range(NT):
-            m, b = g // SLOTS + 8 * n, four + j * SLOTS + g % SLOTS
-            xs = xs + (columns_of_x(x, stride, b, m, t, (m < M) & (b < K64)),)
-    return xs
-
-
-@triton.jit
 def _picked(so_far, part, t, slot: tl.constexpr, SLOTS: tl.constexpr):
-    """The columns of x's slot `slot` from `part`, the others as they were. A lane's columns are slots 2t and 2t + 1 modulo SLOTS."""
+    """The columns of x's slot `slot` from `part`, the others as they were. A lane's columns: slots 2t and 2t + 1 modulo SLOTS."""
     if slot == 0:
         return part
     elif slot == 1:
@@ -267,174 +259,6 @@ def _four_blocks(
     return acc, new
 
 
-@triton.jit
-def _put_sums(
-    acc, place, sums_at, scratch, tid,
-    RT: tl.constexpr, SLOTS: tl.constexpr, NT: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """A warp's sums of a tile, the tile's place in its batch, for the ROWS rows of x: `[place, RT, WARPS, ROWS, 16]`."""
-    warp, g, t = tid // 32, tid % 32 // 4, tid % 4
-    for f in tl.static_range(RT):
-        for n in tl.static_range(NT):
-            c = acc[NT * f + n]
-            start = ((place * RT + f) * WARPS + warp) * (ROWS * 16) + 8 * n * 16 + g
-            for h in tl.static_range(2):
-                if SLOTS == 1:
-                    put(sums_at, scratch, start + 8 * h + 2 * t * 16, c[2 * h], t < 4, INTERPRETED)
-                    put(sums_at, scratch, start + 8 * h + 2 * t * 16 + 16, c[2 * h + 1], t < 4, INTERPRETED)
-                else:
-                    y = c[2 * h] + c[2 * h + 1]
-                    m = t
-                    mine = t < 4
-                    if SLOTS == 4:
-                        y += of_quad(y, t ^ 1, WARPS, INTERPRETED)
-                        m = t // 2
-                        mine = (t % 2 == 0) & (m < ROWS)
-                    put(sums_at, scratch, start + 8 * h + m * 16, y, mine, INTERPRETED)
-
-
-@triton.jit
-def _whole(
-    f, o, sums_at, scratch, RT: tl.constexpr, PAIRED: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """The sums over warps of outputs o of a batch, `[OUT, ROWS]`; part f where two are paired."""
-    last: tl.constexpr = BATCH * (1 if PAIRED else RT) - 1
-    sixteen = tl.minimum(o // 16, last)
-    at = (sixteen * 2 + f if PAIRED else sixteen)[:, None] * (WARPS * ROWS * 16) + tl.arange(0, ROWS)[None, :] * 16 + (o % 16)[:, None]
-    y = get(sums_at, scratch, at, INTERPRETED)
-    for w in tl.static_range(1, WARPS):
-        y += get(sums_at, scratch, at + w * ROWS * 16, INTERPRETED)
-    return y
-
-
-@triton.jit
-def _activated(z, ACT: tl.constexpr):
-    if ACT == "silu":
-        return z / (1 + tl.exp(-z))
-    elif ACT == "gelu":
-        return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
-    elif ACT == "gelu_tanh":
-        inner = 1.5957691216057308 * (z + 0.044715 * z * z * z)
-        return z / (1 + tl.exp(-inner))
-    elif ACT == "relu2":
-        return tl.maximum(z, 0.0) * tl.maximum(z, 0.0)
-    else:
-        return tl.maximum(z, 0.0)
-
-
-@triton.jit
-def _finished(y, z, PAIRED: tl.constexpr, ACT: tl.constexpr):
-    """act(y) z, act(y) or y."""
-    if ACT != "none":
-        y = _activated(y, ACT)
-    return y * z if PAIRED else y
-
-
-@triton.jit
-def _fed(y, feed, column, mask, alive, ROWS: tl.constexpr, FEED: tl.constexpr, FED: tl.constexpr):
-    """Outputs y `[OUT, ROWS]` at `column` by their lines of `feed`, `[ROWS, FED]`."""
-    r = tl.arange(0, FED)
-    lines = tl.load(feed + column * FEED + r[None, :], mask=alive[:, None] & (r < FEED)[None, :], other=0.0).to(tl.float32)
-    return tl.sum(tl.where(mask, y.to(tl.float32), 0.0)[:, :, None] * lines[:, None, :], 0)
-
-
-@triton.jit
-def _keep_fed(total, fed, program, M, ROWS: tl.constexpr, FEED: tl.constexpr, FED: tl.constexpr):
-    m, r = tl.arange(0, ROWS)[:, None], tl.arange(0, FED)[None, :]
-    tl.store(fed + (program * 2 + m) * FEED + r, total, mask=(m < M) & (r < FEED))
-
-
-@triton.jit
-def _normed(
-    xs, weights, eps, offset, STEPS: tl.constexpr, K64: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, HALF: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """x through an RMS norm, rounded, for up to two rows; and 1 / rms of each, `[ROWS]`."""
-    square = tl.zeros((WARPS * 32,), tl.float32)
-    for i in tl.static_range(STEPS):
-        for j in tl.static_range(8):
-            low, high = halves(xs[i][j], HALF)
-            square += low * low + high * high
-    rstd = tl.rsqrt(tl.sum(tl.sum(tl.reshape(square, (WARPS, 2, 16)), 2), 0) / (K64 * 64) + eps)
-    factor = tl.reshape(tl.broadcast_to(rstd[None, :, None], (WARPS, 2, 16)), (WARPS * 32,))
-    normed = ()
-    for i in tl.static_range(STEPS):
-        words = ()
-        for j in tl.static_range(8):
-            low, high = halves(xs[i][j], HALF)
-            w_low, w_high = halves(weights[i][j], HALF)
-            words = words + (both(low * factor * (w_low + offset), high * factor * (w_high + offset), HALF, INTERPRETED),)
-        normed = normed + (words,)
-    if ROWS == 1:
-        rstd = tl.sum(tl.where(tl.arange(0, 2) == 0, rstd, 0.0), 0) + tl.zeros((1,), tl.float32)
-    return normed, rstd
-
-
-@triton.jit
-def _side(
-    segments, s, row, alive, xa, M, A_ROWS,
-    BIAS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, HALF: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """What depends on no column of W, for outputs `row` of segments s: bias + B (A x), `[OUT, ROWS]`; where A x is still in pieces,
-    the bias, and B for later: 16 ranks at a time `[OUT, 16]`."""
-    m, r = tl.arange(0, ROWS), tl.arange(0, 16)
-    absolute = _field(segments, s, 7) + row
-    y, bs = tl.zeros((OUT, ROWS), tl.float32), ()
-    if BIAS:
-        bias = _field(segments, s, 5)
-        y += tl.load(bias.to(tl.pointer_type(HALF)) + absolute, mask=alive & (bias != 0), other=0.0).to(tl.float32)[:, None]
-    for r0 in tl.static_range(0, RANK, 16):
-        p = _field(segments, s, 6).to(tl.pointer_type(HALF)) + absolute * RANK + r0
-        b = tl.load(p[:, None] + r[None, :], mask=alive[:, None] & (r < 16)[None, :], other=0.0)
-        if GROUPS > 0:
-            bs = bs + (b,)
-        else:
-            at = (m * A_ROWS)[None, :, None] + (_field(segments, s, 11) + r0)[:, None, None] + r[None, None, :]
-            ax = tl.load(xa + at, mask=alive[:, None, None] & (m < M)[None, :, None] & (r < 16)[None, None, :], other=0.0)
-            y += tl.sum(b.to(tl.float32)[:, None, :] * ax, 2)
-    return y, bs
-
-
-@triton.jit
-def _put_pieces(
-    xa, sums_at, scratch, tid, A_ROWS: tl.constexpr, PIECES: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr,
-    XA: tl.constexpr, ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """Adds the pieces of A x up to GROUPS of them, in shared memory: `[ROWS, GROUPS, WIDE]` at number XA of the sums."""
-    r, group = tid % WIDE, tid // WIDE
-    for m in tl.static_range(ROWS):
-        total = tl.zeros(tid.shape, tl.float32)
-        for i in tl.static_range((PIECES + GROUPS - 1) // GROUPS):
-            mask = (group + i * GROUPS < PIECES) & (group < GROUPS) & (r < A_ROWS)
-            total += tl.load(xa + ((group + i * GROUPS) * 2 + m) * A_ROWS + r, mask=mask, other=0.0)
-        put(sums_at, scratch, XA + m * GROUPS * WIDE + tid, total, group < GROUPS, INTERPRETED)
-
-
-@triton.jit
-def _of_pieces(
-    bs, segments, s, sums_at, scratch, RANK: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, GROUPS: tl.constexpr,
-    WIDE: tl.constexpr, XA: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """B (A x) from what `_put_pieces` left, `[OUT, ROWS]`."""
-    y = tl.zeros((OUT, ROWS), tl.float32)
-    first = _field(segments, s, 11).to(tl.int32)[:, None, None]
-    at = XA + first + (tl.arange(0, ROWS) * (GROUPS * WIDE))[None, :, None] + tl.arange(0, 16)[None, None, :]
-    for r0 in tl.static_range(0, RANK, 16):
-        ax = get(sums_at, scratch, at + r0, INTERPRETED)
-        for i in tl.static_range(1, GROUPS):
-            ax += get(sums_at, scratch, at + r0 + i * WIDE, INTERPRETED)
-        y += tl.sum(bs[r0 // 16].to(tl.float32)[:, None, :] * ax, 2)
-    return y
-
-
-@triton.jit
-def _row_scale(y, segments, s, row, alive):
-    """y times each row's own scale."""
-    scales = _field(segments, s, 1).to(tl.pointer_type(tl.float32))
-    return y * tl.load(scales + _field(segments, s, 7) + row, mask=alive, other=0.0)[:, None]
-
-
 @triton.jit(do_not_specialize=["M", "tiles"])
 def _gemv(
     out, x, add, segments, pairs, nested_levels, xa, norm, feed, fed, scratch,
@@ -444,7 +268,7 @@ def _gemv(
     SLOTS: tl.constexpr, NT: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, OUT: tl.constexpr, WARPS: tl.constexpr,
     HALF: tl.constexpr, SHARED: tl.constexpr, SUMS: tl.constexpr, XA: tl.constexpr, ROW_BYTES: tl.constexpr, KEEP: tl.constexpr,
     A_ROWS: tl.constexpr, PIECES: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, NORM: tl.constexpr, FEED: tl.constexpr,
-    FED: tl.constexpr, PDL: tl.constexpr, AHEAD: tl.constexpr, INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr, AHEAD: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out = add + multiplier * (x W^T + bias + B (A x)), or act(first) * second of two segments' outputs (PAIRED).
 
@@ -474,30 +298,28 @@ def _gemv(
         tl.debug_barrier()
     xs, weights = (), ()
     for step in tl.static_range(STEPS if NORM else 0):
-        weights = weights + _x(norm, 0, 8, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
+        weights = weights + x_of_four(norm, 0, 8, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
     if PDL:
         cuda.gdc_wait()
     for step in tl.static_range(STEPS if KEEP else 0):
-        xs = xs + _x(x, x_stride, M, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
+        xs = xs + x_of_four(x, x_stride, M, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
     if GROUPS > 0:
-        _put_pieces(xa, sums_at, scratch, tid, A_ROWS, PIECES, GROUPS, WIDE, XA, ROWS, INTERPRETED)
+        put_pieces(xa, sums_at, scratch, tid, A_ROWS, PIECES, GROUPS, WIDE, XA, ROWS, INTERPRETED)
     o, m = tl.arange(0, OUT), tl.arange(0, ROWS)
-    rstd, total = m * 0 + 1.0, 0.0
+    rstd, total = m * 0 + 1.0, (tl.zeros((ROWS, 16), tl.float32),) * (FEED // 16)
     if NORM:
-        xs, rstd = _normed(xs, weights, eps, offset, STEPS, K64, ROWS, WARPS, HALF, INTERPRETED)
-    if FEED > 0:
-        total = tl.zeros((ROWS, FED), tl.float32)
+        xs, rstd = normed(xs, weights, eps, offset, STEPS, K64, ROWS, WARPS, HALF, INTERPRETED)
     while position < last:
         stop = tl.minimum(position + BATCH, last)
         tile = position + o // tall
         s = _segment(segments, tl.minimum(tile, last - 1), SEGMENTS, PAIRED)
-        row = (tile - _field(segments, s, 10)) * tall + o % tall
-        alive = (tile < stop) & (row < _field(segments, s, 8))
-        side, bs = _side(segments, s, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS)
+        row = (tile - field(segments, s, 10)) * tall + o % tall
+        alive = (tile < stop) & (row < field(segments, s, 8))
+        side, bs = side_of(segments, s, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS)
         other, others = side, bs
         if PAIRED:
-            other, others = _side(segments, s + 1, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS)
-        column = (_field(segments, s, 9) + row)[:, None]
+            other, others = side_of(segments, s + 1, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS)
+        column = (field(segments, s, 9) + row)[:, None]
         mask = alive[:, None] & (m < M)[None, :]
         if ADD:
             before = tl.load(add + m[None, :] * add_stride + column, mask=mask, other=0.0)
@@ -508,7 +330,7 @@ def _gemv(
                 if KEEP:
                     now = xs[step * (4 // SLOTS) * NT : (step + 1) * (4 // SLOTS) * NT]
                 else:
-                    now = _x(x, x_stride, M, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
+                    now = x_of_four(x, x_stride, M, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
                 four = mine + (step + 1) % STEPS * WARPS * 4
                 live = tid >= 0
                 if step == STEPS - 1:
@@ -522,29 +344,29 @@ def _gemv(
                 raw = coming
             if AHEAD > 0 and number + AHEAD < last:
                 _fetch(segments, number + AHEAD, ROW_BYTES, SEGMENTS, PAIRED, RT)
-            _put_sums(acc, number - position, sums_at, scratch, tid, RT, SLOTS, NT, ROWS, WARPS, INTERPRETED)
+            put_sums(acc, number - position, sums_at, scratch, tid, RT, SLOTS, NT, ROWS, WARPS, INTERPRETED)
             number += 1
         tl.debug_barrier()
-        y = _whole(0, o, sums_at, scratch, RT, PAIRED, BATCH, ROWS, WARPS, INTERPRETED)
+        y = whole(0, o, sums_at, scratch, RT, PAIRED, BATCH, ROWS, WARPS, INTERPRETED)
         z = y
         if PAIRED:
-            z = _whole(1, o, sums_at, scratch, RT, PAIRED, BATCH, ROWS, WARPS, INTERPRETED)
+            z = whole(1, o, sums_at, scratch, RT, PAIRED, BATCH, ROWS, WARPS, INTERPRETED)
         if KIND == "int8":
-            y = _row_scale(y, segments, s, row, alive)
+            y = row_scaled(y, segments, s, row, alive)
             if PAIRED:
-                z = _row_scale(z, segments, s + 1, row, alive)
+                z = row_scaled(z, segments, s + 1, row, alive)
         if GROUPS > 0:
-            y += _of_pieces(bs, segments, s, sums_at, scratch, RANK, ROWS, OUT, GROUPS, WIDE, XA, INTERPRETED) * rstd[None, :]
+            y += of_pieces(bs, rstd, segments, s, sums_at, scratch, RANK, ROWS, OUT, GROUPS, WIDE, XA, INTERPRETED)
             if PAIRED:
-                z += _of_pieces(others, segments, s + 1, sums_at, scratch, RANK, ROWS, OUT, GROUPS, WIDE, XA, INTERPRETED) * rstd[None, :]
-        y = _finished(y + side, z + other, PAIRED, ACT) * multiplier
+                z += of_pieces(others, rstd, segments, s + 1, sums_at, scratch, RANK, ROWS, OUT, GROUPS, WIDE, XA, INTERPRETED)
+        y = finished(y + side, z + other, PAIRED, ACT) * multiplier
         if ADD:
             y += before.to(tl.float32)
         y = to_dtype(y, out.dtype.element_ty, INTERPRETED)
         tl.store(out + m[None, :] * out_stride + column, y, mask=mask)
         if FEED > 0:
-            total += _fed(y, feed, column, mask, alive, ROWS, FEED, FED)
+            total = fed_by(total, y, feed, column, mask, alive, FEED)
         tl.debug_barrier()
         position = stop
     if FEED > 0:
-        _keep_fed(total, fed, program, M, ROWS, FEED, FED)
+        keep_fed(total, fed, program, M, ROWS, FEED)

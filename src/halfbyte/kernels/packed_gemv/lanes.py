@@ -1,14 +1,16 @@
 """What one thread does with its numbers: reads codes, looks levels up, multiplies on the tensor cores. Used by the kernel alone.
 
-Arrays have one element a thread, in the order of threads, so that no data moves between them unseen. The columns of a product may be
-summed in any order, so lane t of four takes 16 neighbouring codes of a block of 64 (8 bytes) where the tensor core would have them
-interleaved, and x alike.
+Arrays have one element a thread, in the order of threads, so that no data moves between them unseen. The columns of a product may
+be summed in any order, so lane t of four takes 16 neighbouring codes of a block of 64 (8 bytes) where the tensor core would have
+them interleaved, and x alike.
 
 Letters: K64 blocks of 64 columns a row, M rows of x; g = lane / 4 is a row of a tile of 16 (and g + 8), t = lane % 4.
 """
 
 # Kernels are typed by Triton, whose decorator is not.
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
+# Tuples grow in unrolled loops, and Triton knows no `(*tuple, element)`.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment,misc"
 from __future__ import annotations
 
 import triton
@@ -174,14 +176,51 @@ def both(low, high, HALF: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def x_of_four(
+    x, stride, M, four, g, t, K64: tl.constexpr, SLOTS: tl.constexpr, NT: tl.constexpr,
+):  # fmt: skip
+    """x for four blocks: SLOTS blocks at a time, for each eight rows of x."""
+    xs = ()
+    for j in tl.static_range(4 // SLOTS):
+        for n in tl.static_range(NT):
+            m, b = g // SLOTS + 8 * n, four + j * SLOTS + g % SLOTS
+            xs = xs + (columns_of_x(x, stride, b, m, t, (m < M) & (b < K64)),)
+    return xs
+
+
+@triton.jit
+def normed(
+    xs, weights, eps, offset, STEPS: tl.constexpr, K64: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, HALF: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """x through an RMS norm, rounded, for up to two rows; and 1 / rms of each, `[ROWS]`."""
+    square = tl.zeros((WARPS * 32,), tl.float32)
+    for i in tl.static_range(STEPS):
+        for j in tl.static_range(8):
+            low, high = halves(xs[i][j], HALF)
+            square += low * low + high * high
+    rstd = tl.rsqrt(tl.sum(tl.sum(tl.reshape(square, (WARPS, 2, 16)), 2), 0) / (K64 * 64) + eps)
+    factor = tl.reshape(tl.broadcast_to(rstd[None, :, None], (WARPS, 2, 16)), (WARPS * 32,))
+    normed = ()
+    for i in tl.static_range(STEPS):
+        words = ()
+        for j in tl.static_range(8):
+            low, high = halves(xs[i][j], HALF)
+            w_low, w_high = halves(weights[i][j], HALF)
+            words = words + (both(low * factor * (w_low + offset), high * factor * (w_high + offset), HALF, INTERPRETED),)
+        normed = normed + (words,)
+    if ROWS == 1:
+        rstd = tl.sum(tl.where(tl.arange(0, 2) == 0, rstd, 0.0), 0) + tl.zeros((1,), tl.float32)
+    return normed, rstd
+
+
+@triton.jit
 def put(base, scratch, at, value, mask, INTERPRETED: tl.constexpr):
     """value as number `at` of the sums, in shared memory."""
     if INTERPRETED:
         tl.store(scratch + at, value, mask=mask)
     else:
-        tl.inline_asm_elementwise(
-            PUT, "=r,r,f,r", [base + at * 4, value, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1
-        )
+        tl.inline_asm_elementwise(PUT, "=r,r,f,r", [base + at * 4, value, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

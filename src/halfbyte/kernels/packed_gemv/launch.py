@@ -20,7 +20,7 @@ HALVES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 KEPT = {4: 112, 8: 64, 16: 40}
 """Registers a thread that x may stay in, by warps of a program."""
 MOST_OUTPUTS = 256
-"""Rows of the weight whose sums are joined at a time."""
+"""Outputs (rows of the weight, for each row of x) whose sums are joined at a time."""
 
 
 @functools.cache
@@ -112,7 +112,7 @@ def multiply(
         SHARED=ptx.shared(launch.kind, launch.nested, threads), SUMS=ptx.sums_at(launch.kind),
         XA=batch * 16 * tall * shape.warps * kept, ROW_BYTES=blocks * 8 * BITS[launch.kind], KEEP=keeps(x.shape[1], rows, shape),
         A_ROWS=launch.a.shape[0], PIECES=1 if pieces is None else len(pieces.sums), GROUPS=groups, WIDE=wide, NORM=norm is not None,
-        FEED=0 if feeds is None else feeds.at.shape[1], FED=0 if feeds is None else triton.next_power_of_2(feeds.at.shape[1]),
+        FEED=0 if feeds is None else feeds.at.shape[1],
         PDL=early, AHEAD=shape.ahead if hopper(x.device) else 0, INTERPRETED=INTERPRETED, **options,
     )  # fmt: skip
 
@@ -120,9 +120,9 @@ def multiply(
 def _batch(launch: Launch, tall: int, warps: int, kept: int, most: int, beside: int) -> int:
     """Tiles whose sums stand in shared memory at a time, `beside` numbers of each row of A x next to them."""
     room = (ptx.STATIC_BYTES - ptx.sums_at(launch.kind)) // 4 - beside * kept
-    batch = room // (16 * tall * warps * kept)
+    batch = min(room // (16 * tall * warps * kept), MOST_OUTPUTS // kept // (16 if launch.paired else 16 * tall) or 1)
     assert batch > 0, f"{warps} warps are too many for {kept} rows of x"
-    return min(batch, most, MOST_OUTPUTS // (16 if launch.paired else 16 * tall))
+    return -(-most // -(-most // batch))
 
 
 @functools.cache

@@ -5,7 +5,7 @@ shared     a multiprocessor's shared memory: 256 pairs of levels, each 32 times,
 lookup     four bytes of codes to four registers of two 16-bit levels each: byte out, address, load: three instructions a pair.
 mma        one tensor-core product of 16 rows by 16 columns of the weight by 8 rows of x.
 quad       a value of one of the four lanes that share a row.
-words      8 or 16 bytes of a weight where a condition holds, read once: not kept in L1; the other sectors of their line come into L2 along.
+words      8 or 16 bytes of a weight where a condition holds, read once: not kept in L1; the rest of their line comes into L2 along.
 put, get   a number into shared memory where a condition holds, and out of it.
 prefetch   a run of bytes into the L2 cache, by the copy engine: no register waits for it.
 """
@@ -16,8 +16,10 @@ import functools
 
 TABLE_BYTES = 32768
 LEVELS_BYTES = 1024
-STATIC_BYTES = 49152
-"""As much as a kernel's body may declare."""
+TRITON_BYTES = 4096
+"""Shared memory left to what Triton itself moves between threads. Together they stay within 48 KiB: for more, a launch needs a
+permission that Triton only asks for when its own part is that large."""
+STATIC_BYTES = 49152 - TRITON_BYTES
 LOOKUP = (
     "{ .reg .b32 p, q, r, s; "
     + " ".join(

@@ -23,9 +23,7 @@ def activated(z: Tensor, activation: Activation) -> Tensor:
     return functional.gelu(z) if activation == "gelu" else functional.relu(z)
 
 
-def multiply(
-    product: Product, x: Tensor, out: Tensor, add: Tensor | None, multiplier: float, norm: RmsNorm | None = None
-) -> None:
+def multiply(product: Product, x: Tensor, out: Tensor, add: Tensor | None, multiplier: float, norm: RmsNorm | None = None) -> None:
     """out = add + multiplier * f(x W^T + bias + s B (A x)); f the activation, or the activated first times the second."""
     if norm is not None:
         x = normed(x, norm).to(x.dtype)
