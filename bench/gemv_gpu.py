@@ -171,6 +171,8 @@ def parts() -> dict[str, Callable[[], None]]:
     from kernels import checks_generation as checks
 
     found: dict[str, Callable[[], None]] = {}
+    for label in layer_shapes():
+        found[f"layer {label}"] = lambda label=label: bench_layers(1.0, lambda **fields: None, 1, label)
     for name in GROUPS:
         for share in range(SHARES):
             found[f"{name} {share}"] = lambda name=name, share=share: prove(name, share)
@@ -211,7 +213,12 @@ def bench_products(groups: list[str], copy: float, report: Report) -> None:
         del copies
 
 
-def bench_layers(copy: float, report: Report, layers: int = 8) -> None:
+def layer_shapes() -> dict[str, Shape | None]:
+    """For all four groups alike; None: as chosen for each."""
+    return {"chosen": None, **{k: s for k, s in shapes_of("gate+up").items() if s.registers != 64}}
+
+
+def bench_layers(copy: float, report: Report, layers: int = 8, only: str | None = None) -> None:
     """Whole layers: what a token's products cost when the groups follow each other."""
     names = [n for n in GROUPS if n != "head"]
     made = [{n: group(n) for n in names} for _ in range(layers)]
@@ -232,12 +239,12 @@ def bench_layers(copy: float, report: Report, layers: int = 8) -> None:
                     feeds = None if how == "left" or n == "q+k+v" else left[following[n]]
                     multiply(layer[n], x[n], out[n], add, norm=normed.get(n), pieces=left[n], feeds=feeds, shape=shape)
 
-    for label, shape in {"chosen": None, **shapes_of("gate+up")}.items():
+    for label, shape in layer_shapes().items():
+        if only not in (None, label):
+            continue
         counts = {following[n]: programs(made[0][n], 1, shape) for n in names}
         fed = [{n: pieces(layer[n], counts[n], normed.get(n)) for n in names} for layer in made]
         for how in ("fed", "left", "launched") if shape is None else ("fed",):
-            if shape is not None and shape.registers == 64:
-                continue
             us = replayed(lambda how=how, shape=shape, fed=fed: run(how, shape, fed)) / layers * 1e3
             report(what="layer", shape=label, a_x=how, us=round(us, 2), of_copy=round(count / us / 1e3 / copy, 3))
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "bench")]
 
 import torch  # noqa: E402
-from gemv_gpu import ADDED, GROUPS, NESTED, group, random_packed, together  # noqa: E402
+from gemv_gpu import NESTED, random_packed, together  # noqa: E402
 from torch import nn  # noqa: E402
 
 from halfbyte.adapters import lora  # noqa: E402
@@ -33,22 +33,12 @@ from halfbyte.formats.packed import Packed  # noqa: E402
 from halfbyte.generate.engine import Engine  # noqa: E402
 from halfbyte.generate.step import links  # noqa: E402
 from halfbyte.kernels.lora_linear.members import Member  # noqa: E402
-from halfbyte.kernels.packed_gemv import Product, multiply  # noqa: E402
+from halfbyte.kernels.packed_gemv import Product  # noqa: E402
 from halfbyte.kernels.packed_gemv import launch as gemv_launch  # noqa: E402
 from halfbyte.layers import swap  # noqa: E402
 
 PLACES = 2048
 Report = Callable[..., None]
-
-
-def warm(name: str) -> None:
-    """Compiles what the engine launches for a group, into Triton's cache on disk."""
-    for made in [group(name)] if name == "head" else [group(name), group(name, rank=0), group(name, dense=True)]:
-        x = torch.randn(16, made.width, device="cuda", dtype=torch.bfloat16)
-        out = torch.zeros(16, made.rows, device="cuda", dtype=torch.bfloat16)
-        for m in (1, 4, 16):
-            multiply(made, x[:m], out[:m], out[:m] if name in ADDED else None)
-    torch.cuda.synchronize()
 
 
 def model_of(**sizes: int) -> Any:
@@ -111,6 +101,7 @@ def parts() -> dict[str, Callable[[], None]]:
         found[f"decode_step {dtype}"] = lambda dtype=dtype: checks.check_decode_step("cuda", (dtype,))
     for number in range(len(checks.CASES)):
         found[f"packed_gemv {number}"] = lambda number=number: checks.check_packed_gemv("cuda", (torch.bfloat16,), cases=(number,))
+    found["fed products"] = lambda: checks.check_fed_products("cuda", (torch.bfloat16,))
     found["packed_gemv fp16"] = lambda: checks.check_packed_gemv("cuda", (torch.float16,), cases=(1, 2))
     return found
 
@@ -176,10 +167,27 @@ def profile(engine: Engine, label: str, report: Report) -> None:
         report(what="token", weights=label, kernel=name, launches=len(times) // 4, **figures)
 
 
+SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+         "max_position_embeddings": 8192}  # fmt: skip
+WARMED = {"bf16": 1, "nf4": 1, "nf4 + adapter": 1, "nf4 + adapter, 4 rows": 4, "nf4 + adapter, 16 rows": 16}
+"""Rows of each engine that is measured."""
+
+
+def warm(label: str) -> None:
+    """Compiles what an engine launches, into Triton's cache on disk: with two layers."""
+    model = model_of(**SIZES, num_hidden_layers=2)
+    swap.adopt(model)
+    if label != "bf16":
+        pack(model, lambda module: random_packed(*module.weight.shape))
+    if "adapter" in label:
+        adapt(model)
+    Engine(model, WARMED[label], PLACES, 300).capture()
+    torch.cuda.synchronize()
+
+
 def bench_engine(report: Report) -> None:
     started = time.perf_counter()
-    model = model_of(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-                     vocab_size=128256, max_position_embeddings=8192)  # fmt: skip
+    model = model_of(**SIZES, num_hidden_layers=32)
     swap.adopt(model)
     report(what="built", seconds=round(time.perf_counter() - started, 1))
     engine = Engine(model, 1, PLACES, 300)
@@ -214,7 +222,7 @@ def main() -> int:
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(0)
-    if options.part in GROUPS:
+    if options.part in WARMED:
         warm(options.part)
         return 0
     if options.part:
@@ -230,7 +238,7 @@ def main() -> int:
         print(json.dumps(fields), flush=True)
 
     report(what="machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__)
-    warming = list(GROUPS) if "engine" in wanted else []
+    warming = list(WARMED) if "engine" in wanted else []
     found = together(__file__, [*parts(), *warming])
     (out / "generation_gate.json").write_text(json.dumps(found, indent=1))
     if any(found.values()):

@@ -221,12 +221,13 @@ def _added(acc, part, s, z, ones, KIND: tl.constexpr, ZERO: tl.constexpr):
 
 @triton.jit
 def _four_blocks(
-    acc, read, raw, xs, lines, four, live, t, base, levels_at, pairs, nested_levels,
-    K64: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr, ZERO: tl.constexpr, RT: tl.constexpr, SLOTS: tl.constexpr,
-    NT: tl.constexpr, WARPS: tl.constexpr, HALF: tl.constexpr, INTERPRETED: tl.constexpr,
+    acc, read, raw, xs, segments, lines, four, live, t, base, levels_at, pairs, nested_levels,
+    K64: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr, RT: tl.constexpr,
+    SLOTS: tl.constexpr, NT: tl.constexpr, WARPS: tl.constexpr, HALF: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """acc[NT f + n] + four blocks of a tile; and the codes of the next four, `lines` at `four`, each asked for when its place is
-    free."""
+    """acc[NT f + n] + four blocks of a tile; and codes and scales of the next four, `lines` at `four`, codes asked for where their
+    place is free."""
+    coming = _raw_scales(segments, lines, four, t, live, K64, KIND, NESTED, PER, ZERO, RT)
     new, picked, scales, zeros = (), (), (), ()
     if KIND == "four":
         scales, zeros = _scales(raw, levels_at, nested_levels, NESTED, ZERO, RT, INTERPRETED)
@@ -256,7 +257,7 @@ def _four_blocks(
                         ones = block((one,) * 8, (one,) * 8, xs[b // SLOTS * NT + n], WARPS, HALF, INTERPRETED)
                     sums = sums + (_added(acc[NT * f + n], picked[NT * f + n], s, z, ones, KIND, ZERO),)
             acc = sums
-    return acc, new
+    return acc, new, coming
 
 
 @triton.jit(do_not_specialize=["M", "tiles"])
@@ -326,22 +327,28 @@ def _gemv(
         number = position
         while number < stop:
             acc = ((tl.zeros((WARPS * 32,), tl.float32),) * 4,) * (RT * NT)
-            for step in tl.static_range(STEPS):
-                if KEEP:
-                    now = xs[step * (4 // SLOTS) * NT : (step + 1) * (4 // SLOTS) * NT]
-                else:
-                    now = x_of_four(x, x_stride, M, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
-                four = mine + (step + 1) % STEPS * WARPS * 4
-                live = tid >= 0
-                if step == STEPS - 1:
-                    live = tid * 0 + number < last - 1
-                    lines = _next_lines(lines, segments, number + 1, g, t, K64, KIND, SEGMENTS, PAIRED, RT)
-                coming = _raw_scales(segments, lines, four, t, live, K64, KIND, NESTED, PER, ZERO, RT)
-                acc, read = _four_blocks(
-                    acc, read, raw, now, lines, four, live, t, base, levels_at, pairs, nested_levels,
-                    K64, KIND, NESTED, ZERO, RT, SLOTS, NT, WARPS, HALF, INTERPRETED,
-                )  # fmt: skip
-                raw = coming
+            if KEEP:
+                for step in tl.static_range(STEPS):
+                    if step == STEPS - 1:
+                        lines = _next_lines(lines, segments, number + 1, g, t, K64, KIND, SEGMENTS, PAIRED, RT)
+                    live = tid * 0 + (number if step == STEPS - 1 else position) < (last - 1 if step == STEPS - 1 else last)
+                    acc, read, raw = _four_blocks(
+                        acc, read, raw, xs[step * (4 // SLOTS) * NT : (step + 1) * (4 // SLOTS) * NT], segments, lines,
+                        mine + (step + 1) % STEPS * WARPS * 4, live, t, base, levels_at, pairs, nested_levels,
+                        K64, KIND, NESTED, PER, ZERO, RT, SLOTS, NT, WARPS, HALF, INTERPRETED,
+                    )  # fmt: skip
+            else:
+                done = 0
+                while done < STEPS:
+                    now = x_of_four(x, x_stride, M, mine + done * (WARPS * 4), g, t, K64, SLOTS, NT)
+                    done += 1
+                    if done == STEPS:
+                        lines = _next_lines(lines, segments, number + 1, g, t, K64, KIND, SEGMENTS, PAIRED, RT)
+                    acc, read, raw = _four_blocks(
+                        acc, read, raw, now, segments, lines, mine + done % STEPS * (WARPS * 4),
+                        (tid * 0 + done < STEPS) | (tid * 0 + number < last - 1), t, base, levels_at, pairs, nested_levels,
+                        K64, KIND, NESTED, PER, ZERO, RT, SLOTS, NT, WARPS, HALF, INTERPRETED,
+                    )  # fmt: skip
             if AHEAD > 0 and number + AHEAD < last:
                 _fetch(segments, number + AHEAD, ROW_BYTES, SEGMENTS, PAIRED, RT)
             put_sums(acc, number - position, sums_at, scratch, tid, RT, SLOTS, NT, ROWS, WARPS, INTERPRETED)

@@ -51,12 +51,18 @@ def programs(launch: Launch, rows: int, shape: Shape | None = None) -> int:
 
 def keeps(width: int, rows: int, shape: Shape) -> bool:
     """Whether a thread holds its part of x in registers."""
-    steps, slots = -(-width // (256 * shape.warps)), _slots(rows)
-    return steps * (4 // slots) * (2 if rows > 8 else 1) * 8 <= min(KEPT.get(shape.warps, 64), (shape.registers or 255) // 3)
+    steps = -(-width // (256 * shape.warps))
+    return steps * (4 // slots(rows)) * (2 if rows > 8 else 1) * 8 <= min(KEPT.get(shape.warps, 64), (shape.registers or 255) // 3)
 
 
-def _slots(rows: int) -> int:
+def slots(rows: int) -> int:
+    """Blocks of 64 columns that share a product: what eight columns of x leave room for."""
     return 4 if rows <= 2 else 2 if rows <= 4 else 1
+
+
+def kept(rows: int) -> int:
+    """Rows of x whose sums are kept."""
+    return 1 if rows == 1 else 8 // slots(rows) * (2 if rows > 8 else 1)
 
 
 def low_rank(launch: Launch, x: Tensor) -> None:
@@ -88,11 +94,10 @@ def multiply(
         low_rank(launch, x)
     count, blocks, threads = programs(launch, rows, shape), x.shape[1] // 64, shape.warps * 32
     assert feeds is None or count == len(feeds.sums), "made for another number of programs"
-    kept = 1 if rows == 1 else 8 // _slots(rows) * (2 if rows > 8 else 1)
     wide = triton.next_power_of_2(launch.a.shape[0])
     groups = 0 if pieces is None else max(min(threads, MOST_FED) // wide, 1)
     assert pieces is None or wide <= threads, f"{wide} ranks are too many for {threads} threads"
-    batch = _batch(launch, tall, shape.warps, kept, -(-tiles // count), groups * wide)
+    batch = batched(launch.kind, launch.paired, tall, shape.warps, kept(rows), -(-tiles // count), groups * wide)
     early = hopper(x.device) and shape.early
     options: dict[str, Any] = {"num_warps": shape.warps, "num_stages": 1, "launch_pdl": early}
     if shape.registers is not None:
@@ -107,21 +112,21 @@ def multiply(
         0.0 if norm is None else norm.eps, 0.0 if norm is None else norm.offset,
         K64=blocks, KIND=launch.kind, NESTED=launch.nested, PER=launch.per, ZERO=launch.zero, SEGMENTS=launch.count,
         PAIRED=launch.paired, ACT=product.activation or "none", ADD=add is not None, BIAS=launch.bias, RANK=launch.rank, RT=tall,
-        SLOTS=_slots(rows), NT=2 if rows > 8 else 1, ROWS=kept, BATCH=batch,
+        SLOTS=slots(rows), NT=2 if rows > 8 else 1, ROWS=kept(rows), BATCH=batch,
         OUT=triton.next_power_of_2(batch * (16 if launch.paired else 16 * tall)), WARPS=shape.warps, HALF=HALVES[x.dtype],
         SHARED=ptx.shared(launch.kind, launch.nested, threads), SUMS=ptx.sums_at(launch.kind),
-        XA=batch * 16 * tall * shape.warps * kept, ROW_BYTES=blocks * 8 * BITS[launch.kind], KEEP=keeps(x.shape[1], rows, shape),
-        A_ROWS=launch.a.shape[0], PIECES=1 if pieces is None else len(pieces.sums), GROUPS=groups, WIDE=wide, NORM=norm is not None,
+        XA=batch * 16 * tall * shape.warps * kept(rows), ROW_BYTES=blocks * 8 * BITS[launch.kind],
+        KEEP=keeps(x.shape[1], rows, shape), A_ROWS=launch.a.shape[0], PIECES=1 if pieces is None else len(pieces.sums), GROUPS=groups, WIDE=wide, NORM=norm is not None,
         FEED=0 if feeds is None else feeds.at.shape[1],
         PDL=early, AHEAD=shape.ahead if hopper(x.device) else 0, INTERPRETED=INTERPRETED, **options,
     )  # fmt: skip
 
 
-def _batch(launch: Launch, tall: int, warps: int, kept: int, most: int, beside: int) -> int:
-    """Tiles whose sums stand in shared memory at a time, `beside` numbers of each row of A x next to them."""
-    room = (ptx.STATIC_BYTES - ptx.sums_at(launch.kind)) // 4 - beside * kept
-    batch = min(room // (16 * tall * warps * kept), MOST_OUTPUTS // kept // (16 if launch.paired else 16 * tall) or 1)
-    assert batch > 0, f"{warps} warps are too many for {kept} rows of x"
+def batched(kind: str, paired: bool, tall: int, warps: int, rows: int, most: int, beside: int) -> int:
+    """Tiles whose sums stand in shared memory at a time, `beside` numbers of each row of A x next to them. rows: as `kept`."""
+    room = (ptx.STATIC_BYTES - ptx.sums_at(kind)) // 4 - beside * rows
+    batch = min(room // (16 * tall * warps * rows), MOST_OUTPUTS // rows // (16 if paired else 16 * tall) or 1)
+    assert batch > 0, f"{warps} warps are too many for {rows} rows of x"
     return -(-most // -(-most // batch))
 
 
