@@ -33,7 +33,7 @@ from halfbyte.formats.packed import Format, Packed  # noqa: E402
 from halfbyte.kernels.augmented import Group, fused  # noqa: E402
 from halfbyte.kernels.dequantize import decode, dequantize  # noqa: E402
 from halfbyte.kernels.dequantize import fused as one  # noqa: E402
-from halfbyte.kernels.dequantize.words import TILING  # noqa: E402
+from halfbyte.kernels.dequantize.words import Tiling  # noqa: E402
 from halfbyte.kernels.lora_linear.members import LowRank, Member  # noqa: E402
 from kernels import checks, checks_augmented  # noqa: E402
 
@@ -41,18 +41,13 @@ GROUPS = {"q+k+v": ((4096, 1024, 1024), 4096), "gate+up": ((14336, 14336), 4096)
 FORMATS = {"nested": Format("nf4", 64, nested=True), "plain": Format("nf4", 64)}
 
 VARIANTS = {
-    "8192/8": TILING,
-    "8192/8, evict normal": TILING._replace(policy=""),
-    "8192/8, dependent": TILING._replace(dependent=True),
-    "4096/4": TILING._replace(weights=4096, warps=4),
-    "4096/4, load": TILING._replace(weights=4096, warps=4, lookup="load"),
-    "4096/4, dependent": TILING._replace(weights=4096, warps=4, dependent=True),
-    "4096/4/1024": TILING._replace(weights=4096, warps=4, columns=1024),
-    "4096/8": TILING._replace(weights=4096, warps=8, lookup="shuffle2"),
-    "2048/4": TILING._replace(weights=2048, warps=4, lookup="shuffle2"),
-    "2048/4, dependent": TILING._replace(weights=2048, warps=4, lookup="shuffle2", dependent=True),
-    "2048/2": TILING._replace(weights=2048, warps=2),
-    "16384/16": TILING._replace(weights=16384, warps=16),
+    "default": None,
+    "8192/8": Tiling(weights=8192, warps=8, policy="evict_first", dependent=False),
+    "8192/8, dependent": Tiling(weights=8192, warps=8),
+    "4096/4": Tiling(),
+    "4096/4, evict first": Tiling(policy="evict_first"),
+    "4096/8": Tiling(warps=8, lookup="shuffle2"),
+    "2048/4": Tiling(weights=2048, lookup="shuffle2"),
 }
 RANK = 16
 BF16 = torch.bfloat16

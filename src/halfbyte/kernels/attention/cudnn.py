@@ -35,6 +35,8 @@ class Cudnn:
             return "it needs compute capability 8.0"
         if documents.equal is None:
             return "documents of several lengths"
+        if tokens == documents.equal:
+            return "documents of one token"
         if deterministic():
             return "its backward is not deterministic"
         if documents.window(window) is not None:

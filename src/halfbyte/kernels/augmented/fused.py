@@ -24,7 +24,7 @@ from torch import Tensor
 from halfbyte.formats.packed import Packed
 from halfbyte.kernels.augmented import reference
 from halfbyte.kernels.dequantize.levels import nested_levels
-from halfbyte.kernels.dequantize.words import INTERPRETED, TILING, Tiling, columns_of_tile, decode_tile, suits, table, to_dtype
+from halfbyte.kernels.dequantize.words import INTERPRETED, Tiling, columns_of_tile, decode_tile, suits, table, tiling_of, to_dtype
 
 if TYPE_CHECKING:
     from halfbyte.kernels.augmented import Group
@@ -152,7 +152,7 @@ class Plan:
     __slots__ = ("_constants", "_numbers", "_options", "_runs", "_slow", "_small_tiles", "_tables", "_tensors", "_w_tiles",
                  "_where", "reference_adapters")  # fmt: skip
 
-    def __init__(self, group: Group, tiling: Tiling = TILING) -> None:
+    def __init__(self, group: Group, tiling: Tiling | None = None) -> None:
         loras = [m.lora for m in group.members if m.lora is not None]
         self.reference_adapters = not _uniform(loras)
         self._tensors = [t for m in group.members if isinstance(m.weight, Packed) for t in m.weight.tensors()]
@@ -162,7 +162,7 @@ class Plan:
         formats = [m.weight.format for m, yes in zip(group.members, fast, strict=True) if yes and isinstance(m.weight, Packed)]
         fast = [yes and m.weight.format == formats[0] for m, yes in zip(group.members, fast, strict=True)]  # type: ignore[union-attr]
         self._slow = [(m.weight, rows) for m, rows, yes in zip(group.members, group.row_slices, fast, strict=True) if not yes]
-        self._build(group, fast, loras, tiling)
+        self._build(group, fast, loras, tiling or tiling_of(formats[0] if formats else None, str(group.device)))
 
     def _build(self, group: Group, fast: list[bool], loras: list[LowRank], tiling: Tiling) -> None:
         rank = 0 if self.reference_adapters else group.rank

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from halfbyte.formats.packed import NESTED_BLOCK, Packed, matrix_shape
 from halfbyte.kernels.dequantize.levels import levels, nested_levels
-from halfbyte.kernels.dequantize.words import INTERPRETED, TILING, Tiling, columns_of_tile, decode_tile, suits, table, to_dtype
+from halfbyte.kernels.dequantize.words import INTERPRETED, columns_of_tile, decode_tile, suits, table, tiling_of, to_dtype
 
 __all__ = ["INTERPRETED", "decode", "to_dtype"]
 
@@ -113,10 +113,10 @@ _runs: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 """By all that a compiled `_words` and its grid depend on: what launches it, and its last arguments."""
 
 
-def _decode_words(packed: Packed, out: Tensor, rows: int, width: int, tiling: Tiling) -> None:
+def _decode_words(packed: Packed, out: Tensor, rows: int, width: int) -> None:
     """The fast way. A Triton launch costs 30 us of looking up what to run; the second of its kind goes straight to it."""
     fmt = packed.format
-    key = (fmt, rows, width, out.dtype, out.get_device(), tiling)
+    key = (fmt, rows, width, out.dtype, out.get_device())
     known = _runs.get(key)
     if known is not None:
         # Addresses in place of tensors: the launcher would ask the driver about each.
@@ -130,6 +130,7 @@ def _decode_words(packed: Packed, out: Tensor, rows: int, width: int, tiling: Ti
         scales if fmt.zero == "none" else packed.zeros.view(torch.float32),
     )  # fmt: skip
     device = str(out.device)
+    tiling = tiling_of(fmt, device)
     columns = columns_of_tile(width, tiling.columns)
     tile_rows = tiling.weights // columns
     tiles = triton.cdiv(width, columns)
@@ -146,7 +147,7 @@ def _decode_words(packed: Packed, out: Tensor, rows: int, width: int, tiling: Ti
         _runs[key] = (compiled[grid], (*(t.data_ptr() for t in tables), *numbers, *constants.values()))
 
 
-def decode(packed: Packed, out: Tensor, tiling: Tiling = TILING) -> None:
+def decode(packed: Packed, out: Tensor) -> None:
     """Writes the weight into `out` (contiguous, n elements, any float dtype)."""
     fmt, n = packed.format, packed.numel
     if n == 0:
@@ -154,7 +155,7 @@ def decode(packed: Packed, out: Tensor, tiling: Tiling = TILING) -> None:
     codebook = fmt.kind in ("nf4", "fp4")
     rows, width = (n // 2048, 2048) if codebook and n % 2048 == 0 else matrix_shape(packed.shape)
     if suits(fmt, width) and packed.codes.data_ptr() % 4 == 0 and out.data_ptr() % 16 == 0:
-        _decode_words(packed, out, rows, width, tiling)
+        _decode_words(packed, out, rows, width)
     elif fmt.kind == "int8":
         _decode_eight(packed, out)
     else:

@@ -155,21 +155,30 @@ def decode_tile(
 
 
 class Tiling(NamedTuple):
-    """How a launch is cut up. The defaults are what measured fastest on an H200 (bench/decode_gpu.py)."""
+    """How a launch is cut up."""
 
     lookup: str = "load" if INTERPRETED or torch.version.hip else "shuffle4"
-    weights: int = 8192
+    weights: int = 4096
     """Weights of a tile."""
-    warps: int = 8
+    warps: int = 4
     columns: int = 2048
     """At most so many neighbours of a row in a tile."""
-    policy: str = "evict_first"
+    policy: str = ""
     """Of the stores, towards the L2: "", evict_first or evict_last."""
-    dependent: bool = False
+    dependent: bool = True
     """Launched before the kernel ahead has ended (programmatic dependent launch, sm_90), and waiting for that in the kernel."""
 
 
-TILING = Tiling()
+_NESTED = Tiling()
+_PLAIN = Tiling(weights=2048, lookup="load" if _NESTED.lookup == "load" else "shuffle2")
+
+
+@functools.cache
+def tiling_of(fmt: Format | None, device: str) -> Tiling:
+    """What measured fastest on an H200 (bench/decode_gpu.py): a nested scale is decoded once a word, so its threads take two."""
+    chosen = _NESTED if fmt is None or fmt.nested else _PLAIN
+    early = torch.device(device).type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+    return chosen if early else chosen._replace(dependent=False)
 
 
 @functools.cache

@@ -73,7 +73,7 @@ def _quantize(
 def quantize_rows(x: Tensor, out8: Tensor, scale: Tensor, small: Tensor | None = None, warps: int = 0) -> None:
     """See `kernels.fp8.quantize_rows`; with `small` `[T, R]` also the columns behind out8 (`kernels.fp8.quantize_both`)."""
     tokens, width = x.shape
-    block = min(triton.next_power_of_2(width), LONGEST)
+    block = min(max(triton.next_power_of_2(width), 16), LONGEST)  # Triton 3.6 cannot reduce a row of one
     rank = 0 if small is None else small.shape[1]
     _quantize[(tokens,)](
         x, out8.view(torch.uint8), scale, x if small is None else small, width, rank, x.stride(0), out8.stride(0),
