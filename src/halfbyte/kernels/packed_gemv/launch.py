@@ -116,7 +116,8 @@ def multiply(
         OUT=triton.next_power_of_2(batch * (16 if launch.paired else 16 * tall)), WARPS=shape.warps, HALF=HALVES[x.dtype],
         SHARED=ptx.shared(launch.kind, launch.nested, threads), SUMS=ptx.sums_at(launch.kind),
         XA=batch * 16 * tall * shape.warps * kept(rows), ROW_BYTES=blocks * 8 * BITS[launch.kind],
-        KEEP=keeps(x.shape[1], rows, shape), A_ROWS=launch.a.shape[0], PIECES=1 if pieces is None else len(pieces.sums), GROUPS=groups, WIDE=wide, NORM=norm is not None,
+        KEEP=keeps(x.shape[1], rows, shape), A_ROWS=launch.a.shape[0],
+        PIECES=1 if pieces is None else len(pieces.sums), GROUPS=groups, WIDE=wide, NORM=norm is not None,
         FEED=0 if feeds is None else feeds.at.shape[1],
         PDL=early, AHEAD=shape.ahead if hopper(x.device) else 0, INTERPRETED=INTERPRETED, **options,
     )  # fmt: skip
