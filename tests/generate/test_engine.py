@@ -8,7 +8,7 @@ import torch
 from halfbyte.adapters import lora
 from halfbyte.adapters.config import AdapterConfig
 from halfbyte.generate.chat import encode, generate
-from halfbyte.generate.engine import Choose, Engine
+from halfbyte.generate.engine import Choose, Engine, likeliest
 from halfbyte.generate.reading import read
 from halfbyte.layers import swap
 from halfbyte.layers.structure import NotUnderstood
@@ -68,6 +68,12 @@ def test_an_answer_ends_with_its_end_and_others_go_on() -> None:
     got = Engine(base.model, 2, 128, 20).answer(rows, 20, {end}, lambda row, token: heard.append((row, token)))
     assert got == [first[: first.index(end) + 1], second]
     assert [[t for r, t in heard if r == row] for row in (0, 1)] == got
+
+
+@pytest.mark.parametrize("width", [1024, 1000])
+def test_the_likeliest_is_the_first_of_equals(width: int) -> None:
+    scores = torch.randint(0, 50, (3, width), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    assert torch.equal(likeliest(scores), scores.argmax(-1))
 
 
 def test_the_same_engine_answers_again() -> None:
