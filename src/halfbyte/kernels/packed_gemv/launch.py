@@ -36,11 +36,10 @@ def multiprocessors(device: torch.device) -> int:
 
 def chosen(launch: Launch, rows: int) -> Shape:
     """The shape for a product with `rows` rows of x."""
-    if launch.kind == "dense":
-        return Shape(1, 8, 2)
-    if rows > 2:
-        return Shape(2 if launch.paired else 1, 4 if rows > 8 else 8, 2)
-    return Shape(2 if launch.paired else 1, 16, 1)
+    tiles = 2 if launch.paired else 1
+    if rows > 8:
+        return Shape(tiles, 4, 2)
+    return Shape(tiles, 8, 1) if rows > 2 else Shape(tiles, 16, 1)
 
 
 def programs(launch: Launch, rows: int, shape: Shape | None = None) -> int:
