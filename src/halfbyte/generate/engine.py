@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from halfbyte.generate.prompt import Span, read_prompts
 from halfbyte.generate.reading import read
-from halfbyte.generate.step import Products, buffers, logits, products, token_step
+from halfbyte.generate.step import Links, Products, buffers, links, logits, products, token_step
 from halfbyte.kernels.decode_step import normalise
 from halfbyte.kernels.lora_linear.members import Member
 from halfbyte.kernels.packed_gemv import MOST_ROWS, build
@@ -81,6 +81,7 @@ class Engine:
             self.products: list[Products] = [products(layer, groups, self.dtype) for layer, groups in pairs]
             self.parts = [layer.parts(groups, self.dtype) for layer, groups in pairs]
             self.head = build([Member(self.reading.head.weight, self.reading.head.bias, None)], self.dtype)
+            self.links: list[Links] = links(self.reading, self.products, rows)
             self.b = buffers(self.reading, self.products, rows, places, self.embedding)
         self.choose = choose or Choose(0.0, 1.0, 0, tokens, rows, self.device)
         self.history = torch.zeros(tokens + AT_A_TIME, rows, dtype=torch.int64, device=self.device)
@@ -127,7 +128,7 @@ class Engine:
         self.b.counted.add_(1)
 
     def _step(self) -> None:
-        token_step(self.reading, self.embedding, self.products, self.head, self.b)
+        token_step(self.reading, self.embedding, self.products, self.links, self.head, self.b)
         self._chosen()
 
     @torch.no_grad()
