@@ -163,6 +163,18 @@ class Watched:
     def error(self) -> float:
         return self.inner.error
 
+    @property
+    def padded_to(self) -> int:
+        return self.inner.padded_to
+
+    @property
+    def adds(self) -> bool:
+        return self.inner.adds
+
+    @property
+    def holds(self) -> bool:
+        return self.inner.holds
+
     def rows(self, group: Group, tokens: int, back: bool = False) -> Rows | None:
         return self.inner.rows(group, tokens, back)
 

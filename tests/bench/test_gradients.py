@@ -29,7 +29,7 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     pytest.importorskip("bitsandbytes")
     where = tmp_path_factory.mktemp("fp8")
     _tokenizer(where / "tokenizer")
-    script = [sys.executable, str(ROOT / "bench" / "throughput.py"), "make", "--dir", str(where), "--size", "tiny", "--no-dense"]
+    script = [sys.executable, str(ROOT / "bench" / "throughput.py"), "make", "--dir", str(where), "--size", "tiny"]
     subprocess.run([*script, "--tokenizer", str(where / "tokenizer")], check=True)
     gradients, engines = bench("gradients"), bench("engines")
     with warnings.catch_warnings():

@@ -14,14 +14,16 @@ from halfbyte.errors import ModelError
 from halfbyte.formats.packed import Format
 from halfbyte.layers import forward, recompute
 from halfbyte.layers.decoder import DecoderLayer
-from halfbyte.layers.fused import gradients
+from halfbyte.layers.fused import gradients, prove
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep
 from halfbyte.layers.fused.prepare import prepare, remove
+from halfbyte.layers.structure import NotUnderstood
 from halfbyte.optim.flat import flatten
 from layers.families import ADOPTED, FUSED, NF4, pair, peft_gradients, row, with_adapters
 
 STILL = {"gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}}
 LENGTHS = (7, 16, 1, 10)
+Tensors = dict[str, Tensor]
 KEEPS = [Keep(*flags) for flags in itertools.product((False, True), repeat=5)]
 
 
@@ -200,6 +202,21 @@ def test_a_layer_that_disagrees_is_left(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("halfbyte.layers.fused.backward.fp8.glu_backward", lambda dh, gate, up, activation, rows: None)
     done = prepare(model)
     assert done.layers == 0 and "is off by" in done.summary()
+
+
+def test_an_unlucky_draw_of_the_proof_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    compare, seen = prove._compare, list[Tensor]()
+
+    def unlucky(got: Tensors, honest: Tensors, truth: Tensors, hidden: Tensor, floor: float) -> None:
+        seen.append(hidden)
+        if len(seen) == 1:
+            raise NotUnderstood("the fused gradient is off")
+        compare(got, honest, truth, hidden, floor)
+
+    monkeypatch.setattr(prove, "_compare", unlucky)
+    model, _ = _llama(AdapterConfig(rank=4))
+    done = prepare(model)
+    assert done.layers == done.total and len(seen) == 2 and not torch.equal(*seen)
 
 
 def test_recompute_by_modules_stops_and_switching_off_brings_the_modules_back() -> None:

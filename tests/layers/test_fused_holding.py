@@ -175,3 +175,16 @@ def test_nothing_is_read_again_while_nothing_changes(monkeypatch: pytest.MonkeyP
     model.eval()
     _hidden(model)
     assert len(read) == 2
+
+
+@pytest.mark.parametrize("padded_to", [32, 64])
+def test_ranks_padded_to_another_multiple_change_no_number(padded_to: int) -> None:
+    model, adapter = _model("llama", NF4)
+    prepare(model)
+    hidden, expected = _gradients(model, adapter)
+    prepare(model, products=Augmented(padded_to))
+    assert {g.rank for g in _groups(model)} == {padded_to}
+    got_hidden, got = _gradients(model, adapter)
+    torch.testing.assert_close(got_hidden, hidden, atol=2e-5, rtol=1e-4)
+    for name, grad in expected.items():
+        assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name

@@ -61,7 +61,7 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         x, rstd, mean = ctx.saved_tensors
         grad = grads[0] if grads[0].stride(1) == 1 else grads[0].contiguous()
-        dx = ctx.room.leave(ctx.behind(x), x.shape[1], None)
+        dx = ctx.room.leave(ctx.behind(x), x.shape[1])
         norm.norm_backward(grad, x, rstd, mean, ctx.n.spec, ctx.n.weight, None, dx)
         return dx, None, None, None
 

@@ -61,7 +61,7 @@ class Room:
             self._tables = known
         return known[2], known[3]
 
-    def leave(self, buffer: Tensor, width: int, rows: Rows | None) -> Tensor:
+    def leave(self, buffer: Tensor, width: int, rows: Rows | None = None) -> Tensor:
         """The view `[T, width]` to hand down. rows: the same gradient in e4m3, where products are in fp8."""
         self.buffer, self.rows = buffer, rows
         return buffer[:, :width]

@@ -1,6 +1,6 @@
-"""Whether the modules of a layer still are what they were read as: asked at every call, for a few microseconds.
+"""Whether the modules of a layer still are what they were read as: asked at every call, for a fifth of what reading them takes.
 
-Why: reading seven adapters and their packed weights takes 50 us of Python a layer, and what they say changes when an adapter is
+Why: reading seven adapters and packed weights is a good part of a layer's Python, and what they say changes when an adapter is
 switched, a parameter replaced or moved, a mask given; that is between steps, and mostly never.
 """
 
