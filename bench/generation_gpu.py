@@ -28,6 +28,7 @@ def proofs() -> dict[str, Job]:
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     found: dict[str, Job] = {f"decode_step {dtype}": (checks.check_decode_step, ("cuda", (dtype,))) for dtype in (bf16, fp32)}
+    found["likeliest"] = (checks.check_likeliest, ("cuda",))
     found |= {f"fed products {dtype}": (checks.check_fed_products, ("cuda", (dtype,))) for dtype in (bf16, fp16)}
     for number in range(len(checks.CASES)):
         found[f"packed_gemv {number}"] = (checks.check_packed_gemv, ("cuda", (bf16,), None, (number,)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halfbyte.formats import quantize as formats
 from halfbyte.formats.packed import Format, Packed
-from halfbyte.kernels.decode_step import Heads, Scratch, attend, normalise
+from halfbyte.kernels.decode_step import Heads, Scratch, Tops, attend, likeliest, normalise
 from halfbyte.kernels.decode_step import reference as step_reference
 from halfbyte.kernels.lora_linear import LowRank
 from halfbyte.kernels.lora_linear.members import Member
@@ -209,8 +209,24 @@ def _check_heads(device: str, dtype: torch.dtype, heads: Heads, turns: int, piec
     assert not scratch.counters.any(), "counters are not back at zero"
 
 
+def check_likeliest(device: str, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)) -> None:
+    """The first of equals, in rows shorter than the pieces and longer; twice, since the second launch counts on from the first."""
+    for dtype in dtypes:
+        for width in (5, 1000, 3001):
+            scores = torch.randint(-9, 9, (3, width + 8), generator=torch.Generator().manual_seed(width)).to(dtype)[:, :width]
+            scores[1] = -float("inf")
+            scores[1, width // 2] = -1e30
+            tops, given = Tops.empty(3, torch.device(device)), scores.to(device)
+            for _ in range(2):
+                out = torch.full((3,), -1, device=device)
+                likeliest(given, tops, out)
+                assert torch.equal(out.cpu(), scores.argmax(-1)), f"{dtype} {width}: {out}"
+            assert not tops.counters.any(), "counters are not back at zero"
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     "packed_gemv": check_packed_gemv,
     "fed products": check_fed_products,
     "decode_step": check_decode_step,
+    "likeliest": check_likeliest,
 }

@@ -37,6 +37,7 @@ from halfbyte.kernels.packed_gemv import Shape
 checks.check_packed_gemv("cpu", (torch.bfloat16,), Shape(1, 1, 1), (0, 1, 2, 5, 8, 10))
 checks.check_fed_products("cpu", (torch.bfloat16,), Shape(1, 4, 1))
 checks.check_decode_step("cpu", (torch.float32,))
+checks.check_likeliest("cpu", (torch.bfloat16,))
 print("right")
 """
 
@@ -117,6 +118,8 @@ same = dict(PDL=hopper, INTERPRETED=False)
 for half in ("*bf16", "*fp32"):
     build(step._normalise, dict(x=half, weight=half, bias=half, out=half, eps="fp32", offset="fp32"),
           dict(LAYER=False, WEIGHT=True, BIAS=False, BLOCK=4096) | same, 8)
+    build(step._likeliest, dict(scores=half, values="*fp32", places="*i32", counters="*i32", out="*i64"),
+          dict(PIECES=128, BLOCK=1024, PDL=hopper), 4)
     for splits in (32, 1):
         build(step._attend, dict(qkv=half, position="*i64", q_weight=half, k_weight=half, cos=half, sin=half, keys=half,
               values=half, partial="*fp32", tops="*fp32", counters="*i32", out=half, eps="fp32", offset="fp32", scale="fp32",
