@@ -28,7 +28,8 @@ from shapes import SIZES, flops, hot_rate, moved
 RULES = (
     ("copies, memsets", r"memcpy|memset"),
     ("optimizer", r"^_(sums|finish|step)$|adam|multi_tensor|normtwoops"),
-    ("attention", r"flash|fmha|sdpa|attention|flex|varlen"),
+    ("attention", r"flash|fmha|sdpa|attention|flex|varlen|cudnn"),
+    ("LoRA products", r"^_outer$"),
     ("decode", r"^_(augmented|four_bit|eight_bit|words|row|transposed|dense|adapters)$|dequant"),
     ("quantise", r"^_(quantize|tail)$"),
     ("rotary", r"^_(rotate|gather|norm_rotate|norm_gather)$|rope"),

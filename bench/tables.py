@@ -17,6 +17,7 @@ from typing import Any
 
 import equivalence_gpu
 import facts_tables
+import fp8_quality_gpu
 import quality
 import roofline
 
@@ -156,12 +157,32 @@ def profiled(results: Path) -> str:
     return "\n".join([*text, f"| all | {everything:.1f} | | {sum(n for _, n in parts.values()) / 32:.1f} |"])
 
 
+def decoded(results: Path) -> str:
+    """The four groups of a layer decoded by what runs: microseconds and the share of a copy's rate, one by one and in a graph."""
+    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    text = [
+        "| decoded with adapter | scales | us | of a copy | in a graph, us | of a copy |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        if "variant" in row and row["variant"] == DECODED[row["format"]]:
+            alone, graph = (f"{row[us]:.1f} | {row[share]:.1%}" for us, share in (("us", "of_copy"), ("graph_us", "graph_of_copy")))
+            text.append(f"| {row.get('group', 'all four')} | {row['format']} | {alone} | {graph} |")
+    return "\n".join(text)
+
+
+DECODED = {"nested": "4096/4, dependent, normal", "plain": "2048/4, dependent, normal"}
+"""The variant of `bench/decode_gpu.py` that `kernels.dequantize.words.tiling_of` takes, by the format's scales."""
+
+
 TABLES: list[tuple[str, str, Callable[[Path], str], str]] = [
     ("quality.md", "quality", quality.markdown, "2026-11-22-h200-quality.jsonl"),
     ("performance.md", "before", first_figures, "2026-11-22-h200-throughput.jsonl"),
     ("performance.md", "kernels", kernels, "2026-11-22-h200-kernels.jsonl"),
     ("performance.md", "throughput", throughput, "2026-11-22-h200-steps.jsonl"),
     ("performance.md", "profile", profiled, "2026-11-22-h200-profile.txt"),
+    ("performance.md", "decode", decoded, "2026-11-22-h200-decode.jsonl"),
+    ("performance.md", "fp8", lambda results: fp8_quality_gpu.verdict(results)[0], "2026-11-22-h200-fp8-quality.jsonl"),
     ("performance.md", "roofline", roofline.markdown, "2026-11-22-h200-roofline.jsonl"),
     ("performance.md", "facts", facts_tables.markdown, "2026-11-22-h200-facts.jsonl"),
     ("performance.md", "equivalence", equivalence_gpu.markdown, "2026-11-22-h200-equivalence.jsonl"),

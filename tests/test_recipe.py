@@ -173,3 +173,15 @@ def test_any_text_is_a_recipe_or_an_error(text: str) -> None:
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
         with pytest.raises(RecipeError):
             load_recipe(path)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("paged_adamw", 32), ("paged_adamw_32bit", 32), ("paged_adamw_8bit", 8)])
+def test_paged_optimizers_of_other_tools_are_understood(tmp_path: Path, name: str, bits: int) -> None:
+    for text in (f"optim: {name}\n", f"optim: {{kind: {name}}}\n"):
+        found = load_recipe(write(tmp_path, GOOD + text)).optim
+        assert (found.kind, found.bits, found.paged) == ("adamw", bits, "auto")
+        assert found.understood() == f"optim: {name} is adamw with bits: {bits} and paged: auto here"
+    assert load_recipe(write(tmp_path, GOOD)).optim.understood() == ""
+    other = 40 - bits
+    with pytest.raises(RecipeError, match=rf"{name} has moments of {bits} bits, and `optim.bits` is {other}"):
+        load_recipe(write(tmp_path, GOOD + f"optim: {{kind: {name}, bits: {other}}}\n"))

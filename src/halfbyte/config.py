@@ -26,7 +26,7 @@ from halfbyte.train.config import LogConfig, TrainConfig
 Compute = Literal["auto", "bf16", "fp16", "fp32", "fp8"]
 Attention = Literal["auto", "cudnn", "flash", "flex", "sdpa"]
 
-SHORT = {"model": "name", "format": "kind"}
+SHORT = {"model": "name", "format": "kind", "optim": "kind"}
 """Sections that may be written as one word, and the key which that word is the value of."""
 
 
@@ -34,7 +34,7 @@ def _short(section: str) -> BeforeValidator:
     def expand(value: Any) -> Any:
         return {SHORT[section]: value} if isinstance(value, str) else value
 
-    types = {"model": ModelConfig, "format": FormatConfig}
+    types = {"model": ModelConfig, "format": FormatConfig, "optim": OptimConfig}
     return BeforeValidator(expand, json_schema_input_type=str | types[section])
 
 
@@ -58,8 +58,8 @@ class Recipe(Section):
     """How long, how fast, how often."""
     loss: LossConfig = LossConfig()
     """What is minimised."""
-    optim: OptimConfig = OptimConfig()
-    """The optimizer."""
+    optim: Annotated[OptimConfig, _short("optim")] = OptimConfig()
+    """The optimizer: a kind, or the section in full."""
     memory: MemoryConfig = MemoryConfig()
     """What the plan may use."""
     log: LogConfig = LogConfig()

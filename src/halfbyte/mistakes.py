@@ -45,6 +45,7 @@ ELSEWHERE = {
     "num_epochs": "train.epochs",
     "num_train_epochs": "train.epochs",
     "max_grad_norm": "train.clip",
+    "optimizer": "optim",
     "gradient_accumulation_steps": "train.batch (the effective batch; the plan splits it)",
     "micro_batch_size": "memory.microbatch",
     "per_device_train_batch_size": "memory.microbatch",

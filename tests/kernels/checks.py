@@ -24,7 +24,7 @@ from halfbyte.formats import quantize as formats
 from halfbyte.formats.packed import Format, Packed
 from halfbyte.kernels.cross_entropy import Head, cross_entropy
 from halfbyte.kernels.dequantize import dequantize
-from halfbyte.kernels.dropout import Dropout, dropout
+from halfbyte.kernels.dropout import Dropout, apply
 from halfbyte.kernels.dropout import reference as philox
 from halfbyte.kernels.lora_linear import LowRank, lora_linear
 from kernels.runner import main, named
@@ -138,6 +138,11 @@ def check_dequantize_beyond_int32(device: str) -> None:
 # --- dropout ----------------------------------------------------------------------------------------------------------
 
 
+def dropout_below(x: Tensor, mask: Dropout) -> Tensor:
+    """Below the operator, which knows no start."""
+    return apply([x], mask, 5)[0]
+
+
 def check_dropout(device: str) -> None:
     """The bits of the reference, odd sizes and a short last row included."""
     state = torch.tensor([123456789012345, 7, 2**32 - 2], device=device)
@@ -146,8 +151,13 @@ def check_dropout(device: str) -> None:
             x = torch.randn(length, width, device=device).to(dtype)
             for p in (0.0, 0.3, 0.999):
                 with poisoned():
-                    got = dropout(x, Dropout(p, state, tokens), 5)
-                assert torch.equal(got, philox.dropout(x, state, p, tokens, 5)), f"{length} {width} {tokens} {dtype} {p}"
+                    got = dropout_below(x, Dropout(p, state, tokens))
+                whole = philox.dropout(x, state, p, tokens, 5)
+                assert torch.equal(got, whole), f"{length} {width} {tokens} {dtype} {p}"
+                for start in {1, tokens - 1, length // 2} & set(range(length)):
+                    with poisoned():
+                        got = dropout_below(x[start:], Dropout(p, state, tokens, start))
+                    assert torch.equal(got, whole[start:]), f"from {start}: {length} {width} {tokens} {dtype} {p}"
 
 
 # --- lora_linear ------------------------------------------------------------------------------------------------------

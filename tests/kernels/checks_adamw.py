@@ -25,11 +25,6 @@ RULE = Rule(0.9, 0.999, 1e-8, (Part(3, 1.0, 0.1), Part(5, 4.0, 0.1), Part(9, 1.0
 N = 9 * 256
 
 
-def fields(state: Moments) -> list[Tensor]:
-    """The tensors of a state."""
-    return [t for t in (state.first, state.second, state.first_scales, state.second_scales) if t is not None]
-
-
 def gradient(step: int, device: str, n: int = N) -> Tensor:
     """Seven decades of magnitudes, one block of zeros, some elements of zero."""
     generator = torch.Generator().manual_seed(step)
@@ -67,7 +62,7 @@ def check_bits_of_the_reference(device: str) -> None:
             torch.testing.assert_close(values, truth, rtol=1e-6, atol=1e-7)
         else:
             assert torch.equal(values, truth), f"{bits} bits, values: {(values - truth).abs().max()}"
-        for got, expected in zip(fields(state), fields(states), strict=True):
+        for got, expected in zip(state.fields(), states.fields(), strict=True):
             if bits == 32 and torchs:
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-8)
             else:
@@ -121,18 +116,36 @@ def check_nothing_moves_when_not_finite(device: str) -> None:
     for bits in (32, 8):
         values, state, kept = start(device, bits)
         for bad, loss in ((math.nan, 1.0), (math.inf, 1.0), (-math.inf, 1.0), (0.5, math.nan), (0.5, -math.inf)):
-            before = [t.clone() for t in (values, *fields(state), kept.count)]
+            before = [t.clone() for t in (values, *state.fields(), kept.count)]
             grads = gradient(1, device)
             grads[700] = bad
             report = adamw.measure(grads, one(loss, device), one(1.0, device), 1.0, kept)
             adamw.step(values, grads, state, 1e-2, RULE, kept)
             assert float(report[2]) == 1.0
-            assert all(torch.equal(a, b) for a, b in zip(before, (values, *fields(state), kept.count), strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(before, (values, *state.fields(), kept.count), strict=True))
             assert not grads.any()
             grads = gradient(2, device)
             assert float(adamw.measure(grads, one(1.0, device), one(1.0, device), 1.0, kept)[2]) == 0.0
             adamw.step(values, grads, state, 1e-2, RULE, kept)
             assert not torch.equal(values, before[0]) and float(kept.count) == float(before[-1]) + 1
+
+
+def check_parts_are_the_whole(device: str) -> None:
+    """Stepping part by part, parts of the rule cut anywhere: the bits of one step, count included."""
+    for bits in (32, 8):
+        whole, state, kept = start(device, bits)
+        cut, states, same = start(device, bits)
+        for i in range(3):
+            grads, copy = gradient(i, device), gradient(i, device)
+            for g, scratch in ((grads, kept), (copy, same)):
+                if i == 1:
+                    g[5] = math.inf
+                adamw.measure(g, one(1.5, device), one(2.0, device), 1.0, scratch)
+            adamw.step(whole, grads, state, 1e-2, RULE, kept)
+            for span in (slice(0, 256), slice(256, 4 * 256), slice(4 * 256, N)):
+                adamw.step(cut[span], copy[span], states.part(span), 1e-2, RULE.part(span), same)
+            for a, b in zip([whole, grads, kept.count, *state.fields()], [cut, copy, same.count, *states.fields()], strict=True):
+                assert torch.equal(a, b), f"{bits} bits, step {i}"
 
 
 def check_every_threshold(device: str) -> None:

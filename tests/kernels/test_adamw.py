@@ -82,7 +82,7 @@ def test_8_bit_steps_are_those_of_bitsandbytes(exact: bool) -> None:
     values, state, kept = start.clone(), adamw.moments(start, 8), adamw.scratch(rule, start.device)
     for t in (1, 2):
         grads = (torch.randn(n, generator=generator) * 10 ** (-3 * torch.rand(n, generator=generator))).bfloat16().float()
-        theirs = [field.clone() for field in checks_adamw.fields(state)]
+        theirs = [field.clone() for field in state.fields()]
         m = exponential(theirs[0], theirs[2], grads, rule.beta1, signed=True)
         v = exponential(theirs[1], theirs[3], grads * grads, rule.beta2, signed=False)
         their_values = values.clone()
@@ -114,7 +114,7 @@ def exponential(codes: torch.Tensor, scales: torch.Tensor, new: torch.Tensor, be
 
 def test_8_bit_moments_cost_two_bytes() -> None:
     state = adamw.moments(torch.zeros(512), 8)
-    assert sum(t.nbytes for t in checks_adamw.fields(state)) == 2 * 512 + 4 * 2 * 2
+    assert sum(t.nbytes for t in state.fields()) == 2 * 512 + 4 * 2 * 2
     assert all(int((dynamic_map(s)[c.long()] != 0).sum()) == 0 for s, c in ((True, state.first), (False, state.second)))
 
 

@@ -11,11 +11,8 @@ from halfbyte.adapters import full, lora
 from halfbyte.config import Recipe
 from halfbyte.formats.packed import Format
 from halfbyte.layers import swap
-from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.forward import hidden_states
-from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, Keep
 from halfbyte.layers.fused.prepare import prepare
-from halfbyte.memory import fused
 from halfbyte.memory.parts import Part, activations, parts
 from halfbyte.memory.shapes import shapes, skeleton
 from halfbyte.optim.adamw import AdamW
@@ -114,36 +111,6 @@ def test_activations_are_near_what_autograd_keeps(family: str) -> None:
         hidden_states(model.train(), ids, torch.arange(tokens)[None], torch.tensor([0, tokens], dtype=torch.int32))
     predicted = named(activations(s, tokens, False, torch.float32))["activations"].bytes
     assert 0.85 <= predicted / sum(seen.values()) <= 1.35
-
-
-KEEPS = [EVERYTHING, INPUTS, Keep(normed=False, inputs=False), Keep(qkv=False, attended=False, mid=False)]
-
-
-@pytest.mark.parametrize("keep", KEEPS, ids=["everything", "inputs", "without gate and up", "without attention"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
-def test_what_fused_layers_keep_is_exact(family: str, keep: Keep) -> None:
-    """Against the bytes that a layer's node of autograd holds between forward and backward."""
-    tokens, recipe = 64, recipe_of(adapter={"rank": 8, "targets": ["*_proj"]})
-    model = tiny_model(family)
-    swap.pack(model, None, Format.from_config(recipe.format))
-    swap.adopt(model)
-    lora.attach(model, recipe.adapter, 0)
-    assert prepare(model, keep).layers == 2
-    s = shapes(skeleton(tiny_config(family), torch.float32), recipe.format, recipe.adapter)
-    assert isinstance(s.layer, fused.Layer)
-    layer = next(m for m in model.modules() if isinstance(m, DecoderLayer))
-    call: dict[str, Any] = {}
-    hook = layer.register_forward_pre_hook(lambda m, args, kwargs: call.update(kwargs, hidden_states=args[0]), with_kwargs=True)
-    ids = torch.arange(tokens)[None] % 256
-    hidden_states(model, ids, torch.arange(tokens)[None], torch.tensor([0, tokens], dtype=torch.int32))
-    hook.remove()
-    x = call.pop("hidden_states").detach().requires_grad_()
-    out = layer(x, **call)
-    node = (out[0] if isinstance(out, tuple) else out).grad_fn.next_functions[0][0]
-    found = [x, *(t for t in vars(node.activations).values() if isinstance(t, torch.Tensor))]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
-    log_sum = 4 * s.layer.heads if keep.attended else 0  # a GPU's attention keeps it
-    assert sum(storages.values()) == (fused.kept(s.layer, keep, 4) - log_sum) * tokens
 
 
 def test_an_8b_step_on_an_h200() -> None:

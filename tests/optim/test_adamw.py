@@ -130,16 +130,16 @@ def test_8_bit_states_are_saved_as_they_are() -> None:
 
 def test_the_loss_scale_halves_on_overflow_grows_after_clean_steps_and_stays_in_bounds() -> None:
     scale = LossScale.create(torch.float16, torch.device("cpu"))
-    scale.update(YES)
+    scale.take(scale.after(YES))
     assert float(scale.scale) == 2.0**15
     for _ in range(GROWTH_EVERY):
-        scale.update(NO)
+        scale.take(scale.after(NO))
     assert float(scale.scale) == 2.0**16
     assert float(scale.clean) == 0
     for _ in range(40):
-        scale.update(YES)
+        scale.take(scale.after(YES))
     assert float(scale.scale) == 1.0
     still = LossScale.create(torch.bfloat16, torch.device("cpu"))
-    still.update(YES)
+    still.take(still.after(YES))
     assert float(still.scale) == 1.0
     assert math.isfinite(float(still.scale))

@@ -14,6 +14,7 @@ import torch
 
 from halfbyte.checkpoints import resume
 from halfbyte.kernels.cross_entropy import Head
+from halfbyte.memory.rungs import Rung
 from halfbyte.objectives.config import LossConfig
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.config import OptimConfig
@@ -21,6 +22,7 @@ from halfbyte.optim.flat import flatten
 from halfbyte.optim.scaling import LossScale
 from halfbyte.train import loop, saving
 from halfbyte.train.config import TrainConfig
+from halfbyte.train.ladder import Ladder
 from halfbyte.train.report import Report
 from halfbyte.train.signals import Stop
 from halfbyte.train.state import Parts, State
@@ -128,7 +130,7 @@ def build(
         evals={"held-out": Rows(seed + 1, rows=5)},
         device=torch.device("cpu"),
         autocast=None if compute == torch.float32 else compute,
-        microbatch=microbatch,
+        ladder=Ladder(Rung(microbatch, False), torch.device("cpu")),
         row_tokens=TOKENS,
         total_steps=steps,
         checkpoints=output / "checkpoints",

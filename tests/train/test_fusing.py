@@ -17,6 +17,7 @@ from halfbyte.layers import swap
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused import prepare
 from halfbyte.layers.fused.layer import Fused
+from halfbyte.memory.rungs import Rung
 from halfbyte.recipe import recipe_from
 from halfbyte.train import fusing, metrics
 from halfbyte.train.choices import Choice
@@ -171,11 +172,11 @@ def test_what_only_fused_layers_have_is_not_dropped(monkeypatch: pytest.MonkeyPa
     """A model without adopted layers, or kernels that are forced."""
     monkeypatch.setattr(fusing, "twin", lambda device: kernels)
     off, on = Choice("off", "auto: why"), Choice("on", "asked for")
-    room = Choice("on", "auto: room")
     model = tiny_model("gpt2")
+    room = Choice("on", "auto: there is room")
 
     def place(compute: str, offload: Choice) -> dict[str, Choice]:
-        return fusing.place(model, CPU, compute=compute, recompute=True, offload=offload, decoded=room, tell=print)
+        return fusing.place(model, CPU, compute=compute, rung=Rung(1, True), offload=offload, decoded=room, tell=print)
 
     assert place("bf16", off)["layers"].value == "modules"
     with pytest.raises(RecipeError, match="compute: fp8 cannot be had here"):

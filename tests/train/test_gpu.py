@@ -1,4 +1,4 @@
-"""The same loop on a GPU: bf16, fp16 with loss scaling, full fine-tuning, skipped steps, resume."""
+"""The same loop on a GPU: bf16, fp16 with loss scaling, full fine-tuning, skipped steps, resume, memory that runs short."""
 
 from __future__ import annotations
 
@@ -89,3 +89,34 @@ def test_a_nan_leaves_everything_untouched_on_the_device(bits: int) -> None:
     optimizer.step(1e-2)
     assert not torch.equal(flat.values, before[0])
     assert not flat.grads.any()
+
+
+def test_a_run_survives_a_cap_that_falls_on_it(files: Path, tmp_path: Path) -> None:
+    """In the middle of a run the allocator may use no more than three fifths: the run goes down the ladder and learns the same."""
+    overrides = ("compute=fp32", "data.tokens=512", "train.batch=16", "train.max_steps=6", "train.epochs=50", "train.eval_every=0")
+    whole = run(files, tmp_path / "whole", *overrides)
+    told: list[str] = []
+
+    def cap(event: dict[str, Any]) -> None:
+        told.append(event.get("text", ""))
+        if event["kind"] == "train" and event["step"] == 2:
+            torch.cuda.empty_cache()
+            now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction((now + 0.6 * (peak - now)) / total)
+
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        result = run(files, tmp_path / "capped", *overrides, on_event=cap)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert result.shortages and any("could not be allocated" in text for text in told)
+    assert "memory ran short" in result.summary
+    assert result.loss_after == pytest.approx(whole.loss_after, rel=1e-3)
+
+
+def test_a_paged_run_learns_what_an_unpaged_one_does(files: Path, tmp_path: Path) -> None:
+    ends = []
+    for mode in ("always", "never"):
+        ends.append(run(files, tmp_path / mode, "compute=fp32", f"optim.paged={mode}", "train.deterministic=true").loss_after)
+    assert ends[0] == ends[1]

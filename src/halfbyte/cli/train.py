@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import typer
@@ -34,6 +35,10 @@ def train(
 
 
 def _train(recipe: Recipe, as_json: bool) -> None:
+    # Segments that grow leave no holes between blocks: reserved memory stays near allocated. Read before the first allocation,
+    # under its new name or the old one.
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        os.environ.setdefault(name, "expandable_segments:True")
     from dataclasses import asdict
 
     from halfbyte.cli.console import emit_line

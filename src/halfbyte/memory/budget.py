@@ -27,6 +27,8 @@ UNITS = {
     "gib": 1 << 30,
     "tib": 1 << 40,
 }
+BEGUN = 480 << 20
+"""Of a CUDA context, what is there once a program has asked how much is free. The plan counts the whole context."""
 RESERVE = 0.03
 """Share of the budget that stays free for the allocator's rounding."""
 
@@ -69,7 +71,7 @@ def budget(asked: str = "auto") -> Budget:
 
 def _of_this_machine() -> Budget:
     if card := measure.cuda_device():
-        note = f"free now, {RESERVE:.0%} of it stay free"
-        return Budget("cuda", card.name, int(card.free * (1 - RESERVE)), card.total, True, note)
+        note = f"free now and this process's context, {RESERVE:.0%} of it stay free"
+        return Budget("cuda", card.name, int((card.free + BEGUN) * (1 - RESERVE)), card.total, True, note)
     ram = measure.ram()
     return Budget("cpu", "CPU", int(ram.free * (1 - RESERVE)), ram.total, True, f"available RAM, {RESERVE:.0%} of it stay free")

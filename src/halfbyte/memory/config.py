@@ -15,9 +15,10 @@ class MemoryConfig(Section):
     gpu: str = "auto"
     """Memory budget: auto (what the device has free), a size such as 24GiB, or a card such as rtx4090."""
     recompute: Literal["auto", "on", "off"] = "auto"
-    """Recompute each layer in backward instead of keeping its activations: less memory, about a third more arithmetic."""
+    """Compute activations again in backward instead of keeping them: on (gate and up of every layer at least), off (nothing but
+    norms), or auto: of each layer what the fastest plan that fits does not keep."""
     offload: Literal["auto", "on", "off"] = "auto"
-    """What a fused layer keeps for backward, gate and up excepted, waits in pinned host memory (on a GPU); auto: with recompute,
-    where host memory has room."""
+    """Kept activations wait in pinned host memory between forward and backward (fused layers on a GPU): on (every layer's input at
+    least), off, or auto: what makes the fastest plan that fits, where host memory has room."""
     microbatch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Rows a forward pass sees at once: a divisor of `train.batch`, or auto: the most that fits."""

@@ -9,7 +9,6 @@ Letters: T = tokens in a microbatch (m rows), H = hidden, N/K = outputs/inputs o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,27 +17,22 @@ from transformers import PretrainedConfig
 from halfbyte.config import Recipe
 from halfbyte.kernels.cross_entropy import CHUNK_BYTES
 from halfbyte.kernels.cross_entropy.slices import SLICE_BYTES
-from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep
-from halfbyte.memory import fused
-from halfbyte.memory.shapes import SEGMENT, Shapes, shapes, skeleton
+from halfbyte.memory import fused, paging, timeline
+from halfbyte.memory.part import Part
+from halfbyte.memory.rungs import Rung
+from halfbyte.memory.shapes import Shapes, shapes, skeleton
+from halfbyte.memory.tape import Work
+from halfbyte.memory.timeline import Ends
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 """What is stored and kept; with fp8 only the large products are made in e4m3."""
-CONTEXT = {"cuda": 560 << 20, "cpu": 620 << 20}
+CONTEXT = {"cuda": 720 << 20, "cpu": 620 << 20}
 """What is there before the model: CUDA context and library workspaces; on a CPU, Python with its libraries (measured)."""
 
+WORKSPACES = 66 << 20
+"""cuBLAS's and cuBLASLt's, 32 MiB each on a stream, and small things."""
 HEAP_SHARE = 0.9
 """Of the activations, on a CPU: the heap grows so far over a run before it stays (measured on SmolLM2-135M)."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of the memory of a run. grows: whether it grows with the microbatch."""
-
-    name: str
-    bytes: int
-    note: str
-    grows: bool = False
 
 
 def parts(
@@ -54,34 +48,20 @@ def parts(
     """The parts of a run of `recipe` on the model of `config` (a config.json), the largest first; on a GPU with fused layers."""
     dtype = DTYPES[compute]
     s = shapes(skeleton(config, dtype), recipe.format, recipe.adapter)
-    keep = keep_of(recompute, offload) if device == "cuda" else None
-    return count(s, recipe, microbatch, recompute, dtype, device, keep)
-
-
-def keep_of(recompute: bool, offload: bool) -> Keep:
-    """What fused layers keep."""
-    if offload:
-        return OFFLOADED if recompute else replace(EVERYTHING, offload=True)
-    return INPUTS if recompute else EVERYTHING
+    return count(s, recipe, Rung(microbatch, recompute, offload), dtype, device, device == "cuda")
 
 
 def count(
-    s: Shapes,
-    recipe: Recipe,
-    microbatch: int,
-    recompute: bool,
-    dtype: torch.dtype,
-    device: Literal["cuda", "cpu"],
-    keep: Keep | None = None,
+    s: Shapes, recipe: Recipe, rung: Rung, dtype: torch.dtype, device: Literal["cuda", "cpu"], fused_layers: bool
 ) -> list[Part]:
-    """The same from shapes that are known. keep: of the fused path; None where the layers run as modules."""
-    tokens = microbatch * recipe.data.tokens
-    found = [*weights(s, recipe), *learning(s, recipe)]
-    one = s.layer if keep is not None and isinstance(s.layer, fused.Layer) else None
-    if one is not None and keep is not None:
-        found += fused_activations(s, one, tokens, keep, dtype)
+    """The same from shapes that are known. fused_layers: whether they run fused, if they can."""
+    tokens = rung.microbatch * recipe.data.tokens
+    found = [*weights(s, recipe), *learning(s, recipe, rung.paged)]
+    one = s.layer if fused_layers and isinstance(s.layer, fused.Layer) else None
+    if one is not None:
+        found += fused_activations(s, one, tokens, rung, dtype)
     else:
-        found += [*activations(s, tokens, recompute, dtype), working(s, tokens, recompute, dtype, device)]
+        found += [*activations(s, tokens, rung.recompute, dtype), working(s, tokens, rung.recompute, dtype, device, rung.chunks)]
     kept = next(p.bytes for p in found if p.name == "activations")
     if recipe.adapter.kind == "none":
         found += casts(s, dtype)
@@ -93,10 +73,18 @@ def count(
             found.append(Part("answers", held, "decoded weights, held while the fixed prompts are answered"))
     if device == "cpu":
         found.append(Part("heap", int(HEAP_SHARE * kept), "what the C allocator keeps of freed tensors", grows=True))
-    found.append(
-        Part("context", CONTEXT[device], "CUDA context and workspaces" if device == "cuda" else "Python and its libraries")
-    )
+    found += outside(device)
     return sorted((p for p in found if p.bytes), key=lambda p: -p.bytes)
+
+
+def outside(device: Literal["cuda", "cpu"]) -> list[Part]:
+    """What no tensor of ours is in. The context is not the allocator's; the workspaces are."""
+    if device == "cpu":
+        return [Part("context", CONTEXT["cpu"], "Python and its libraries")]
+    return [
+        Part("context", CONTEXT["cuda"], "CUDA's own, and kernels"),
+        Part("workspaces", WORKSPACES, "of the libraries that multiply"),
+    ]
 
 
 def casts(s: Shapes, dtype: torch.dtype) -> list[Part]:
@@ -121,15 +109,11 @@ def weights(s: Shapes, recipe: Recipe) -> list[Part]:
     ]
 
 
-def learning(s: Shapes, recipe: Recipe) -> list[Part]:
+def learning(s: Shapes, recipe: Recipe, paged: bool = False) -> list[Part]:
     """What learns and its gradients, fp32 in flat buffers, and Adam's two moments: exact."""
     n = 4 * s.padded
     own = [] if recipe.adapter.kind == "none" else [Part("adapter", n, f"{s.trained:,} numbers in fp32")]
-    if recipe.optim.bits == 8:
-        moments = Part("optimizer", 2 * (s.padded + 4 * s.padded // SEGMENT), "AdamW's two moments in 8 bits")
-    else:
-        moments = Part("optimizer", 2 * n, "AdamW's two moments in fp32")
-    return [*own, Part("gradients", n, "fp32"), moments]
+    return [*own, Part("gradients", n, "fp32"), paging.moments(s.padded, recipe.optim.bits, paged)]
 
 
 def activations(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype) -> list[Part]:
@@ -143,7 +127,7 @@ def activations(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype) -> 
     return [Part("activations", s.layers * layer + ends, f"what {s.layers} layers keep for backward", grows=True)]
 
 
-def working(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype, device: Literal["cuda", "cpu"]) -> Part:
+def working(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype, device: Literal["cuda", "cpu"], chunks: int = 1) -> Part:
     """What comes and goes at the peak: the loss's logits, or later the gradients inside one layer, never both.
 
     With recompute, no layer is held yet while the loss is computed.
@@ -151,38 +135,54 @@ def working(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype, device:
     c = dtype.itemsize
     wide = max((n for n, _ in s.linears), default=s.hidden)
     backward = tokens * (3 * wide + 4 * s.hidden) * c
-    logits, note = _logits(s, tokens, c, device)
+    logits, note = _logits(s, tokens, c, device, chunks)
     loss = logits - (tokens * layer_bytes(s, c) if recompute else 0)
     if loss > backward:
         return Part("loss", loss, note, grows=True)
     return Part("backward", backward, "gradients on their way through one layer", grows=True)
 
 
-def _logits(s: Shapes, tokens: int, c: int, device: Literal["cuda", "cpu"]) -> tuple[int, str]:
+def _logits(s: Shapes, tokens: int, c: int, device: Literal["cuda", "cpu"], chunks: int) -> tuple[int, str]:
     """Bytes of a chunk of logits and what is made of them, and of a packed head decoded for it; and their names."""
+    size = CHUNK_BYTES[device] // chunks
     if device == "cuda":
-        logits, note = min(tokens * s.vocab * c, CHUNK_BYTES[device]), "logits of a chunk of tokens"
+        logits, note = min(tokens * s.vocab * c, size), "logits of a chunk of tokens"
     else:
-        logits, note = 3 * min(tokens * s.vocab * 4, CHUNK_BYTES[device]), "logits of a chunk of tokens, exponentials and gradient"
+        logits, note = 3 * min(tokens * s.vocab * 4, size), "logits of a chunk of tokens, exponentials and gradient"
     if any(row.kind == "head" for row in s.report.packed):
         whole = s.vocab * s.hidden * c
         return logits + (min(whole, SLICE_BYTES) if device == "cuda" else whole), f"{note}; the packed head decoded"
     return logits, note
 
 
-def fused_activations(s: Shapes, layer: fused.Layer, tokens: int, keep: Keep, dtype: torch.dtype) -> list[Part]:
-    """Fused layers on a GPU: what they and the norm behind them keep, and the largest of what comes and goes."""
-    c, h = dtype.itemsize, tokens * s.hidden
-    beside = Part("matrices", s.layers * layer.beside(c), "adapters in the compute dtype beside the weights in 16 bits")
-    held = fused.resident(layer, s.layers, keep, tokens, c) + c * h
-    where = "what waits in host memory, of two layers" if keep.offload else f"what {s.layers} fused layers keep for backward"
-    logits, note = _logits(s, tokens, c, "cuda")
-    moments = [
-        Part("loss", 2 * c * h + logits, f"{note}, the last hidden state and its gradient", grows=True),
-        Part("backward", fused.backward(layer, keep, tokens, c), "gradients on their way through one layer", grows=True),
-        Part("forward", fused.forward(layer, keep, tokens, c), "one layer while it runs", grows=True),
+def ends(s: Shapes, tokens: int, head_size: int, dtype: torch.dtype, chunks: int = 1) -> Ends:
+    """What is outside the layers when they run fused: loss, tables of the rotary embedding, token and position numbers."""
+    c = dtype.itemsize
+    tables = tokens * (2 * head_size * c + 24)
+    return Ends(tokens * s.hidden * c, _logits(s, tokens, c, "cuda", chunks)[0], tables)
+
+
+def fused_activations(s: Shapes, layer: fused.Layer, tokens: int, rung: Rung, dtype: torch.dtype) -> list[Part]:
+    """Fused layers on a GPU at the largest moment of a microbatch: what waits for backward, and what comes and goes."""
+    w = Work(layer, tokens, dtype.itemsize)
+    keeps = rung.keeps(s.layers)
+    stages = {keep: timeline.stage(w, keep) for keep in set(keeps)}
+    top = timeline.peak([stages[keep] for keep in keeps], ends(s, tokens, layer.head_size, dtype, rung.chunks))
+    host = sum(stages[keep].host for keep in keeps)
+    notes = {
+        "loss": _logits(s, tokens, dtype.itemsize, "cuda", rung.chunks)[1] + ", the last hidden state and its gradient",
+        "forward": "one layer while it runs",
+        "backward": "one layer and its gradients while it runs backwards",
+    }
+    where = f"what {s.layers} fused layers keep for backward" + (", less what waits in host memory" if host else "")
+    passing = top.bytes - top.kept - top.scratch - top.library
+    return [
+        Part("activations", top.kept, where, grows=True, host=host),
+        Part(top.name, passing, notes[top.name], grows=True),
+        Part("decode scratch", top.scratch, "the weights of one product, decoded, with the adapters beside them"),
+        Part("attention workspace", top.library, "of the library's backward", grows=True),
+        Part("matrices", s.layers * layer.beside(dtype.itemsize), "adapters in the compute dtype beside the weights in 16 bits"),
     ]
-    return [Part("activations", held, where, grows=True), max(moments, key=lambda p: p.bytes), beside]
 
 
 def layer_bytes(s: Shapes, c: int) -> int:

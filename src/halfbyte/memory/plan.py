@@ -1,35 +1,39 @@
 """The plan: how a run will use memory, decided before the first step, with the bytes of every part.
 
-Rows are the same in every step, so what fits once fits always. The choice is between more rows in a microbatch (fewer
-decodes of the weights a step) and keeping activations instead of recomputing them (a third less arithmetic): keeping comes
-first, since a product saturates the device at a few thousand tokens; within either, the most rows that still help.
-Cost: about a second for the shapes; no weight is read.
+Rows are the same in every step, so what fits once fits always. Of all ways to use memory (`memory.choose`) the fastest that fits is
+planned; what is slower and needs less stands below it as rungs, for a run that finds less memory than was planned.
+Cost: about a second for the shapes and the choice; no weight is read.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 from transformers import PretrainedConfig
 
-from halfbyte import machine
 from halfbyte.checkpoints import description, hub
 from halfbyte.config import Recipe
 from halfbyte.errors import MemoryPlanError
-from halfbyte.kernels.dispatch import twin
+from halfbyte.memory import calibrate, speed
 from halfbyte.memory.budget import Budget
 from halfbyte.memory.budget import budget as budget_of
-from halfbyte.memory.fused import Layer, waiting
-from halfbyte.memory.parts import DTYPES, Part, count, keep_of
-from halfbyte.memory.shapes import Shapes, shapes, skeleton
+from halfbyte.memory.choose import ASKED, Chooser, gib
+from halfbyte.memory.gpus import CARDS
+from halfbyte.memory.part import Part
+from halfbyte.memory.parts import DTYPES
+from halfbyte.memory.rungs import Rung, below
+from halfbyte.memory.shapes import shapes, skeleton
+from halfbyte.memory.speed import Rates
 
-ENOUGH_TOKENS = {"cuda": 16384, "cpu": 2048}
-"""Tokens of a microbatch beyond which more rows gain nothing."""
-HOST_SHARE = 0.5
-"""Of the host memory that is free, what layers may pin for what waits there: pinned memory is out of reach for everybody else."""
-VERSION = 1
+__all__ = ["ASKED", "Neighbour", "Parameters", "Plan", "compute_of", "json_schema", "plan"]
+
+VERSION = 3
+MORE = 2 << 30
+"""Bytes less and more for which a plan tells what would be chosen."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,27 @@ class Parameters:
 
 
 @dataclass(frozen=True)
+class Neighbour:
+    """What would be chosen with `bytes` more or, negative, less. need: bytes that it takes. gain: tokens/s against the plan's, 0.05
+    for 5 % more. words: the rung's."""
+
+    bytes: int
+    need: int
+    gain: float
+    words: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """version: of this layout. fits: whether `bytes` <= `budget.bytes`. bytes: the peak, the sum of `parts`.
 
-    microbatch: rows at once; microbatches: of them in a step. recompute: `none` or `all` layers. offloaded: bytes of what layers
-    keep that wait in host memory, offload: why, or why not. streamed: bytes of weights there (0 here).
-    tokens_per_second: predicted speed, null where it is not predicted. reason: of the choice.
-    advice: what would make it fit, or fit better.
+    microbatch: rows at once; microbatches: of them in a step. recompute: in `none`, `some` or `all` layers. offloaded: bytes of
+    what layers keep that wait in host memory, offload: why, or why not. paged: bytes of the optimizer's moments there, paging: why,
+    or why not. streamed: bytes of weights there (0 here). reason: of the choice. advice: what would make it fit. help: the same of
+    the leanest way. rung: the choice; rungs: all that no other beats, fastest first. tokens_per_second, seconds (of a step),
+    run_seconds (of `train.max_steps`): predicted, null where the device's speed or the number of steps is not known. rates: where
+    the speeds of the device are from. neighbours: what less and more memory would choose. longest: tokens of the longest row that
+    this device trains.
     """
 
     version: int
@@ -62,19 +80,33 @@ class Plan:
     microbatch: int
     microbatches: int
     tokens: int
-    recompute: Literal["none", "all"]
+    recompute: Literal["none", "some", "all"]
     offloaded: int
     offload: str
+    paged: int
+    paging: str
     streamed: int
     tokens_per_second: float | None
     parameters: Parameters
     reason: str
     advice: tuple[str, ...]
+    help: tuple[str, ...]
+    rung: Rung
+    rungs: tuple[Rung, ...]
+    seconds: float | None
+    run_seconds: float | None
+    rates: str
+    neighbours: tuple[Neighbour, ...]
+    longest: int | None
 
     @property
     def spare(self) -> int:
         """Bytes of the budget that stay free; negative when it does not fit."""
         return self.budget.bytes - self.bytes
+
+    def smaller(self, than: Rung) -> Rung | None:
+        """What a run falls back on that stands on rung `than`: the next one that needs less; None when there is none."""
+        return below(self.rungs, than)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON, laid out as `json_schema` says."""
@@ -90,7 +122,7 @@ class Plan:
         """The plan itself; raises MemoryPlanError, with the numbers and what would help, when it does not fit."""
         if self.fits:
             return self
-        message = f"{self.model} needs {_gib(self.bytes)} and {self.budget.name} has {_gib(self.budget.bytes)} to use"
+        message = f"{self.model} needs {gib(self.bytes)} and {self.budget.name} has {gib(self.budget.bytes)} to use"
         raise MemoryPlanError(message, hint="; ".join(self.advice), code="memory.no-fit")
 
 
@@ -104,8 +136,20 @@ def plan(recipe: Recipe, budget: str | Budget | None = None, *, config: dict[str
         config = description.config_of(hub.locate(recipe.model, weights=False).path)
     compute = compute_of(recipe, given)
     s = shapes(skeleton(config, DTYPES[compute]), recipe.format, recipe.adapter)
-    best, reason = _choose(s, recipe, given, compute)
-    return _plan(s, recipe, given, compute, best, reason)
+    chooser = Chooser(s, recipe, given, compute, rates_of(recipe, given, DTYPES[compute]))
+    rungs = chooser.rungs()
+    best = next((rung for rung in rungs if rung.bytes <= given.bytes), None)
+    return _plan(chooser, rungs, best or min(rungs, key=lambda rung: rung.bytes))
+
+
+def rates_of(recipe: Recipe, budget: Budget, dtype: torch.dtype) -> Rates:
+    """Measured where the plan is for a GPU that is here (a size of memory is taken as a cap on it), else from a table.
+
+    A deterministic run chooses nothing by the clock.
+    """
+    if budget.kind == "cuda" and budget.name not in CARDS and not recipe.train.deterministic and (found := calibrate.rates(dtype)):
+        return found
+    return speed.tabulated(re.sub(r"nvidia|geforce|[\s_]", "", budget.name.lower()))
 
 
 def compute_of(recipe: Recipe, budget: Budget) -> str:
@@ -122,120 +166,60 @@ def json_schema() -> dict[str, Any]:
     return TypeAdapter(Plan).json_schema()
 
 
-Choice = tuple[int, bool]
-
-
-def _choose(s: Shapes, recipe: Recipe, budget: Budget, compute: str) -> tuple[Choice, str]:
-    """(microbatch, recompute) and why."""
-    options = _options(recipe, budget)
-    for i, (m, recompute) in enumerate(options):
-        if _bytes(s, recipe, (m, recompute), budget, compute) <= budget.bytes:
-            how = "every layer is recomputed in backward" if recompute else "all activations are kept"
-            rows = "as asked" if len(options) == 1 else "the first choice" if i == 0 else "the most that fits"
-            return (m, recompute), f"{m} {'row' if m == 1 else 'rows'} at once, {how}: {rows}"
-    return options[-1], "nothing smaller is left to choose"
-
-
-def _options(recipe: Recipe, budget: Budget) -> list[Choice]:
-    """Every (microbatch, recompute) that the recipe allows, the best first."""
-    batch, tokens = recipe.train.batch, recipe.data.tokens
-    if isinstance(recipe.memory.microbatch, int):
-        rows = [recipe.memory.microbatch]
-    else:
-        rows = [m for m in range(batch, 0, -1) if batch % m == 0]
-        rows = [m for m in rows if m * tokens <= ENOUGH_TOKENS[budget.kind]] or [1]
-    modes = {"on": [True], "off": [False], "auto": [False, True]}[recipe.memory.recompute]
-    return [(m, mode) for mode in modes for m in rows]
-
-
-def _parts(s: Shapes, recipe: Recipe, choice: Choice, budget: Budget, compute: str) -> list[Part]:
-    m, recompute = choice
-    dtype = DTYPES[compute]
-    keep = None
-    if _is_fused(s, budget):
-        keep = keep_of(recompute, _offload(s, recipe, choice, budget, dtype)[0] > 0)
-    return count(s, recipe, m, recompute, dtype, budget.kind, keep)
-
-
-def _is_fused(s: Shapes, budget: Budget) -> bool:
-    """Whether the layers will run fused; of another machine it is assumed that Triton is there."""
-    return budget.kind == "cuda" and isinstance(s.layer, Layer) and (not budget.here or twin(torch.device("cuda")) == "fused")
-
-
-def _offload(s: Shapes, recipe: Recipe, choice: Choice, budget: Budget, dtype: torch.dtype) -> tuple[int, str]:
-    """Bytes that wait in host memory, 0 for none, and the reason."""
-    if not _is_fused(s, budget) or not isinstance(s.layer, Layer):
-        return 0, "auto: only fused layers can"
-    m, recompute = choice
-    wanted = s.layers * waiting(s.layer, keep_of(recompute, True), m * recipe.data.tokens, dtype.itemsize)
-    if recipe.memory.offload != "auto":
-        return wanted if recipe.memory.offload == "on" else 0, "asked for"
-    if not recompute:
-        return 0, "auto: everything is kept on the GPU"
-    if not budget.here:
-        return wanted, f"auto: needs {_gib(wanted)} of host memory"
-    free = machine.ram().free
-    told = f"it takes {_gib(wanted)} of host memory, {_gib(free)} are free"
-    if wanted > HOST_SHARE * free:
-        return 0, f"auto: {told}, and no more than {HOST_SHARE:.0%} of that is pinned"
-    return wanted, f"auto: {told}"
-
-
-def _bytes(s: Shapes, recipe: Recipe, choice: Choice, budget: Budget, compute: str) -> int:
-    return sum(p.bytes for p in _parts(s, recipe, choice, budget, compute))
-
-
-def _plan(s: Shapes, recipe: Recipe, budget: Budget, compute: str, choice: Choice, reason: str) -> Plan:
-    m, recompute = choice
-    found = tuple(_parts(s, recipe, choice, budget, compute))
-    offloaded, offload = _offload(s, recipe, choice, budget, DTYPES[compute])
-    total = sum(p.bytes for p in found)
-    fits = total <= budget.bytes
+def _plan(chooser: Chooser, rungs: list[Rung], rung: Rung) -> Plan:
+    s, recipe, budget = chooser.s, chooser.recipe, chooser.budget
+    found = tuple(chooser.parts(rung))
+    fits, seconds = rung.bytes <= budget.bytes, rung.seconds
+    known = seconds > 0 and bool(chooser.rates.source)
+    leanest = min(rungs, key=lambda r: r.bytes)
+    offloaded = sum(p.host for p in found if p.name == "activations")
     return Plan(
         version=VERSION,
         model=recipe.model.name,
         format=recipe.format.kind,
-        compute=compute,
+        compute=chooser.compute,
         budget=budget,
         fits=fits,
-        bytes=total,
+        bytes=rung.bytes,
         parts=found,
-        microbatch=m,
-        microbatches=recipe.train.batch // m,
+        microbatch=rung.microbatch,
+        microbatches=recipe.train.batch // rung.microbatch,
         tokens=recipe.data.tokens,
-        recompute="all" if recompute else "none",
+        recompute=_recomputed(rung, s.layers),
         offloaded=offloaded,
-        offload=offload,
+        offload=chooser.offload_reason(rung, offloaded),
+        paged=sum(p.host for p in found if p.name == "optimizer"),
+        paging=chooser.paging_reason(rung),
         streamed=0,
-        tokens_per_second=None,
+        tokens_per_second=recipe.train.batch * recipe.data.tokens / seconds if known else None,
         parameters=Parameters(s.report.params, sum(r.params for r in s.report.packed), s.trained),
-        reason=reason,
-        advice=() if fits else tuple(_advice(s, recipe, budget, compute, choice)),
+        reason=chooser.reason(rungs, rung, fits),
+        advice=() if fits else tuple(chooser.advice(rung, budget.bytes)),
+        help=tuple(chooser.advice(leanest, 0)),
+        rung=rung,
+        rungs=tuple(rungs),
+        seconds=seconds if known else None,
+        run_seconds=seconds * recipe.train.max_steps if known and recipe.train.max_steps else None,
+        rates=chooser.rates.source,
+        neighbours=_neighbours(rungs, rung, budget.bytes) if fits else (),
+        longest=chooser.longest(),
     )
 
 
-def _advice(s: Shapes, recipe: Recipe, budget: Budget, compute: str, choice: Choice) -> list[str]:
-    """Changes of the recipe, each with what it saves; one that suffices alone is marked."""
-    now = _bytes(s, recipe, choice, budget, compute)
-    changes: list[tuple[str, Recipe, Choice]] = []
-    m, recompute = choice
-    if not recompute:
-        changes.append(("memory.recompute=on", recipe, (m, True)))
-    if m > 1:
-        changes.append(("memory.microbatch=1", recipe, (1, recompute)))
-    if recipe.data.tokens > 512:
-        shorter = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokens": recipe.data.tokens // 2})})
-        changes.append((f"data.tokens={recipe.data.tokens // 2}", shorter, choice))
-    told = []
-    for text, changed, option in changes:
-        saved = now - _bytes(s, changed, option, budget, compute)
-        told.append(f"{text} saves {_gib(saved)}" + (" and fits" if now - saved <= budget.bytes else ""))
-    if recipe.format.kind in ("none", "int8") and recipe.adapter.kind == "lora":
-        told.append("format=nf4 stores the base in about 4 bits a weight")
-    if recipe.adapter.kind == "none":
-        told.append("a LoRA adapter (adapter.kind=lora, format=nf4) trains far fewer numbers")
-    return told or ["a smaller model, or a device with more memory"]
+def _recomputed(rung: Rung, layers: int) -> Literal["none", "some", "all"]:
+    """Of how many layers something is computed again, norms left out."""
+    if not rung.recompute:
+        return "none"
+    again = [keep.tile > 0 or not (keep.qkv and keep.attended and keep.mid and keep.inputs) for keep in rung.keeps(layers)]
+    return "all" if all(again) else "some"
 
 
-def _gib(count: int) -> str:
-    return f"{count / (1 << 30):.2f} GiB" if abs(count) >= 1 << 30 else f"{count / (1 << 20):.0f} MiB"
+def _neighbours(rungs: Sequence[Rung], rung: Rung, room: int) -> tuple[Neighbour, ...]:
+    """What MORE bytes less and more would choose, where that is another rung."""
+    found = []
+    for more in (-MORE, MORE):
+        other = next((r for r in rungs if r.bytes <= room + more), None)
+        if other is not None and other != rung:
+            gain = rung.seconds / other.seconds - 1 if other.seconds and rung.seconds else 0.0
+            found.append(Neighbour(more, other.bytes, gain, other.words()))
+    return tuple(found)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from halfbyte.memory.plan import Plan
 
 BAR = 24
+WIDE = 72
+SHADES, COLOURS = "█▓▒░", ("cyan", "blue", "magenta", "yellow", "green")
 
 
 def size(count: int) -> str:
@@ -38,16 +40,52 @@ def render(plan: Plan, console: Console) -> None:
     share = f"{p.trained / p.base:.2%}" if p.base else "0"
     console.print(Text(f"{plan.model}: {p.base:,} parameters, {p.packed:,} packed in {plan.format}, {p.trained:,} learn ({share})"))
     console.print(table)
-    recompute = "every layer recomputed" if plan.recompute == "all" else "no recompute"
-    if plan.offloaded:
-        recompute += f", {size(plan.offloaded)} wait in host memory"
-    rows = f"{plan.microbatch} x {plan.tokens} tokens, {plan.microbatches} a step, {recompute}, computed in {plan.compute}"
+    waits = "".join(
+        f", {size(count)} of {what} in host memory"
+        for count, what in ((plan.offloaded, "activations"), (plan.paged, "AdamW's moments"))
+        if count
+    )
+    rows = f"{plan.microbatch} x {plan.tokens} tokens, {plan.microbatches} a step{waits}, computed in {plan.compute}"
     console.print(Text(f"microbatch: {rows} ({plan.reason})"))
     verdict = Text("yes, it fits: " if plan.fits else "no, it does not fit: ", style="bold green" if plan.fits else "bold red")
     room = f"{size(plan.bytes)} of {size(plan.budget.bytes)} on {plan.budget.name} ({plan.budget.note})"
     console.print(verdict + Text(room, style="none"))
+    console.print(_whole(plan))
+    for line in _outlook(plan):
+        console.print(Text(line))
     for advice in plan.advice:
         console.print(Text(f"  try: {advice}"))
+
+
+def _whole(plan: Plan) -> Text:
+    """All parts behind each other in one bar as wide as the budget, and what stays free."""
+    scale, bar, used = max(plan.budget.bytes, plan.bytes, 1), Text("["), 0.0
+    for i, part in enumerate(plan.parts):
+        before, used = round(WIDE * used / scale), used + part.bytes
+        bar.append(SHADES[i % len(SHADES)] * (round(WIDE * used / scale) - before), style=COLOURS[i % len(COLOURS)])
+    bar.append("·" * (WIDE - round(WIDE * used / scale)), style="dim")
+    free = max(plan.spare, 0)
+    return bar.append(f"] {size(free)} free")
+
+
+def _outlook(plan: Plan) -> list[str]:
+    """Predicted speed, what less and more memory would choose, the longest row."""
+    found = []
+    if plan.tokens_per_second is not None and plan.seconds is not None:
+        run = "" if plan.run_seconds is None else f", {_duration(plan.run_seconds)} in all"
+        found.append(f"predicted: {plan.tokens_per_second:,.0f} tokens/s, {plan.seconds:.2f} s a step{run} ({plan.rates})")
+    for one in plan.neighbours:
+        sign = "less" if one.bytes < 0 else "more"
+        found.append(f"with {size(abs(one.bytes))} {sign}: {one.gain:+.1%} speed at {size(one.need)} ({one.words})")
+    if plan.longest:
+        found.append(f"longest row that fits: {plan.longest:,} tokens")
+    return found
+
+
+def _duration(seconds: float) -> str:
+    """`2 h 05 min`, `12 min`."""
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
 def as_text(plan: Plan) -> str:

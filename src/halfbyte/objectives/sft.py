@@ -11,27 +11,31 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from halfbyte.kernels.cross_entropy import IGNORE, PLAIN, Extras, Head, Method, cross_entropy
+from halfbyte.kernels.cross_entropy import CHUNK_BYTES, IGNORE, PLAIN, Extras, Head, Method, cross_entropy
 from halfbyte.objectives.config import LossConfig
 
 DEFAULT = LossConfig()
 
 
-def sums(hidden: Tensor, labels: Tensor, head: Head, extras: Extras = PLAIN, method: Method = "auto") -> tuple[Tensor, Tensor]:
+def sums(
+    hidden: Tensor, labels: Tensor, head: Head, extras: Extras = PLAIN, method: Method = "auto", chunks: int = 1
+) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy (fp32) and number of tokens predicted right (argmax), scalars, over labels that are not -100.
 
     hidden: `[1, S, H]` after the final norm. labels: int64 `[1, S]`, already shifted; best on the CPU, where they are counted
     without a sync of the device. Logits are never all materialised. extras: label smoothing and z-loss, of training only.
+    chunks: how many times smaller than usual the chunks of logits are.
     """
     labelled = int((labels != IGNORE).sum()) if labels.device.type == "cpu" else None
     on_device = labels.to(hidden.device, non_blocking=True)
-    return cross_entropy(hidden, on_device, head, labelled=labelled, extras=extras, method=method)
+    size = CHUNK_BYTES[hidden.device.type] // chunks if chunks > 1 else None
+    return cross_entropy(hidden, on_device, head, labelled=labelled, extras=extras, chunk_bytes=size, method=method)
 
 
-def loss(hidden: Tensor, labels: Tensor, head: Head, total_trained: int, config: LossConfig = DEFAULT) -> Tensor:
+def loss(hidden: Tensor, labels: Tensor, head: Head, total_trained: int, config: LossConfig = DEFAULT, chunks: int = 1) -> Tensor:
     """A microbatch's share of the batch's mean loss, fp32 scalar: the shares of all microbatches add up to the mean.
 
     Label smoothing and z-loss are part of each token's loss, so they too are means over the whole batch.
     """
     extras = Extras(config.label_smoothing, config.z_loss)
-    return sums(hidden, labels, head, extras, config.method)[0] / max(1, total_trained)
+    return sums(hidden, labels, head, extras, config.method, chunks)[0] / max(1, total_trained)

@@ -29,11 +29,18 @@ class LossScale:
         moving = compute == torch.float16
         return cls(torch.tensor(2.0**16 if moving else 1.0, device=device), torch.zeros((), device=device), moving)
 
-    def update(self, found_inf: Tensor) -> None:
-        """After each step. found_inf: fp32 scalar, 1 when the gradient was not finite. No host sync."""
+    def after(self, found_inf: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and clean steps behind a step, not taken yet. found_inf: fp32 scalar, 1 when the gradient was not finite. No host
+        sync."""
         if not self.moving:
-            return
-        self.clean.add_(1).mul_(1 - found_inf)
-        grown = torch.where(self.clean >= GROWTH_EVERY, self.scale * 2, self.scale)
-        self.scale.copy_(torch.where(found_inf > 0, self.scale / 2, grown).clamp(SMALLEST, LARGEST))
-        self.clean.mul_((self.clean < GROWTH_EVERY).float())
+            return self.scale, self.clean
+        clean = (self.clean + 1) * (1 - found_inf)
+        grown = torch.where(clean >= GROWTH_EVERY, self.scale * 2, self.scale)
+        scale = torch.where(found_inf > 0, self.scale / 2, grown).clamp(SMALLEST, LARGEST)
+        return scale, clean * (clean < GROWTH_EVERY).float()
+
+    def take(self, found: tuple[Tensor, Tensor]) -> None:
+        """What `after` found; allocates nothing."""
+        if self.moving:
+            self.scale.copy_(found[0])
+            self.clean.copy_(found[1])

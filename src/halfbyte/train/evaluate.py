@@ -56,9 +56,9 @@ def evaluate(parts: Parts, stop: Stop | None = None) -> dict[str, Score] | None:
 def _score(parts: Parts, loader: Loader, stop: Stop | None) -> Score | None:
     def sums(part: Microbatch) -> tuple[Tensor, Tensor]:
         with mixed(parts):
-            return sft.sums(forward(parts, part), part.labels, parts.head)
+            return sft.sums(forward(parts, part), part.labels, parts.head, chunks=parts.ladder.rung.chunks)
 
-    return measure(loader, parts.microbatch, sums, stop)
+    return measure(loader, math.gcd(parts.ladder.start, parts.microbatch), sums, stop)
 
 
 def measure(

@@ -17,6 +17,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.export import model
 from halfbyte.memory import measure
 from halfbyte.memory.plan import Plan
+from halfbyte.memory.rungs import Rung
 from halfbyte.recipe import dump
 from halfbyte.train import loop, metrics
 from halfbyte.train.progress import clock
@@ -31,7 +32,8 @@ class Result:
     """What a run gave. adapter: its directory (of the whole model after full fine-tuning). exported_step: whose weights it holds.
 
     loss_before, loss_after: of the first and the last log line. eval_before, eval_after: scores of every held-out set before
-    the first step and of the exported weights: loss, perplexity, accuracy, tokens. samples: prompt, step, answer.
+    the first step and of the exported weights: loss, perplexity, accuracy, tokens. samples: prompt, step, answer. shortages: when
+    memory ran short: step, why, and the rung that was taken.
     """
 
     adapter: Path
@@ -49,6 +51,7 @@ class Result:
     tokens_per_s: float
     memory_bytes: int
     samples: list[dict[str, Any]] = field(default_factory=list)
+    shortages: list[dict[str, Any]] = field(default_factory=list)
     summary: str = ""
 
 
@@ -114,6 +117,7 @@ def _result(parts: Parts, state: State, output: Path, where: Path, step: int, re
         tokens_per_s=round(state.step * parts.config.batch * parts.row_tokens / max(state.seconds, 1e-9), 1),
         memory_bytes=measure.peak(parts.device),
         samples=state.samples,
+        shortages=state.shortages,
     )
 
 
@@ -134,6 +138,10 @@ def summary(recipe: Recipe, result: Result, plan: Plan, cut: str = "") -> str:
         lines.append(f"  ended early by {cut}; raise it and run the same command again to go on")
     if result.skipped:
         lines.append(f"  {result.skipped} steps skipped, see anomalies.jsonl")
+    if result.shortages:
+        last = result.shortages[-1]
+        times = "once" if len(result.shortages) == 1 else f"{len(result.shortages)} times"
+        lines.append(f"  memory ran short {times}; from step {last['step']} on: {Rung(**last['rung']).words()}")
     for name, after in result.eval_after.items():
         before = result.eval_before.get(name)
         start = f"{before['loss']:.4f} -> " if before else ""

@@ -19,15 +19,16 @@ from transformers import PreTrainedModel
 from halfbyte.errors import RecipeError
 from halfbyte.kernels.dispatch import VARIABLE, twin
 from halfbyte.kernels.products import Augmented, Float8, Products
-from halfbyte.layers import forward
+from halfbyte.layers import forward, recompute
 from halfbyte.layers.decoder import DecoderLayer
+from halfbyte.layers.fused import host
+from halfbyte.layers.fused.layer import Fused
 from halfbyte.layers.fused.prepare import prepare, remove
-from halfbyte.memory.parts import keep_of
-from halfbyte.memory.plan import Plan
+from halfbyte.memory.plan import ASKED
+from halfbyte.memory.rungs import Rung
 from halfbyte.train.choices import Choice
 
 Asked = Literal["auto", "on", "off"]
-ASKED = "asked for"
 
 
 def require(offload: Asked, device: torch.device) -> None:
@@ -41,7 +42,7 @@ def place(
     device: torch.device,
     *,
     compute: str,
-    recompute: bool,
+    rung: Rung,
     offload: Choice,
     decoded: Choice,
     tell: Callable[[str], None],
@@ -49,29 +50,27 @@ def place(
     """Puts the layers on their path; the choices `layers`, `offload` and `decoded weights`. Gradients of the adapter must lie in
     flat buffers.
 
-    compute: by name. offload: `on` or `off`, as planned. decoded: whether there is room for decoded weights. Raises RecipeError
-    (`memory.offload`, `recipe.compute`) where what was asked for needs fused layers and none can be; ModelError (`model.leak`).
+    compute: by name. rung: what layers keep. offload: `on` or `off`, as planned. decoded: whether there is room for decoded
+    weights. Raises RecipeError (`memory.offload`, `recipe.compute`) where what was asked for needs fused layers
+    and none can be; ModelError (`model.leak`).
     """
     if twin(device) != "fused":
         why = f"the kernels of this {device.type} device are the {twin(device)} ones"
         return _modules(compute, offload, device, decoded, why)
-    keep = keep_of(recompute, offload.value == "on")
+    layers = sum(isinstance(m, DecoderLayer) for m in model.modules())
     products: Products = Float8() if compute == "fp8" else Augmented()
     if device.type == "cuda" and not products.holds:
         decoded = Choice("off", "auto: the products are made in fp8")
     # Elsewhere the modules hold them (`layers.decoded`).
-    done = prepare(model, keep, products, in_place=True, decoded=device.type == "cuda" and decoded.value == "on")
+    done = prepare(model, rung.keeps(layers), products, in_place=True, decoded=device.type == "cuda" and decoded.value == "on")
     for line in done.reasons():
         tell(f"layers left to their modules{', in bf16' if compute == 'fp8' else ''}: {line}")
     if not done.layers:
         why = "no layer can run fused" if done.total else "the model's layers are not adopted"
         return _modules(compute, offload, device, decoded, why)
     forward.prove_isolation(model)
-    what = "everything that backward reads is kept"
-    if recompute:
-        what = "norms, gate and up are computed again" if keep.offload else "each layer's input is kept, the rest computed again"
     return {
-        "layers": Choice(f"fused ({done.layers} of {done.total})", f"auto: proven against their modules; {what}"),
+        "layers": Choice(f"fused ({done.layers} of {done.total})", f"auto: proven against their modules; {rung.kept()}"),
         "offload": offload,
         "decoded weights": decoded,
     }
@@ -110,11 +109,25 @@ def _modules(compute: str, offload: Choice, device: torch.device, decoded: Choic
     }
 
 
-def planned(plan: Plan, recompute: bool) -> Choice:
-    """The choice `offload` of a plan; recompute: as it became, which a checkpoint may have settled before the plan."""
-    if plan.offloaded and not recompute and plan.offload != ASKED:
-        return Choice("off", "auto: everything is kept on the GPU")
-    return Choice("on" if plan.offloaded else "off", plan.offload)
+def use(model: PreTrainedModel, rung: Rung) -> None:
+    """Every layer keeps for backward what the rung says, on the path where `place` has put it."""
+    recompute.set_recompute(model, rung.recompute)
+    layers = [m for m in model.modules() if isinstance(m, DecoderLayer)]
+    for layer, keep in zip(layers, rung.keeps(len(layers)), strict=True):
+        if isinstance(layer.fused, Fused):
+            layer.fused.keep = keep
+            layer.gradient_checkpointing = False
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Drops what layers hold of a step that did not end."""
+    for _, fused in _fused(model):
+        fused.room.buffer = None
+    host.forget()
+
+
+def _fused(model: PreTrainedModel) -> list[tuple[DecoderLayer, Fused]]:
+    return [(m, m.fused) for m in model.modules() if isinstance(m, DecoderLayer) and isinstance(m.fused, Fused)]
 
 
 def _no_offload(why: str) -> RecipeError:

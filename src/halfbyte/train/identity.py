@@ -1,8 +1,8 @@
 """What makes a run the same run: a checkpoint is resumed only where all of this is equal, so that nothing is mixed silently.
 
 Free to change: where it goes (`output`), how long (`max_steps`, `epochs`, `max_minutes`, `patience`), how often it is watched
-and saved, trackers, and memory settings, which do not change the mathematics. The base and the data count by their bytes,
-not by their names, so moving files is no difference.
+and saved, trackers, and memory settings (`optim.paged` is one), which do not change the mathematics. The base and the data count
+by their bytes, not by their names, so moving files is no difference.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def identity(recipe: Recipe, *, base: str, data: str, template: str, compute: st
         **_flat("format", recipe.format),
         **_flat("adapter", recipe.adapter),
         **_flat("loss", recipe.loss),
-        **_flat("optim", recipe.optim),
+        **{key: value for key, value in _flat("optim", recipe.optim).items() if key != "optim.paged"},
         **{key: value for key, value in _flat("train", recipe.train).items() if key.removeprefix("train.") not in FREE_TRAIN},
     }
 

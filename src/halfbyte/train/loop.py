@@ -1,14 +1,17 @@
 """The training loop, whole: fetch, forward, loss, backward, clip, step, log, evaluate, sample, save.
 
 It knows nothing of recipes, files or models; `run.py` composes those into `Parts`. A step is atomic: signals are looked at
-between microbatches, an unfinished window is dropped, and everything is saved at the boundary before it.
+between microbatches, an unfinished window is dropped, and everything is saved at the boundary before it. A step that finds no
+memory begins anew with less (`survive`).
 """
 
 from __future__ import annotations
 
 import time
 
-from halfbyte.errors import Interrupted, TrainingError
+from torch import Tensor
+
+from halfbyte.errors import Interrupted, MemoryPlanError, TrainingError
 from halfbyte.kernels import gemm
 from halfbyte.train import metrics, saving
 from halfbyte.train.evaluate import evaluate, record
@@ -27,6 +30,7 @@ from halfbyte.train.step import (
     settle,
     split,
 )
+from halfbyte.train.survive import continuing, rewinding, watch
 
 
 def train(parts: Parts, state: State, stop: Stop) -> None:
@@ -34,21 +38,12 @@ def train(parts: Parts, state: State, stop: Stop) -> None:
     pending: list[Outcome] = []
     parts.model.train()
     survey(parts, state, stop)
-    while not stop and not finished(parts, state):
-        started = time.monotonic()
-        outcome = one_step(parts, state, stop)
-        state.seconds += time.monotonic() - started
-        if outcome is None:
-            break
-        pending.append(outcome)
-        gemm.report()
-        if at_boundary(parts, state):
-            read(parts, state, pending)
-        if due(state.step, parts.config.log_every):
-            metrics.log(parts, state)
-        survey(parts, state, stop)
-        if due(state.step, parts.config.save_every) or state.best_step == state.step:
-            saving.save(parts, state)
+    try:
+        steps(parts, state, stop, pending)
+    except MemoryPlanError:
+        read(parts, state, pending)
+        saving.save(parts, state)
+        raise
     read(parts, state, pending)
     saving.save(parts, state)
     if stop.signal and not (finished(parts, state) and state.evaluated == state.step):
@@ -59,8 +54,37 @@ def train(parts: Parts, state: State, stop: Stop) -> None:
         )
 
 
+def steps(parts: Parts, state: State, stop: Stop, pending: list[Outcome]) -> None:
+    """Step, log, evaluate, save, until the run is over or asked to stop; pending: steps whose numbers were not read yet."""
+    while not stop and not finished(parts, state):
+        started = time.monotonic()
+        outcome = one_step(parts, state, stop)
+        state.seconds += time.monotonic() - started
+        if outcome is None:
+            break
+        pending.append(outcome)
+        watch(parts, state)
+        gemm.report()
+        if at_boundary(parts, state):
+            read(parts, state, pending)
+        if due(state.step, parts.config.log_every):
+            metrics.log(parts, state)
+        survey(parts, state, stop)
+        if due(state.step, parts.config.save_every) or state.best_step == state.step:
+            saving.save(parts, state)
+
+
 def one_step(parts: Parts, state: State, stop: Stop) -> Outcome | None:
     """One optimizer step on one batch; None when the run was asked to stop meanwhile (the window is dropped, nothing changed)."""
+    found = rewinding(parts, state, lambda: gradient(parts, state, stop), lambda: drop(parts))
+    if found is None:
+        return None
+    values, batch = found
+    return continuing(parts, state, lambda: optimizer_step(parts, state, values, batch))
+
+
+def gradient(parts: Parts, state: State, stop: Stop) -> tuple[Tensor, Batch] | None:
+    """The gradient of one batch in the flat buffer, measured: a function of weights, seed and step, so it can begin anew."""
     batch = fetch(parts, state)
     seed_step(parts, state.step)
     total = None
@@ -74,8 +98,7 @@ def one_step(parts: Parts, state: State, stop: Stop) -> Outcome | None:
         share = backward(parts, loss)
         total = share if total is None else total + share
     assert total is not None
-    values = clip_gradient(parts, total)
-    return optimizer_step(parts, state, values, batch)
+    return clip_gradient(parts, total), batch
 
 
 def read(parts: Parts, state: State, pending: list[Outcome]) -> None:
@@ -98,7 +121,7 @@ def survey(parts: Parts, state: State, stop: Stop) -> None:
     due_now = state.step == 0 or bool(finished(parts, state)) or due(state.step, parts.config.eval_every)
     if not due_now or state.evaluated == state.step:
         return
-    scores = evaluate(parts, stop)
+    scores = rewinding(parts, state, lambda: evaluate(parts, stop), lambda: None)
     if scores is None:
         return
     record(parts, state, scores)

@@ -7,9 +7,11 @@ checkpoint, and not decided again on resume.
 
 from __future__ import annotations
 
+import functools
 import logging
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +32,23 @@ from halfbyte.generate.chat import generate
 from halfbyte.layers import decoded, forward, head, recompute
 from halfbyte.memory.plan import Plan
 from halfbyte.memory.plan import plan as make_plan
+from halfbyte.memory.rungs import Rung
 from halfbyte.optim.adamw import AdamW
-from halfbyte.optim.flat import Flat, flatten
+from halfbyte.optim.flat import flatten
 from halfbyte.optim.scaling import LossScale
 from halfbyte.train import choices as choosing
-from halfbyte.train import finish, fusing, lock, loop, metrics, saving, signals
+from halfbyte.train import finish, fusing, ladder, lock, loop, metrics, saving, signals
 from halfbyte.train.choices import Choice
 from halfbyte.train.determinism import deterministic
 from halfbyte.train.finish import Result
 from halfbyte.train.identity import identity
+from halfbyte.train.ladder import Ladder
 from halfbyte.train.report import OnEvent, Report
 from halfbyte.train.state import Parts, State
 
 CHECKPOINTS = "checkpoints"
+TOLD = ("compute", "threads", "attention", "layers", "microbatch", "recompute", "offload", "moments", "decoded weights")
+"""Choices, in the order in which they are told."""
 
 
 def train(recipe: Recipe, *, on_event: OnEvent | None = None) -> Result:
@@ -89,9 +95,11 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Ba
     compute = choosing.DTYPES[chosen["compute"].value]
     prepared = _data(recipe, report)
     plan = make_plan(recipe.model_copy(update={"compute": chosen["compute"].value})).require()
-    rows, recomputing = recipe.memory.microbatch, recipe.memory.recompute
-    chosen["microbatch"] = choosing.settle("microbatch", rows, kept, lambda: Choice(plan.microbatch, plan.reason))
-    chosen["recompute"] = choosing.settle("recompute", recomputing, kept, lambda: Choice(_on(plan.recompute), plan.reason))
+    fallen = stored.documents["trainer"].get("shortages", []) if stored is not None else []
+    rung, standing = ladder.begin(plan, recipe, kept, fallen)
+    chosen |= standing
+    if line := recipe.optim.understood():
+        report.tell(line)
     if stored is None:
         report.tell(plan.table())
     base = huggingface.load(recipe.model, recipe.format, _stored_dtype(recipe, compute), device, report.display.advance)
@@ -104,21 +112,24 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Ba
     embedding = base.model.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
     checks.embeddings(prepared.train, base.tokenizer, embedding, trainable=embedding.requires_grad)
-    recompute.set_recompute(base.model, chosen["recompute"].value == "on")
+    recompute.set_recompute(base.model, rung.recompute)
     forward.prove_isolation(base.model)
     flat = flatten(adapter.parameters())
     chosen |= fusing.place(
         base.model,
         device,
         compute=chosen["compute"].value,
-        recompute=chosen["recompute"].value == "on",
-        offload=fusing.planned(plan, chosen["recompute"].value == "on"),
+        rung=rung,
+        offload=chosen["offload"],
         decoded=chosen["decoded weights"],
         tell=report.tell,
     )
-    for name in ("compute", "threads", "attention", "layers", "microbatch", "recompute", "offload", "decoded weights"):
+    for name in TOLD:
         report.tell(f"{name}: {chosen[name]}")
-    parts = _parts(recipe, report, device, compute, base, adapter, flat, prepared, chosen)
+    rung = replace(rung, offload=chosen["offload"].value == "on")
+    optimizer = AdamW(flat, recipe.optim, paged=rung.paged)
+    steps = _ladder(plan, rung, base, optimizer, device)
+    parts = _parts(recipe, report, device, compute, base, adapter, optimizer, prepared, chosen, steps)
     if stored is not None:
         resume.refuse_other_run(stored, parts.identity, parts.checkpoints)
     return base, adapter, prepared, parts, plan
@@ -151,13 +162,14 @@ def _parts(
     compute: torch.dtype,
     base: Base,
     adapter: Adapter,
-    flat: Flat,
+    optimizer: AdamW,
     prepared: Prepared,
     chosen: Mapping[str, Choice],
+    steps: Ladder,
 ) -> Parts:
     config, tokens = recipe.train, recipe.data.tokens
     loader = Loader(prepared.train, tokens, config.batch, config.seed)
-    steps = loader.steps(config.epochs)
+    batches = loader.steps(config.epochs)
     full_model = recipe.adapter.kind == "none"
 
     def restore(tensors: Mapping[str, Tensor]) -> None:
@@ -178,16 +190,16 @@ def _parts(
         weights=lambda: adapter_state.state_dict(adapter),
         restore=restore,
         answer=answer,
-        flat=flat,
-        optimizer=AdamW(flat, recipe.optim),
+        flat=optimizer.flat,
+        optimizer=optimizer,
         scale=LossScale.create(compute, device),
         loader=loader,
         evals={name: Loader(held, tokens, chosen["microbatch"].value, config.seed) for name, held in prepared.eval.items()},
         device=device,
         autocast=compute if full_model and compute != torch.float32 else None,
-        microbatch=chosen["microbatch"].value,
+        ladder=steps,
         row_tokens=tokens,
-        total_steps=min(steps, config.max_steps or steps),
+        total_steps=min(batches, config.max_steps or batches),
         checkpoints=Path(recipe.output).expanduser() / CHECKPOINTS,
         identity=identity(
             recipe,
@@ -202,8 +214,16 @@ def _parts(
     )
 
 
-def _on(plan_recompute: str) -> str:
-    return "off" if plan_recompute == "none" else "on"
+def _ladder(plan: Plan, rung: Rung, base: Base, optimizer: AdamW, device: torch.device) -> Ladder:
+    """Where the run stands, and the ways down from there."""
+
+    def place(to: Rung) -> None:
+        fusing.use(base.model, to)
+        if to.paged:
+            optimizer.page()
+
+    forget = functools.partial(fusing.forget, base.model)
+    return Ladder(rung, device, plan.smaller, place, forget, advice="; ".join(plan.help))
 
 
 def _stored_dtype(recipe: Recipe, compute: torch.dtype) -> torch.dtype:

@@ -16,6 +16,7 @@ from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.flat import Flat
 from halfbyte.optim.scaling import LossScale
 from halfbyte.train.config import TrainConfig
+from halfbyte.train.ladder import Ladder
 
 
 class Microbatch(Protocol):
@@ -59,7 +60,7 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of. Nothing in it but tensors' contents changes.
+    """What a run is made of. Nothing in it but tensors' contents changes, and the rung of `ladder`.
 
     forward: (input_ids, position_ids, cu_seqlens) -> hidden `[1, S, H]`. dropout: (seed, step, first row), numbers the masks.
     weights: the adapter's tensors for a checkpoint, by name; restore: the mirror. autocast: compute dtype of a model whose
@@ -82,13 +83,18 @@ class Parts:
     evals: Mapping[str, Loader]
     device: torch.device
     autocast: torch.dtype | None
-    microbatch: int
+    ladder: Ladder
     row_tokens: int
     total_steps: int
     checkpoints: Path
     identity: Mapping[str, Any]
     choices: Mapping[str, Any]
     report: Reporter
+
+    @property
+    def microbatch(self) -> int:
+        """Rows at once, now."""
+        return self.ladder.rung.microbatch
 
 
 @dataclass
@@ -97,6 +103,7 @@ class State:
 
     step: optimizer steps done, skipped ones included; also the number of the next batch. window: log values since the last log
     line. evaluated, saved: steps of the last evaluation and checkpoint (-1: none). stale: evaluations since the best one.
+    shortages: when memory ran short: step, why, and the rung taken, which is resumed on.
     """
 
     step: int = 0
@@ -115,6 +122,7 @@ class State:
     window: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    shortages: list[dict[str, Any]] = field(default_factory=list)
 
     def document(self) -> dict[str, Any]:
         """For `trainer.json`."""

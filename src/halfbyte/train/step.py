@@ -60,7 +60,7 @@ def forward(parts: Parts, part: Microbatch) -> Tensor:
 
 def objective(parts: Parts, hidden: Tensor, part: Microbatch, batch: Batch) -> Tensor:
     """The microbatch's share of the batch's mean loss."""
-    return sft.loss(hidden, part.labels, parts.head, batch.trained_tokens, parts.loss)
+    return sft.loss(hidden, part.labels, parts.head, batch.trained_tokens, parts.loss, chunks=parts.ladder.rung.chunks)
 
 
 def backward(parts: Parts, loss: Tensor) -> Tensor:
@@ -84,10 +84,12 @@ def optimizer_step(parts: Parts, state: State, values: Tensor, batch: Batch) -> 
     """One AdamW step at the schedule's rate, untouched where the gradient is not finite; the gradient is zero after it, and the
     position moves on, in any case."""
     lr = learning_rate(state.step, parts.total_steps, parts.config)
+    scale, tokens = parts.scale.after(values[2]), batch.trained_tokens
+    # The last that can find no memory; called again, it goes on where it ended. Nothing behind it allocates.
     parts.optimizer.step(lr)
-    parts.scale.update(values[2])
+    parts.scale.take(scale)
     state.step += 1
-    state.trained_tokens += batch.trained_tokens
+    state.trained_tokens += tokens
     return Outcome(state.step, lr, values, batch)
 
 

@@ -25,23 +25,49 @@ from torch import Tensor
 
 from halfbyte.formats.dynamic8 import dynamic_map
 from halfbyte.kernels.adamw import cpu, reference
-from halfbyte.kernels.adamw.parts import BLOCK, LARGEST_PARTS, PARTIALS, Moments, Part, Rule, Scratch
+from halfbyte.kernels.adamw.parts import BLOCK, CHUNK, LARGEST_PARTS, PARTIALS, SLOTS, Moments, Part, Rule, Scratch
 from halfbyte.kernels.dispatch import twin
 
-__all__ = ["BLOCK", "Moments", "Part", "Rule", "Scratch", "measure", "moments", "scratch", "step"]
+__all__ = [
+    "BLOCK",
+    "CHUNK",
+    "SLOTS",
+    "Moments",
+    "Part",
+    "Rule",
+    "Scratch",
+    "cleared",
+    "layout",
+    "measure",
+    "moments",
+    "scratch",
+    "step",
+]
 
 
 def moments(values: Tensor, bits: int) -> Moments:
     """Moments of zero for the flat buffer `values` `[n]`; bits: 32 or 8."""
+    fields = [torch.empty(n, dtype=dtype, device=values.device) for n, dtype in layout(values.numel(), bits)]
+    return cleared(Moments(*fields))
+
+
+def layout(n: int, bits: int) -> list[tuple[int, torch.dtype]]:
+    """Elements and dtype of each field of `Moments` for n elements."""
     if bits == 32:
-        return Moments(torch.zeros_like(values), torch.zeros_like(values))
-    assert bits == 8 and values.numel() % BLOCK == 0
-    first, second = (
-        torch.full(values.shape, int((dynamic_map(signed) == 0).nonzero()), dtype=torch.uint8, device=values.device)
-        for signed in (True, False)
-    )
-    scales = values.new_zeros(2, values.numel() // BLOCK)
-    return Moments(first, second, scales[0], scales[1])
+        return [(n, torch.float32)] * 2
+    assert bits == 8 and n % BLOCK == 0
+    return [(n, torch.uint8)] * 2 + [(n // BLOCK, torch.float32)] * 2
+
+
+def cleared(state: Moments) -> Moments:
+    """The same, every moment zero."""
+    if state.first_scales is None or state.second_scales is None:
+        state.first.zero_(), state.second.zero_()
+        return state
+    for codes, scales, signed in ((state.first, state.first_scales, True), (state.second, state.second_scales, False)):
+        codes.fill_(int((dynamic_map(signed) == 0).nonzero()))
+        scales.zero_()
+    return state
 
 
 def scratch(rule: Rule, device: torch.device) -> Scratch:
@@ -70,7 +96,11 @@ def measure(grads: Tensor, loss: Tensor, scale: Tensor, largest: float, kept: Sc
 
 
 def step(values: Tensor, grads: Tensor, state: Moments, lr: float, rule: Rule, kept: Scratch) -> None:
-    """One step with what `measure` found: updates values `[n]`, moments and count, and zeroes grads `[n]`."""
+    """One step with what `measure` found: updates values `[n]`, moments and count, and zeroes grads `[n]`.
+
+    All of them may be a part of the buffer, and `rule` that part's: parts one after the other are the step of the whole,
+    bit for bit.
+    """
     which = twin(values.device)
     if which == "fused":
         from halfbyte.kernels.adamw import fused

@@ -11,10 +11,15 @@ from halfbyte.kernels.adamw.parts import BLOCK, Moments, Rule, Scratch
 
 @torch.no_grad()
 def step(values: Tensor, grads: Tensor, state: Moments, lr: float, rule: Rule, kept: Scratch) -> None:
-    """The mirror of `reference.step`, to rounding; torch divides the gradient by `grad_scale` and reads `found_inf`."""
+    """The mirror of `reference.step`, to rounding; torch divides the gradient by `grad_scale` and reads `found_inf`.
+
+    Whatever has to be allocated is there before anything changes.
+    """
     factor, found_inf, *_, t = kept.scalars.unbind()
+    inverse, done = 1 / factor, torch.where(found_inf > 0, kept.count, t)
+    counts = [t - 1 for _ in rule.parts]
     start = 0
-    for part in rule.parts:
+    for part, count in zip(rule.parts, counts, strict=True):
         span = slice(start * BLOCK, part.end * BLOCK)
         adamw(
             [values[span]],
@@ -22,9 +27,9 @@ def step(values: Tensor, grads: Tensor, state: Moments, lr: float, rule: Rule, k
             [state.first[span]],
             [state.second[span]],
             [],
-            [kept.count.clone()],
+            [count],
             fused=True,
-            grad_scale=1 / factor,
+            grad_scale=inverse,
             found_inf=found_inf,
             amsgrad=False,
             beta1=rule.beta1,
@@ -36,4 +41,4 @@ def step(values: Tensor, grads: Tensor, state: Moments, lr: float, rule: Rule, k
         )
         start = part.end
     grads.zero_()
-    kept.count.copy_(torch.where(found_inf > 0, kept.count, t))
+    kept.count.copy_(done)

@@ -111,7 +111,8 @@ def _store_8(codes, scales, thresholds, moment, at, row, inside, SIGNED: tl.cons
     tl.store(scales + row, largest, mask=inside)
 
 
-@triton.jit
+# Compiled once for all parts of a buffer, whatever their sizes: these are only compared with.
+@triton.jit(do_not_specialize=["blocks", "end0", "end1", "end2"])
 def _step(
     values, grads, first, second, first_scales, second_scales, tables, scalars, count, blocks,
     end0, end1, end2, rate0, rate1, rate2, rate3, keep0, keep1, keep2, keep3,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 BLOCK = 256
 """Elements that share a scale in 8 bits; parts begin at multiples of it."""
 LARGEST_PARTS = 4
+CHUNK = 1 << 21
+"""Elements of a chunk of moments that pass through the GPU: 16 MiB in 32 bits, which the bus moves in a third of a millisecond."""
+SLOTS = 2
+"""Chunks that are on the GPU at a time."""
 PARTIALS = 1024
 """Partial sums of the norm: a constant, not the device's size, so that every GPU adds in the same order."""
 
@@ -21,6 +25,18 @@ class Moments:
     second: Tensor
     first_scales: Tensor | None = None
     second_scales: Tensor | None = None
+
+    def fields(self) -> list[Tensor]:
+        """The tensors, scales last."""
+        return [t for t in (self.first, self.second, self.first_scales, self.second_scales) if t is not None]
+
+    def part(self, span: slice) -> Moments:
+        """Views of elements `span`, which begins and ends at multiples of BLOCK."""
+        assert span.start % BLOCK == 0 and span.stop % BLOCK == 0, "an 8-bit block would be cut"
+        if self.first_scales is None or self.second_scales is None:
+            return Moments(self.first[span], self.second[span])
+        blocks = slice(span.start // BLOCK, span.stop // BLOCK)
+        return Moments(self.first[span], self.second[span], self.first_scales[blocks], self.second_scales[blocks])
 
 
 @dataclass(frozen=True)
@@ -41,6 +57,16 @@ class Rule:
     beta2: float
     eps: float
     parts: tuple[Part, ...]
+
+    def part(self, span: slice) -> Rule:
+        """The rule of elements `span` alone, its parts counted from there."""
+        first, last = span.start // BLOCK, span.stop // BLOCK
+        found, start = [], 0
+        for part in self.parts:
+            if start < last and part.end > first:
+                found.append(replace(part, end=min(part.end, last) - first))
+            start = part.end
+        return replace(self, parts=tuple(found))
 
 
 @dataclass(frozen=True)

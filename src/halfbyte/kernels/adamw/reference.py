@@ -1,4 +1,7 @@
-"""The formula in torch, every product and sum rounded by itself; in tiles, so that temporaries stay small."""
+"""The formula in torch, every product and sum rounded by itself; in tiles, so that temporaries of a tile stay small.
+
+What is new is computed whole before anything changes: a step that finds no memory has done nothing.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,10 @@ def measure(grads: Tensor, loss: Tensor, scale: Tensor, largest: float, kept: Sc
 
 
 def step(values: Tensor, grads: Tensor, state: Moments, lr: float, rule: Rule, kept: Scratch) -> None:
-    """Tile by tile; where found_inf is set, every tile is written back as it was."""
+    """Where found_inf is set, every tile is written back as it was."""
     factor, found_inf, inverse, root, t = kept.scalars.unbind()
     skip = found_inf > 0
+    changes = [(kept.count, torch.where(skip, kept.count, t))]
     for part, tile in _tiles(rule, values.device):
         x, g = values[tile], grads[tile] * factor
         m, v = _load(state, tile)
@@ -37,10 +41,13 @@ def step(values: Tensor, grads: Tensor, state: Moments, lr: float, rule: Rule, k
         v = rule.beta2 * v + (1 - rule.beta2) * g * g
         rate = inverse * (lr * part.rate)
         new = x * (1 - lr * part.rate * part.decay) - rate * m / (v.sqrt() * root + rule.eps)
-        values[tile] = torch.where(skip, x, new)
-        _store(state, tile, m, v, skip)
+        fields = state.part(tile).fields()
+        changes += [
+            (old, torch.where(skip, old, made)) for old, made in zip([x, *fields], [new, *_stored(state, m, v)], strict=True)
+        ]
+    for old, fresh in changes:
+        old.copy_(fresh)
     grads.zero_()
-    kept.count.copy_(torch.where(skip, kept.count, t))
 
 
 def _tiles(rule: Rule, device: torch.device) -> Iterator[tuple[Part, slice]]:
@@ -59,16 +66,11 @@ def _load(state: Moments, tile: slice) -> tuple[Tensor, Tensor]:
     return first, dequantize_blockwise(state.second[tile], state.second_scales[blocks], BLOCK, signed=False)
 
 
-def _store(state: Moments, tile: slice, m: Tensor, v: Tensor, skip: Tensor) -> None:
-    if state.first_scales is None or state.second_scales is None:
-        state.first[tile] = torch.where(skip, state.first[tile], m)
-        state.second[tile] = torch.where(skip, state.second[tile], v)
-        return
-    blocks = slice(tile.start // BLOCK, tile.stop // BLOCK)
+def _stored(state: Moments, m: Tensor, v: Tensor) -> list[Tensor]:
+    """The moments as `Moments.fields` has them."""
+    if state.first_scales is None:
+        return [m, v]
     first, first_scales = quantize_blockwise(m, BLOCK, signed=True)
     second, second_scales = quantize_blockwise(v, BLOCK, signed=False)
     first -= ((m < 0) & (first == ZERO)).to(torch.uint8)
-    state.first[tile] = torch.where(skip, state.first[tile], first)
-    state.second[tile] = torch.where(skip, state.second[tile], second)
-    state.first_scales[blocks] = torch.where(skip, state.first_scales[blocks], first_scales)
-    state.second_scales[blocks] = torch.where(skip, state.second_scales[blocks], second_scales)
+    return [first, second, first_scales, second_scales]

@@ -25,12 +25,13 @@ class Dropout:
     """Which mask: Philox(seed, step, row, layer, element), the same whatever the microbatch is.
 
     p: probability of zero, 0 <= p < 1. state: int64 `[3]` on the device: seed, step, first row of this microbatch.
-    tokens: row length.
+    tokens: row length. start: positions of the microbatch that stand before the first one given.
     """
 
     p: float
     state: Tensor
     tokens: int
+    start: int = 0
 
 
 def apply(xs: list[Tensor], mask: Dropout, layer: int) -> list[Tensor]:
@@ -38,8 +39,8 @@ def apply(xs: list[Tensor], mask: Dropout, layer: int) -> list[Tensor]:
     if twin(xs[0].device) == "fused":
         from halfbyte.kernels.dropout import fused
 
-        return [fused.dropout(x, mask.state, mask.p, mask.tokens, layer) for x in xs]
-    keep = reference.keep((xs[0].shape[0], xs[0].shape[1]), mask.state, mask.p, mask.tokens, layer)
+        return [fused.dropout(x, mask.state, mask.p, mask.tokens, layer, mask.start) for x in xs]
+    keep = reference.keep_from(mask.start, (xs[0].shape[0], xs[0].shape[1]), mask.state, mask.p, mask.tokens, layer)
     return [reference.masked(x, keep, mask.p) for x in xs]
 
 

@@ -56,6 +56,14 @@ def masked(x: Tensor, mask: Tensor, p: float) -> Tensor:
     return torch.where(mask, x * (1.0 / (1.0 - p)), 0.0)
 
 
-def dropout(x: Tensor, state: Tensor, p: float, tokens: int, layer: int) -> Tensor:
+def keep_from(start: int, shape: tuple[int, int], state: Tensor, p: float, tokens: int, layer: int) -> Tensor:
+    """The mask, bool `[T, K]`, of positions `start` and following. What lies before them in their row is computed too."""
+    rows, skipped = divmod(start, tokens)
+    if rows:
+        state = torch.stack([state[0], state[1], state[2] + rows])
+    return keep((skipped + shape[0], shape[1]), state, p, tokens, layer)[skipped:]
+
+
+def dropout(x: Tensor, state: Tensor, p: float, tokens: int, layer: int, start: int = 0) -> Tensor:
     """drop(x) `[T, K]`."""
-    return masked(x, keep((x.shape[0], x.shape[1]), state, p, tokens, layer), p)
+    return masked(x, keep_from(start, (x.shape[0], x.shape[1]), state, p, tokens, layer), p)

@@ -24,7 +24,7 @@ def backward(call: Call, a: Activations, grad: Tensor, gradients: Gradients, wan
     """
     p, norms = call.parts, call.parts.structure.norms
     stages.fill(call, a)
-    d_source = _mlp(call, a, grad, gradients)
+    d_source = _mlp_in_tiles(call, a, grad, gradients) if call.keep.tile else _mlp(call, a, grad, gradients)
     if norms.parallel:
         d_out, rows = _branch(call, grad, p.after_attention, a.attended_raw, a.attended_rstd, a.attended_mean, p.out)
         d_normed = _attention(call, a, d_out, gradients, want_x, rows)
@@ -35,6 +35,7 @@ def backward(call: Call, a: Activations, grad: Tensor, gradients: Gradients, wan
     rows = _quantised(call, p.before_mlp, p.out, grad) if plain else None
     _through_norm(p.before_mlp, d_source, a.mid, a.mid_rstd, a.mid_mean, grad, d_mid[:, : p.out.rows], rows)
     a.mid = a.normed_mlp = None
+    del d_source
     d_out = d_mid
     if not plain:
         d_above = d_mid[:, : p.out.rows]
@@ -134,6 +135,15 @@ def _mlp(call: Call, a: Activations, grad: Tensor, gradients: Gradients) -> Tens
     return d_source
 
 
+def _mlp_in_tiles(call: Call, a: Activations, grad: Tensor, gradients: Gradients) -> Tensor:
+    """`_mlp`, with gate, up and their gradients of a tile at a time."""
+    d_source = grad.new_empty(grad.shape[0], call.parts.inputs.width)
+    for part_call, part, at in stages.tiles(call, a):
+        stages.mlp_inputs(part_call, part)
+        d_source[at] = _mlp(part_call, part, grad[at], gradients)
+    return d_source
+
+
 def _attention(call: Call, a: Activations, d_out: Tensor, gradients: Gradients, want_x: bool, rows: Rows | None) -> Tensor | None:
     """The gradient of the attention's (normed) input `[T, H]`, if wanted. d_out `[T, N + R]` of the output projection; rows: it in
     e4m3."""
@@ -150,6 +160,7 @@ def _attention(call: Call, a: Activations, d_out: Tensor, gradients: Gradients, 
     a.attended, a.residuals = None, ()
     d_qkv = _gathered(call, a, dq, dk, dv)
     a.q = a.k = None
+    del q, k, v, dq, dk, dv, d_attended
     d_normed = d_out.new_empty(d_out.shape[0], p.qkv.width) if want_x else None
     call.products.project_back(p.qkv.group, d_qkv, d_normed, call.mask)
     if p.qkv.rank:

@@ -6,7 +6,8 @@ and room for XA behind it; `[T, N + R]` a group's output and room for what backw
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -122,7 +123,7 @@ def forward(call: Call, x: Tensor) -> tuple[Tensor, Activations]:
     """x `[T, H]` through the layer; and everything that was computed on the way."""
     a = Activations(x=x)
     fill(call, a)
-    return down(call, a), a
+    return (_down_in_tiles(call, a) if call.keep.tile else down(call, a)), a
 
 
 def fill(call: Call, a: Activations) -> None:
@@ -137,13 +138,13 @@ def fill(call: Call, a: Activations) -> None:
         a.attended = out.flatten(1)
     if a.mid is None:
         _mid(call, a)
-    if a.inputs is None:
-        _mlp_inputs(call, a)
+    if a.inputs is None and not call.keep.tile:
+        mlp_inputs(call, a)
 
 
 def drop(keep: Keep, a: Activations) -> None:
     """Forgets what is not kept. The norms' numbers a row are small and stay, and so does XA of what is not computed again."""
-    stays = keep.normed and not keep.offload
+    stays = keep.here("normed")
     a.xa_qkv = _outliving(a.xa_qkv, stays) if keep.qkv else None
     a.xa_inputs = _outliving(a.xa_inputs, stays) if keep.inputs else None
     if not keep.mid:
@@ -266,7 +267,7 @@ def _mid(call: Call, a: Activations) -> None:
         return
     x, more = (delta, None) if plain else (a.x, delta)
     a.normed_mlp = buffer(p.inputs, a.x, p.inputs.width)
-    a.rows_mlp = quantised(call, p.inputs, a.x) if a.inputs is None and p.before_mlp is not None else None
+    a.rows_mlp = quantised(call, p.inputs, a.x) if a.inputs is None and p.before_mlp is not None and not call.keep.tile else None
     a.mid, a.mid_rstd, a.mid_mean = through(p.before_mlp, x, more, a.normed_mlp[:, : p.inputs.width], a.rows_mlp)
 
 
@@ -287,7 +288,7 @@ def normed_mlp(call: Call, a: Activations) -> Tensor:
     return a.normed_mlp
 
 
-def _mlp_inputs(call: Call, a: Activations) -> None:
+def mlp_inputs(call: Call, a: Activations) -> None:
     p = call.parts
     source = normed_mlp(call, a)
     a.inputs = buffer(p.inputs, source, p.inputs.rows)
@@ -322,3 +323,35 @@ def down(call: Call, a: Activations) -> Tensor:
     if s.residual_multiplier != 1.0:
         delta.mul_(s.residual_multiplier)
     return delta.add_(a.mid)
+
+
+def tiles(call: Call, a: Activations) -> Iterator[tuple[Call, Activations, slice]]:
+    """The MLP for `keep.tile` tokens at a time: what it is called with, views of what it reads, and which tokens those are.
+
+    Nothing in an MLP looks at another token, so a tile gives the same numbers; dA and dB are summed tile by tile.
+    """
+    assert a.x is not None
+    for start in range(0, a.x.shape[0], call.keep.tile):
+        at = slice(start, start + call.keep.tile)
+        part = Activations()
+        for name in _OF_MLP:
+            whole: Tensor | None = getattr(a, name)
+            setattr(part, name, None if whole is None else whole[at])
+        yield call if call.mask is None else replace(call, mask=replace(call.mask, start=start)), part, at
+
+
+_OF_MLP = ("x", "mid", "normed_mlp", "mid_rstd", "mid_mean", "xa_down")
+"""What an MLP reads of the rest of its layer."""
+
+
+def _down_in_tiles(call: Call, a: Activations) -> Tensor:
+    """`down`, with gate and up of a tile at a time."""
+    normed_mlp(call, a)
+    assert a.x is not None
+    out, xa = torch.empty_like(a.x), []
+    for part_call, part, at in tiles(call, a):
+        mlp_inputs(part_call, part)
+        out[at] = down(part_call, part)
+        xa += [] if part.xa_down is None else [part.xa_down]
+    a.xa_down = torch.cat(xa) if xa else None
+    return out

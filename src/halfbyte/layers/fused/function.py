@@ -17,8 +17,15 @@ from halfbyte.layers.fused.backward import backward
 from halfbyte.layers.fused.forward import Activations, Call, drop, forward
 from halfbyte.layers.fused.gradients import Gradients
 
-MOVABLE = ("x", "normed", "qkv", "q", "k", "attended", "attended_raw", "mid", "normed_mlp", "inputs", "mlp_raw")
-"""Fields of `Activations` that can wait elsewhere: those of the tokens' size."""
+MOVABLE = {
+    "x": ("x",),
+    "normed": ("normed", "normed_mlp"),
+    "qkv": ("qkv", "q", "k"),
+    "attended": ("attended",),
+    "mid": ("mid", "attended_raw"),
+    "inputs": ("inputs", "mlp_raw"),
+}
+"""Fields of `Activations` that can wait elsewhere, by the name that `Keep` has for them: those of the tokens' size."""
 
 
 class Layer(torch.autograd.Function):
@@ -30,14 +37,15 @@ class Layer(torch.autograd.Function):
         out, a = forward(call, x)
         drop(call.keep, a)
         ctx.away = None
-        if call.keep.offload:
-            ctx.away_names = [name for name in MOVABLE if getattr(a, name) is not None]
+        if call.keep.away:
+            fields = [field for name, these in MOVABLE.items() if name in call.keep.away for field in these]
+            ctx.away_names = [field for field in fields if getattr(a, field) is not None]
             ctx.away = host.send([getattr(a, name) for name in ctx.away_names])
             for name in ctx.away_names:
                 setattr(a, name, None)
         a.x = None
         ctx.call, ctx.activations, ctx.learning = call, a, learning
-        ctx.save_for_backward(None if call.keep.offload else x, *tensors)
+        ctx.save_for_backward(x if call.keep.here("x") else None, *tensors)
         return out
 
     @staticmethod
@@ -51,7 +59,9 @@ class Layer(torch.autograd.Function):
                 code="model.backward-twice",
             )
         a.x = x
-        if ctx.away is not None:
+        if ctx.away is None:
+            host.ahead(grad.device)
+        else:
             for name, tensor in zip(ctx.away_names, ctx.away.fetch(), strict=True):
                 setattr(a, name, tensor)
         ctx.activations = ctx.away = None

@@ -3,7 +3,8 @@
 Why: the bus is idle during training. What a layer keeps can cross it twice for nothing, as long as a copy takes no longer than the
 layer's own work: 36 KB a token for all but gate and up at 8B, which 55 GB/s move in the time of an H200's forward.
 Copies run on a stream of their own: out behind the layer that made the tensors, in one layer ahead of the backward that needs
-them. Host buffers are kept and used again. On a CPU nothing moves.
+them (layers that keep everything here start the copies of the next below). Host buffers are pinned in their own size, kept and used
+again. On a CPU nothing moves.
 Cost: twice a layer's share on the GPU, host memory for all of them.
 """
 
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halfbyte.pinned import Arena
+
 UNDER_WAY = 2
 """Layers whose tensors may still be on their way out when the next one sends."""
 
@@ -27,14 +30,27 @@ class Lane:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
         self.away: list[Away] = []
+        self.arenas: list[Arena] = []
 
     def buffer(self, like: Tensor) -> Tensor:
         """Pinned memory for a copy."""
         free = self.free[like.shape, like.dtype]
-        return free.pop() if free else torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+        if free:
+            return free.pop()
+        self.arenas.append(Arena([(like.numel(), like.dtype)], self.stream.device))
+        return self.arenas[-1].tensors[0].view(like.shape)
 
 
 _LANES: dict[torch.device, Lane] = {}
+
+
+def forget() -> None:
+    """Drops what is away, of a step that did not end, and the free buffers, which may never be of that size again."""
+    for lane in _LANES.values():
+        lane.stream.synchronize()
+        lane.away.clear()
+        lane.free.clear()
+        lane.arenas.clear()
 
 
 @dataclass
@@ -103,3 +119,10 @@ def send(tensors: Sequence[Tensor]) -> Away:
         away.done = lane.stream.record_event()
     lane.away.append(away)
     return away
+
+
+def ahead(device: torch.device) -> None:
+    """Starts the copies in of what was sent last, called in the backward of a layer that itself has nothing away."""
+    lane = _LANES.get(device)
+    if lane is not None and lane.away:
+        lane.away[-1].call_back()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -63,7 +64,7 @@ def _named(paths: list[str]) -> str:
 
 def prepare(
     model: PreTrainedModel,
-    keep: Keep = EVERYTHING,
+    keep: Keep | Sequence[Keep] = EVERYTHING,
     products: Products | None = None,
     *,
     in_place: bool = False,
@@ -71,20 +72,22 @@ def prepare(
 ) -> Preparation:
     """Every adopted layer that can runs fused from now on, and the norm behind them, in the dtype of the model's activations.
 
-    products: how groups multiply (default: in the activations' dtype). in_place: gradients of A and B are added to
-    `parameter.grad`, which must exist (`optim.flat.flatten`), and never pass through autograd. A layer that recomputes by
-    `layers.recompute` stops doing so: `keep` decides. Weights in that dtype move into the matrices that products read
-    (`layers.fused.holding`; `remove` gives them back); decoded: weights in a format are decoded into such matrices too, once.
+    keep: of every layer, or one each (`set_keep` changes it later). products: how groups multiply (default: in the activations'
+    dtype). in_place: gradients of A and B are added to `parameter.grad`, which must exist (`optim.flat.flatten`), and never pass
+    through autograd. A layer that recomputes by `layers.recompute` stops doing so: `keep` decides. Weights in that dtype move
+    into the matrices that products read (`layers.fused.holding`; `remove` gives them back); decoded: weights in a format are
+    decoded into such matrices too, once.
     """
     remove(model)
     products, room = products or Augmented(), Room()
     layers = {path: m for path, m in model.named_modules() if isinstance(m, DecoderLayer)}
+    keeps = dict(zip(layers, _each(keep, len(layers)), strict=True))
     dtype = next(p.dtype for p in model.get_input_embeddings().parameters())
     left: dict[str, str] = {}
     built: dict[str, Fused] = {}
     for path, layer in layers.items():
         try:
-            built[path] = Fused(layer, layer.structure, dtype, keep, products, in_place, room)
+            built[path] = Fused(layer, layer.structure, dtype, keeps[path], products, in_place, room)
         except NotUnderstood as reason:
             left[path] = str(reason)
     left |= _disproved(model, {path: layers[path] for path in built}, dtype, products)
@@ -97,6 +100,18 @@ def prepare(
     done = Preparation(len(layers) - len(left), left, norm)
     log.info("decoder layers: %s", done.summary())
     return done
+
+
+def set_keep(model: PreTrainedModel, keep: Keep | Sequence[Keep]) -> None:
+    """What the fused layers keep from the next forward on. keep: of every adopted layer, or one each."""
+    layers = [m for m in model.modules() if isinstance(m, DecoderLayer)]
+    for layer, one in zip(layers, _each(keep, len(layers)), strict=True):
+        if isinstance(layer.fused, Fused):
+            layer.fused.keep = one
+
+
+def _each(keep: Keep | Sequence[Keep], layers: int) -> Sequence[Keep]:
+    return [keep] * layers if isinstance(keep, Keep) else keep
 
 
 def _final(model: PreTrainedModel, layers: dict[str, DecoderLayer], dtype: torch.dtype, room: Room) -> str:

@@ -1,0 +1,226 @@
+"""The ways of a run to use memory: which there are for a recipe on a device, what each needs, and what is said about them.
+
+Where layers run fused, `memory.search` finds all that no other beats in bytes and seconds; where they run as modules there are a
+few (`rungs.ways`): all kept or all recomputed, by rows at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from halfbyte import machine
+from halfbyte.config import Recipe
+from halfbyte.kernels.dispatch import twin
+from halfbyte.layers.fused.keep import keeping
+from halfbyte.memory import paging, search, timeline
+from halfbyte.memory.budget import Budget
+from halfbyte.memory.fused import Layer
+from halfbyte.memory.part import Part
+from halfbyte.memory.parts import DTYPES, count, ends, learning, outside, weights
+from halfbyte.memory.rungs import CHUNKED, Rung, ways
+from halfbyte.memory.shapes import Shapes
+from halfbyte.memory.speed import Rates
+from halfbyte.memory.tape import Work
+
+ENOUGH_TOKENS = {"cuda": 16384, "cpu": 2048}
+"""Tokens of a microbatch beyond which more rows gain nothing."""
+HOST_SHARE = 0.5
+"""Of the host memory that is free, what layers may pin for what waits there: pinned memory is out of reach for everybody else."""
+ELSEWHERE = 24 << 30
+"""The same of another machine, whose memory is not known."""
+LADDER = 48
+"""Rungs that a plan holds below the one that it chooses."""
+STEP = 1024
+"""Tokens: the longest row is told in multiples of it."""
+ASKED = "asked for"
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """A recipe on a device. compute: by name. rates: of the device, as far as they are known."""
+
+    s: Shapes
+    recipe: Recipe
+    budget: Budget
+    compute: str
+    rates: Rates
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.compute]
+
+    @cached_property
+    def layer(self) -> Layer | None:
+        """The layer as it runs fused, None where it runs as modules; of another machine it is assumed that Triton is there."""
+        here = not self.budget.here or twin(torch.device("cuda")) == "fused"
+        return self.s.layer if self.budget.kind == "cuda" and isinstance(self.s.layer, Layer) and here else None
+
+    def parts(self, rung: Rung) -> list[Part]:
+        """The bytes of a rung."""
+        return count(self.s, self.recipe, rung, self.dtype, self.budget.kind, self.layer is not None)
+
+    def rows(self) -> list[int]:
+        """Microbatches that the recipe allows, the largest first."""
+        batch, tokens = self.recipe.train.batch, self.recipe.data.tokens
+        if isinstance(self.recipe.memory.microbatch, int):
+            return [self.recipe.memory.microbatch]
+        rows = [m for m in range(batch, 0, -1) if batch % m == 0]
+        return [m for m in rows if m * tokens <= ENOUGH_TOKENS[self.budget.kind]] or [1]
+
+    def rungs(self) -> list[Rung]:
+        """Every way that is worth taking, the fastest first; each behind it needs fewer bytes."""
+        if self.layer is None:
+            paged = self.paging()[0]
+            never = lambda m, recompute: False  # noqa: E731
+            return ways(self.rows(), self.recipe.memory.recompute, never, paged, lambda r: sum(p.bytes for p in self.parts(r)))
+        w = Work(self.layer, 0, self.dtype.itemsize)
+        found: list[Rung] = []
+        for m in self.rows():
+            task = self._task(m)
+            found += search.rungs(task, replace(w, tokens=task.tokens), self.rates)
+        return self._ladder(search.fastest(found))
+
+    def seconds(self, rung: Rung) -> float:
+        """Predicted for a step of fused layers."""
+        assert self.layer is not None
+        task = self._task(rung.microbatch)
+        w = Work(self.layer, task.tokens, self.dtype.itemsize)
+        return search.seconds(task, w, self.rates, rung.keeps(self.s.layers), rung.paged, rung.chunks)
+
+    def _ladder(self, rungs: list[Rung]) -> list[Rung]:
+        """A few dozen: all near the budget, else every so many bytes."""
+        gap = (rungs[0].bytes - rungs[-1].bytes) / LADDER
+        near = next((rung for rung in rungs if rung.bytes <= self.budget.bytes), rungs[-1])
+        kept: list[Rung] = []
+        for rung in rungs:
+            if not kept or rung in (near, rungs[-1]) or kept[-1].bytes - rung.bytes >= gap:
+                kept.append(rung)
+        return kept
+
+    def _task(self, m: int, tokens: int = 0) -> search.Task:
+        """tokens: of a row, the recipe's unless given."""
+        s, recipe = self.s, self.recipe
+        row = tokens or recipe.data.tokens
+        assert self.layer is not None
+        marks = {n: ends(s, m * row, self.layer.head_size, self.dtype, n) for n in (1, CHUNKED)}
+        fixed = [*weights(s, recipe), *(p for p in learning(s, recipe) if p.name != "optimizer"), *outside("cuda")]
+        bits = recipe.optim.bits
+        return search.Task(
+            layers=s.layers,
+            tokens=m * row,
+            microbatches=recipe.train.batch // m,
+            microbatch=m,
+            document=row,
+            hidden=s.hidden,
+            vocabulary=s.vocab,
+            recompute=recipe.memory.recompute,
+            offload=recipe.memory.offload,
+            host=self.host(),
+            room=self.budget.bytes,
+            fixed=sum(p.bytes for p in fixed) + s.layers * self.layer.beside(self.dtype.itemsize),
+            moments={paged: paging.moments(s.padded, bits, paged).bytes for paged in self.paging()[0]},
+            logits={n: end.logits for n, end in marks.items()},
+            tables=marks[1].tables,
+            numbers=s.padded,
+            bits=bits,
+        )
+
+    def host(self) -> int | None:
+        """Bytes of host memory that layers may pin; None where the recipe insists."""
+        if self.recipe.memory.offload == "on":
+            return None
+        return int(HOST_SHARE * machine.ram().free) if self.budget.here else ELSEWHERE
+
+    def paging(self) -> tuple[list[bool], str]:
+        """Whether the optimizer's moments may be in host memory, in the order of what is wanted; and the reason why not, or ""."""
+        if self.budget.kind == "cpu":
+            return [False], "this device's memory is the host's"
+        if self.recipe.optim.paged != "auto":
+            return [self.recipe.optim.paged == "always"], ASKED
+        wanted, free = paging.size(self.s.padded, self.recipe.optim.bits), machine.ram().free
+        if self.budget.here and wanted > HOST_SHARE * free:
+            told = f"they would take {gib(wanted)} of host memory, {gib(free)} are free"
+            return [False], f"auto: {told}, and no more than {HOST_SHARE:.0%} of that is pinned"
+        return [False, True], ""
+
+    def longest(self) -> int | None:
+        """Tokens of the longest row that trains one at a time, in multiples of STEP; None where layers run as modules."""
+        if self.layer is None:
+            return None
+        low, high = 0, 1 << 12
+        while low + 1 < high:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._trains(middle * STEP) else (low, middle)
+        return low * STEP
+
+    def _trains(self, tokens: int) -> bool:
+        task = self._task(1, tokens)
+        assert self.layer is not None
+        w = Work(self.layer, tokens, self.dtype.itemsize)
+        lean = [keeping((), tile=search.TILES[-1]), keeping(())]
+        if task.offload != "off":
+            lean += [replace(keep, away=("x",)) for keep in lean]
+        room = task.room - task.fixed - min(task.moments.values())
+        for keep in lean:
+            one = timeline.stage(w, keep)
+            end = ends(self.s, tokens, self.layer.head_size, self.dtype, CHUNKED)
+            fits = timeline.peak([one] * task.layers, end).bytes <= room
+            if fits and (task.host is None or not self.budget.here or one.host * task.layers <= task.host):
+                return True
+        return False
+
+    def reason(self, rungs: list[Rung], rung: Rung, fits: bool) -> str:
+        """Why this one."""
+        if not fits:
+            return "nothing smaller is left to choose"
+        why = "as asked" if len(rungs) == 1 else "the fastest" if rung == rungs[0] else "the fastest that fits"
+        return f"{rung.words()}: {why}"
+
+    def paging_reason(self, rung: Rung) -> str:
+        """Where the moments are, and why."""
+        told = self.paging()[1]
+        return told or ("auto: faster than what else would fit" if rung.paged else "auto: they stay while memory is not short")
+
+    def offload_reason(self, rung: Rung, size: int) -> str:
+        """Whether something waits in host memory, and why. size: of that."""
+        if self.layer is None:
+            return "auto: only fused layers can"
+        if self.recipe.memory.offload != "auto":
+            return ASKED
+        if not size:
+            return "auto: nothing is gained by it"
+        if not self.budget.here:
+            return f"auto: needs {gib(size)} of host memory"
+        return f"auto: it takes {gib(size)} of host memory, {gib(machine.ram().free)} are free"
+
+    def advice(self, rung: Rung, room: int) -> list[str]:
+        """Changes of the recipe, each with what it saves; one that suffices alone is marked. room: bytes."""
+        changes: list[tuple[str, Recipe, Rung]] = []
+        recipe = self.recipe
+        if not rung.recompute:
+            changes.append(("memory.recompute=on", recipe, replace(rung, recompute=True, lean="", rest="", lean_layers=0)))
+        if rung.microbatch > 1:
+            changes.append(("memory.microbatch=1", recipe, replace(rung, microbatch=1)))
+        if not rung.paged and self.budget.kind == "cuda":
+            changes.append(("optim.paged=always", recipe, replace(rung, paged=True)))
+        if recipe.data.tokens > 512:
+            shorter = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokens": recipe.data.tokens // 2})})
+            changes.append((f"data.tokens={recipe.data.tokens // 2}", shorter, rung))
+        told = []
+        for text, changed, option in changes:
+            left = sum(p.bytes for p in replace(self, recipe=changed).parts(option))
+            if left < rung.bytes:
+                told.append(f"{text} saves {gib(rung.bytes - left)}" + (" and fits" if left <= room else ""))
+        if recipe.format.kind in ("none", "int8") and recipe.adapter.kind == "lora":
+            told.append("format=nf4 stores the base in about 4 bits a weight")
+        if recipe.adapter.kind == "none":
+            told.append("a LoRA adapter (adapter.kind=lora, format=nf4) trains far fewer numbers")
+        return told or ["a smaller model, or a device with more memory"]
+
+
+def gib(count: int) -> str:
+    """`3.60 GiB` or `512 MiB`."""
+    return f"{count / (1 << 30):.2f} GiB" if abs(count) >= 1 << 30 else f"{count / (1 << 20):.0f} MiB"

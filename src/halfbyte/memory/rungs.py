@@ -1,0 +1,111 @@
+"""Rungs: the ways in which a run can use memory, from the one that is wanted most to the one that needs least.
+
+Nothing of a rung changes what a step computes: rows at once, what backward computes again, what waits in host memory. So a plan is
+the first rung that fits, and a run that finds less memory than was planned takes the next one and goes on with the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, NAMES, OFFLOADED, Keep
+
+Asked = Literal["auto", "on", "off"]
+CHUNKED = 8
+"""How much smaller the chunks of the loss become on the last rungs."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """microbatch: rows at once. recompute: of anything in any layer. offload: something that layers keep waits in host memory.
+    paged: the optimizer's moments do. chunks: how many times smaller than usual the chunks of the loss are. bytes: planned, in
+    all. lean, rest: what `lean_layers` fused layers keep, and what the others do (`Keep.spec`); "" where recompute and offload say
+    all: every layer then keeps everything or its input. seconds: predicted for a step, 0 where it is not."""
+
+    microbatch: int
+    recompute: bool
+    offload: bool = False
+    paged: bool = False
+    chunks: int = 1
+    bytes: int = 0
+    lean: str = ""
+    lean_layers: int = 0
+    rest: str = ""
+    seconds: float = 0.0
+
+    def keeps(self, layers: int) -> list[Keep]:
+        """What each of so many fused layers keeps.
+
+        Lean layers come first: backward reaches them last, when the memory of the others is free again. Those that use the bus
+        are spread among the others instead, so that it has their time too.
+        """
+        if not self.rest:
+            return [keep_of(self.recompute, self.offload)] * layers
+        lean, rest = Keep.from_spec(self.lean), Keep.from_spec(self.rest)
+        return [lean if is_lean else rest for is_lean in places(layers, self.lean_layers, bool(lean.away) != bool(rest.away))]
+
+    def words(self) -> str:
+        """For people: `2 rows at once, every layer is recomputed in backward`."""
+        found = [f"{self.microbatch} {'row' if self.microbatch == 1 else 'rows'} at once"]
+        found.append(self.kept())
+        if self.chunks > 1:
+            found.append(f"the loss in chunks {self.chunks} times smaller")
+        if self.paged:
+            found.append("AdamW's moments are in host memory")
+        return ", ".join(found)
+
+    def kept(self) -> str:
+        """What layers keep, and where, for people."""
+        if not self.rest:
+            told = "every layer is recomputed in backward" if self.recompute else "all activations are kept"
+            return told + (", what layers keep waits in host memory" if self.offload else "")
+        lean, rest = (_told(spec) for spec in (self.lean, self.rest))
+        if not self.lean_layers or self.lean == self.rest:
+            return "all activations are kept" if rest == "everything" else f"layers keep {rest}"
+        return f"{self.lean_layers} layers keep {lean}, the others {rest}"
+
+
+def _told(spec: str) -> str:
+    return {EVERYTHING.spec(): "everything", INPUTS.spec(): "their inputs"}.get(spec, spec)
+
+
+def keep_of(recompute: bool, offload: bool) -> Keep:
+    """What every fused layer keeps where no more is said."""
+    if offload:
+        return OFFLOADED if recompute else replace(EVERYTHING, away=("x", *NAMES))
+    return INPUTS if recompute else EVERYTHING
+
+
+def places(layers: int, lean: int, spread: bool) -> list[bool]:
+    """Which layers are lean: the first, or every so many."""
+    if not spread:
+        return [i < lean for i in range(layers)]
+    return [(i + 1) * lean // layers > i * lean // layers for i in range(layers)]
+
+
+def ways(
+    rows: Sequence[int],
+    recompute: Asked,
+    offload: Callable[[int, bool], bool],
+    paged: Sequence[bool],
+    measure: Callable[[Rung], int],
+) -> list[Rung]:
+    """Every rung that may be taken, the most wanted first, with its bytes.
+
+    rows: microbatches, the largest first. offload: whether (microbatch, recompute) does. paged: what may be, in that order.
+    measure: the bytes of a rung. Keeping comes before recompute, more rows before fewer; paging and small chunks come last.
+    """
+    modes = {"on": [True], "off": [False], "auto": [False, True]}[recompute]
+    found = [Rung(m, mode, offload(m, mode), paged[0]) for mode in modes for m in rows]
+    if len(paged) > 1:
+        found += [replace(rung, paged=True) for rung in found if rung.recompute == modes[-1]]
+    found.append(replace(found[-1], chunks=CHUNKED))
+    return [replace(rung, bytes=measure(rung)) for rung in found]
+
+
+def below(rungs: Sequence[Rung], now: Rung) -> Rung | None:
+    """The next rung behind `now`: the first that needs less."""
+    place = next((i for i, rung in enumerate(rungs) if replace(rung, bytes=now.bytes) == now), -1)
+    return next((rung for rung in rungs[place + 1 :] if rung.bytes < now.bytes), None)

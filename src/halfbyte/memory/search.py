@@ -1,0 +1,231 @@
+"""Every way in which fused layers can use memory that no other way beats in both bytes and seconds.
+
+A way is: rows at once, what the lean layers keep, how many they are, what the others keep, the chunks of the loss, where AdamW's
+moments are. Layers are alike, so which of them are lean is settled by rule (`rungs.places`) and their number can be enumerated: for
+two choices A and B and every k the bytes are sums of a few numbers a choice, made for all pairs at once in arrays; the seconds are
+those of the products, recomputed ones included, or of the bus, whichever takes longer, in forward and in backward.
+Cost: about 0.3 s for an 8B model; what is chosen is counted again layer by layer (`memory.timeline`).
+
+Letters: A, B of the lean layers and the others, k of L layers are lean.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, NAMES, Keep, keeping
+from halfbyte.memory import speed, tape, timeline
+from halfbyte.memory.rungs import Asked, Rung
+from halfbyte.memory.speed import Rates
+from halfbyte.memory.tape import Work
+from halfbyte.memory.timeline import Ends, Stage
+
+Floats = NDArray[np.float64]
+TILES = (16384, 4096)
+"""Tokens of an MLP's tile, where a row is at least four times as long."""
+STEPS = 24
+"""Rungs that are kept of those that no other beats, and as many around the budget in steps of NEAR bytes."""
+NEAR = 1 << 28
+BINS = 1024
+BESIDE = 0.05
+"""Of the time of a copy over the bus, what it takes from the layers that run beside it: memory, and the host's calls."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """layers: how many. tokens: of a microbatch; document: of a usual one. recompute, offload: what the recipe asks for. host:
+    bytes of host memory that may be pinned for layers, None for any. room: bytes of the budget. fixed: bytes that are always there;
+    moments: bytes of AdamW's on the device, by whether they are paged. logits: bytes of the loss's chunk, by how many times smaller
+    it is than usual. tables: see `timeline.Ends`. numbers, bits: of the optimizer."""
+
+    layers: int
+    tokens: int
+    microbatches: int
+    microbatch: int
+    document: int
+    hidden: int
+    vocabulary: int
+    recompute: Asked
+    offload: Asked
+    host: int | None
+    room: int
+    fixed: int
+    moments: dict[bool, int]
+    logits: dict[int, int]
+    tables: int
+    numbers: int
+    bits: int
+
+
+def keeps(task: Task) -> Iterator[Keep]:
+    """Every choice for one layer that the recipe allows. Inputs of the norms are cheap to compute again and never cross the bus."""
+    places = {"auto": "kor", "on": "kor", "off": "ko"}[task.recompute]
+    if task.offload == "off":
+        places = places.replace("o", "")
+    for x, normed, *rest in itertools.product("ko", "kr", *[places] * 4):
+        by_name = {"normed": normed, **dict(zip(NAMES[1:], rest, strict=True))}
+        away = [name for name, place in (("x", x), *by_name.items()) if place == "o"]
+        kept = [name for name, place in by_name.items() if place != "r"]
+        if (task.offload == "off" and away) or (task.offload == "on" and x != "o"):
+            continue
+        if (task.recompute == "on" and "inputs" in kept) or (task.recompute == "off" and normed == "r" and "o" not in rest):
+            continue
+        if normed == "k" and not {"qkv", "mid", "inputs"} <= set(kept):
+            continue
+        yield keeping(kept, away)
+        if "inputs" not in kept and normed == "r":
+            yield from (keeping(kept, away, tile) for tile in TILES if task.tokens >= 4 * tile)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A stage with its seconds: of what is computed again, and bytes over the bus one way."""
+
+    stage: Stage
+    again: float
+
+
+def options(task: Task, w: Work, rates: Rates) -> list[Option]:
+    """The choices for one layer, less those that another one beats in everything."""
+    cost = speed.layer_cost(w.layer, task.tokens, task.document, w.c, rates)
+    found = []
+    for keep in keeps(task):
+        found.append(Option(timeline.stage(w, keep), _again(cost, keep, task.tokens, rates)))
+    numbers = np.array([[o.stage.here, o.stage.away, o.again, o.stage.forward.peak, o.stage.backward.peak] for o in found])
+    # Worse by a thousandth is no reason to stay in the list.
+    worse = numbers[:, None, :] * 0.999 - 1e-9 <= numbers[None, :, :]
+    beaten = (worse.all(2) & (numbers[:, None, :].sum(2) < numbers[None, :, :].sum(2) * 1.001)).T
+    order = np.argsort(numbers[:, 2], kind="stable")
+    kept: list[int] = []
+    for i in order:
+        if not any(beaten[i, j] for j in kept):
+            kept.append(int(i))
+    must = [i for i, o in enumerate(found) if o.stage.keep in (EVERYTHING, INPUTS)]
+    return [found[i] for i in sorted({*kept, *must})]
+
+
+def seconds(task: Task, w: Work, rates: Rates, keeps: Sequence[Keep], paged: bool, chunks: int) -> float:
+    """Predicted for a step with what each layer keeps."""
+    cost = speed.layer_cost(w.layer, task.tokens, task.document, w.c, rates)
+    sent = sum(sum(tape.away(w, keep)) for keep in keeps) / rates.bus
+    back = task.layers * cost.backward + sum(_again(cost, keep, task.tokens, rates) for keep in keeps)
+    layers = max(task.layers * cost.forward, sent) + max(back, sent) + 2 * BESIDE * sent
+    beside = speed.ends_cost(task.tokens, task.hidden, task.vocabulary, w.c, rates, chunks)
+    return task.microbatches * (layers + beside) + speed.optimizer_cost(task.numbers, task.bits, paged, rates)
+
+
+def _again(cost: speed.Cost, keep: Keep, tokens: int, rates: Rates) -> float:
+    """Of what a layer computes again, and of the launches of its tiles."""
+    return cost.recompute(keep) + (0.0 if not keep.tile else 2 * 3 * rates.launch * tokens / keep.tile)
+
+
+def rungs(task: Task, w: Work, rates: Rates) -> list[Rung]:
+    """Those of one number of rows at once that no other one of them beats, exactly counted; fastest first."""
+    choices = options(task, w, rates)
+    cost = speed.layer_cost(w.layer, task.tokens, task.document, w.c, rates)
+    found: list[Rung] = []
+    for chunks, paged in itertools.product(task.logits, task.moments):
+        ends = Ends(task.tokens * task.hidden * w.c, task.logits[chunks], task.tables)
+        bytes_, times, index = _pairs(task, choices, cost, ends, rates)
+        beside = speed.ends_cost(task.tokens, task.hidden, task.vocabulary, w.c, rates, chunks)
+        step = speed.optimizer_cost(task.numbers, task.bits, paged, rates)
+        for at in _front(bytes_, times, task.room - task.fixed - task.moments[paged]):
+            a, b, k = np.unravel_index(index[at], (len(choices), len(choices), task.layers + 1))
+            whole = task.microbatches * (float(times[at]) + beside) + step
+            found.append(_rung(task, choices[a].stage, choices[b].stage, int(k), ends, chunks, paged, whole))
+    return fastest(found)
+
+
+def _rung(task: Task, a: Stage, b: Stage, k: int, ends: Ends, chunks: int, paged: bool, seconds: float) -> Rung:
+    lean, rest = (a, b) if k else (b, b)
+    rung = Rung(
+        task.microbatch,
+        recompute=any(s.keep.tile or not all(getattr(s.keep, n) for n in NAMES[1:]) for s in (lean, rest)),
+        offload=bool(lean.keep.away or rest.keep.away),
+        paged=paged,
+        chunks=chunks,
+        lean=lean.keep.spec(),
+        lean_layers=k,
+        rest=rest.keep.spec(),
+        seconds=seconds,
+    )
+    by_keep = {s.keep: s for s in (lean, rest)}
+    top = timeline.peak([by_keep[keep] for keep in rung.keeps(task.layers)], ends)
+    return Rung(**{**vars(rung), "bytes": task.fixed + task.moments[paged] + top.bytes})
+
+
+def _pairs(
+    task: Task, choices: Sequence[Option], cost: speed.Cost, ends: Ends, rates: Rates
+) -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """Bytes of layers and ends, seconds of the layers in one microbatch, and the flat index [A, B, k] of every way that may be."""
+    stages = [o.stage for o in choices]
+    here, away, host, forward, backward, again = (
+        np.array(values, dtype=np.float64)
+        for values in (
+            [s.here for s in stages],
+            [s.away for s in stages],
+            [s.host for s in stages],
+            [s.forward.peak for s in stages],
+            [s.backward.peak for s in stages],
+            [o.again for o in choices],
+        )
+    )
+    k = np.arange(task.layers + 1, dtype=np.float64)
+    rest = task.layers - k
+
+    def a(x: Floats) -> Floats:
+        return x[:, None, None]
+
+    def b(x: Floats) -> Floats:
+        return x[None, :, None]
+
+    held = k * a(here) + rest * b(here)
+    flying = 2 * np.maximum(np.where(k > 0, a(away), 0), np.where(rest > 0, b(away), 0))
+    spread = (a(away) > 0) != (b(away) > 0)
+    some, others = k > 0, rest > 0
+    tall_a = np.where(spread, held, k * a(here)) - a(here) + np.maximum(a(forward), a(backward))
+    tall_b = held - b(here) + np.maximum(b(forward), b(backward))
+    layers = np.maximum(np.where(some, tall_a, 0), np.where(others, tall_b, 0)) + flying
+    top = np.maximum(layers + ends.hidden + ends.tables, held + flying + ends.loss + ends.tables)
+    sent = (k * a(away) + rest * b(away)) / rates.bus
+    plain = task.layers * cost.forward
+    back = task.layers * cost.backward + k * a(again) + rest * b(again)
+    seconds = np.maximum(plain, sent) + np.maximum(back, sent) + 2 * BESIDE * sent
+    allowed = np.ones(top.shape, dtype=bool) if task.host is None else k * a(host) + rest * b(host) <= task.host
+    index = np.flatnonzero(allowed)
+    return top.reshape(-1)[index], seconds.reshape(-1)[index], index
+
+
+def _front(bytes_: Floats, seconds: Floats, room: float) -> list[int]:
+    """Places of those that need fewer bytes than everything at least as fast; about STEPS of them, evenly in bytes, and those near
+    `room`."""
+    # Most are slower than something that needs no more: found by bins of bytes, so that few are sorted.
+    least, width = float(bytes_.min()), max(float(bytes_.max() - bytes_.min()) / BINS, 1.0)
+    bins = ((bytes_ - least) / width).astype(np.int64)
+    best = np.full(BINS + 1, np.inf)
+    np.minimum.at(best, bins, seconds)
+    places = np.flatnonzero(seconds <= np.minimum.accumulate(best)[bins])
+    order = places[np.lexsort((bytes_[places], seconds[places]))]
+    below = np.minimum.accumulate(bytes_[order])
+    better = order[np.concatenate([[True], below[1:] < below[:-1]])]
+    if len(better) <= STEPS:
+        return [int(i) for i in better]
+    least = float(bytes_[better[-1]])
+    marks = [*np.linspace(bytes_[better[0]], least, STEPS), *(room + (i * NEAR) for i in range(-8, 9))]
+    # The fastest at or below each mark.
+    found = {int(np.flatnonzero(bytes_[better] <= max(mark, least))[0]) for mark in marks}
+    return [int(better[i]) for i in sorted(found)]
+
+
+def fastest(found: Sequence[Rung]) -> list[Rung]:
+    """The rungs that no other beats in both, fastest first: each needs fewer bytes than those before it."""
+    kept: list[Rung] = []
+    for rung in sorted(found, key=lambda r: (r.seconds, r.bytes)):
+        if not kept or rung.bytes < kept[-1].bytes:
+            kept.append(rung)
+    return kept

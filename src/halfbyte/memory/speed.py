@@ -1,0 +1,137 @@
+"""How long a step takes, from shapes and four rates: products, memory, bus, host. What a plan compares its choices by.
+
+Products at the rate of a hot chip, everything that reads and writes memory once at the rate of a large copy, attention at a share
+of the products' rate, copies to host memory beside all of it. A step is never faster than the host can launch it.
+Source of the counts: the operations of `layers.fused`, forward and backward; the shares were fitted on an H200 (docs/LOG.md).
+
+Letters: T tokens of a microbatch, N outputs, K inputs of a group, L tokens of a document.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from halfbyte.layers.fused.keep import NAMES, Keep
+from halfbyte.memory.fused import Group, Layer
+
+ATTENTION_SHARE, HALF_ATTENTION = 0.8, 900
+"""Of the products' rate, what attention reaches in long documents; and the length at which it reaches half of that."""
+HALF_RATE = 160
+"""Tokens at which a product runs at half the rate of a large one."""
+DECODED = 2.0 + 0.52
+"""Bytes written and read for one decoded weight."""
+LAUNCHES = {"forward": 26, "backward": 46, "again": 4}
+"""Kernels a layer; `again`: of each tensor that is computed again."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """gemm: FLOP/s of large products. copy: bytes read and written a second. bus: bytes a second to or from host memory. launch:
+    seconds of host time a kernel. source: where they are from; "" where they stand for no card in particular."""
+
+    gemm: float
+    copy: float
+    bus: float
+    launch: float = 9e-6
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a layer without the bus: forward, backward, and of what would be computed again, by name."""
+
+    forward: float
+    backward: float
+    again: dict[str, float]
+
+    def recompute(self, keep: Keep) -> float:
+        """Seconds of what `keep` does not keep."""
+        return sum(self.again[name] for name in NAMES if not getattr(keep, name))
+
+
+def layer_cost(one: Layer, tokens: int, document: int, c: int, rates: Rates, decoded: bool = False) -> Cost:
+    """document: L, the length of a usual document. decoded: weights are held decoded."""
+    wide = tokens * c / rates.copy
+
+    def product(group: Group) -> float:
+        flops = 2.0 * group.n * group.k * (tokens + HALF_RATE)
+        decode = 0.0 if group.held or decoded else DECODED * group.n * group.k / rates.copy
+        return flops / rates.gemm + decode
+
+    def ranks(group: Group, reads: int) -> float:
+        return wide * reads if group.r else 0.0
+
+    qkv, out, inputs, down = one.qkv, one.out, one.inputs, one.down
+    attention = 2.0 * one.query * tokens * (min(document, tokens) + HALF_ATTENTION) / (ATTENTION_SHARE * rates.gemm)
+    norm, heads, glu = 4 * one.hidden * wide, 2 * (one.query + one.keys) * wide, 3 * down.k * wide
+    norms = 2 + one.after_attention + one.after_mlp
+    mlp = product(down) if one.after_mlp else 0.0
+    again = {
+        "normed": norm,
+        "qkv": product(qkv) + heads + ranks(qkv, qkv.k),
+        "attended": attention,
+        "mid": product(out) + norm + ranks(out, out.k),
+        "inputs": product(inputs) + ranks(inputs, inputs.k) + mlp,
+    }
+    groups = (qkv, out, inputs, down)
+    products = sum(product(g) for g in groups)
+    forward = products + attention + norms * norm + heads + glu + sum(ranks(g, g.k) for g in groups)
+    backward = products + 2.5 * attention + norms * norm + heads + 2 * glu + sum(ranks(g, 2 * g.n + g.k) for g in groups)
+    return Cost(
+        max(forward, LAUNCHES["forward"] * rates.launch),
+        max(backward, LAUNCHES["backward"] * rates.launch),
+        {name: max(t, LAUNCHES["again"] * rates.launch) for name, t in again.items()},
+    )
+
+
+def ends_cost(tokens: int, hidden: int, vocabulary: int, c: int, rates: Rates, chunks: int = 1) -> float:
+    """Embedding, head and loss: two products over all tokens, and four passes over the logits."""
+    products = 4.0 * hidden * vocabulary * tokens / rates.gemm
+    return products * (1.0 if chunks == 1 else 1.1) + 4.0 * tokens * vocabulary * c / rates.copy + 20 * rates.launch
+
+
+def optimizer_cost(numbers: int, bits: int, paged: bool, rates: Rates) -> float:
+    """Of one step: 28 bytes a number, and its moments over the bus, both ways at once, where they are in host memory."""
+    moments = numbers * (8 if bits == 32 else 2)
+    return (12 * numbers + 2 * moments) / rates.copy + (moments / rates.bus if paged else 0.0) + 5 * rates.launch
+
+
+# FLOP/s of large products in 16 bits with sums in fp32, bytes a second of memory, bytes a second of a PCIe x16 link one way: what
+# is reached, about three quarters of what makers print.
+_CARDS: dict[str, tuple[float, float, float]] = {
+    "t4": (35e12, 0.26e12, 11e9),
+    "v100": (90e12, 0.78e12, 12e9),
+    "rtx2080ti": (45e12, 0.53e12, 12e9),
+    "rtx3060": (25e12, 0.31e12, 25e9),
+    "rtx3070": (36e12, 0.38e12, 25e9),
+    "rtx3080": (52e12, 0.65e12, 25e9),
+    "rtx3090": (60e12, 0.80e12, 25e9),
+    "rtx4060": (28e12, 0.23e12, 12.5e9),
+    "rtx4060ti": (38e12, 0.25e12, 12.5e9),
+    "rtx4070": (54e12, 0.43e12, 25e9),
+    "rtx4080": (84e12, 0.61e12, 25e9),
+    "rtx4090": (140e12, 0.86e12, 25e9),
+    "rtx5070": (56e12, 0.57e12, 50e9),
+    "rtx5080": (96e12, 0.82e12, 50e9),
+    "rtx5090": (180e12, 1.5e12, 50e9),
+    "a10": (90e12, 0.50e12, 25e9),
+    "a100": (250e12, 1.7e12, 25e9),
+    "a40": (110e12, 0.60e12, 25e9),
+    "a6000": (110e12, 0.66e12, 25e9),
+    "h100": (600e12, 2.8e12, 50e9),
+    "h200": (660e12, 4.0e12, 55e9),
+    "b200": (1500e12, 6.8e12, 55e9),
+    "l4": (50e12, 0.26e12, 22e9),
+    "l40s": (200e12, 0.72e12, 25e9),
+}
+TYPICAL = Rates(140e12, 0.86e12, 25e9)
+"""For a size of memory without a card: the ratios of a fast consumer card."""
+
+
+def tabulated(card: str) -> Rates:
+    """Of a card by name, or of the most similar one in the table; `TYPICAL`, without a source, where there is none."""
+    names = [name for name in _CARDS if card.startswith(name)]
+    if not names:
+        return TYPICAL
+    found = max(names, key=len)
+    return Rates(*_CARDS[found], source=f"tabulated for {found}")

@@ -1,0 +1,88 @@
+"""The memory of fused layers over one microbatch: every layer's share while others run, the loss between, and the largest moment.
+
+Letters: T tokens of a microbatch, c bytes of a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from halfbyte.layers.fused.host import UNDER_WAY
+from halfbyte.layers.fused.keep import Keep
+from halfbyte.memory import tape
+from halfbyte.memory.tape import LIBRARY, SCRATCH, Passage, Work
+from halfbyte.pinned import ALIGNED
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One layer with a `Keep`. here, away: bytes that it keeps on the device, and in host memory; host: those as pinned."""
+
+    keep: Keep
+    here: int
+    away: int
+    host: int
+    forward: Passage
+    backward: Passage
+
+
+def stage(w: Work, keep: Keep) -> Stage:
+    """Of one layer."""
+    sent = tape.away(w, keep)
+    kept = sum(tape.kept(w, keep).values())
+    host = sum(-(-size // ALIGNED) * ALIGNED for size in sent)
+    return Stage(keep, kept - sum(sent), sum(sent), host, tape.forward(w, keep), tape.backward(w, keep))
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What is outside the layers. hidden: bytes of one `[T, H]`. logits: of the loss's chunk and what belongs to it. tables: rotary
+    tables and token numbers."""
+
+    hidden: int
+    logits: int
+    tables: int
+
+    @property
+    def loss(self) -> int:
+        """While the loss runs, or its gradient goes through the norm behind the layers: the norm's input and output, the gradient
+        of the loss twice."""
+        return 2 * self.hidden + max(self.logits + self.hidden, 2 * self.hidden)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """bytes, of which `kept` are waiting for backward, `scratch` is decoded weights and `library` attention's workspace."""
+
+    name: str
+    bytes: int
+    kept: int
+    scratch: int = 0
+    library: int = 0
+
+
+def moments(layers: Sequence[Stage], ends: Ends) -> Iterator[Moment]:
+    """One for each layer's forward, the loss, each layer's backward."""
+    held, flying = 0, [0] * UNDER_WAY
+    for one in layers:
+        yield _moment("forward", held + sum(flying), one.forward, ends.tables)
+        held += one.here
+        if one.away:
+            flying = [*flying[1:], one.away]
+    held += ends.tables
+    yield Moment("loss", held + sum(flying) + ends.loss, held + ends.hidden)
+    below = [one.away for one in layers]
+    for i in range(len(layers) - 1, -1, -1):
+        held -= layers[i].here
+        ahead = next((size for size in reversed(below[:i]) if size), 0)
+        yield _moment("backward", held + ahead, layers[i].backward, ends.hidden)
+
+
+def _moment(name: str, held: int, passage: Passage, more: int) -> Moment:
+    return Moment(name, held + passage.peak + more, held + more, passage.at_peak.get(SCRATCH, 0), passage.at_peak.get(LIBRARY, 0))
+
+
+def peak(layers: Sequence[Stage], ends: Ends) -> Moment:
+    """The largest."""
+    return max(moments(layers, ends), key=lambda m: m.bytes)

@@ -1,0 +1,153 @@
+"""On which rung of its plan a run stands, how it gets to another, and what it says when an allocation failed.
+
+A rung (`memory.rungs`) is chosen before the first step, and a smaller one is taken whenever memory turns out to be shorter. None
+changes what a step computes, so a run goes down in the middle of one and a checkpoint resumes on the rung it holds.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from halfbyte.config import Recipe
+from halfbyte.memory import measure
+from halfbyte.memory.plan import Plan
+from halfbyte.memory.rungs import Rung
+from halfbyte.train import choices as choosing
+from halfbyte.train.choices import KEPT, Choice
+
+RISING = 3
+"""Steps in a row in which the allocator had to give its cache back and ask again, after which memory counts as too short."""
+PHRASES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+"""What libraries say in a plain RuntimeError, when it was they who asked for memory."""
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+@dataclass
+class Ladder:
+    """rung: where the run stands, or goes next. smaller: the rung below one, None at the end. place: brings model and optimizer to
+    a rung. forget: drops what an unfinished step left behind. retries: the allocator's count. advice: what would help where nothing
+    fits. start: rows at once when the run began, of which evaluation batches are made."""
+
+    rung: Rung
+    device: torch.device
+    smaller: Callable[[Rung], Rung | None] = _nothing
+    place: Callable[[Rung], None] = _nothing
+    forget: Callable[[], None] = _nothing
+    retries: Callable[[], int] | None = None
+    advice: str = ""
+
+    def __post_init__(self) -> None:
+        self.placed, self.start = self.rung, self.rung.microbatch
+        self.seen, self.rising = 0, 0
+
+    def settle(self) -> None:
+        """Model and optimizer are on the rung behind this. May itself find no memory, and be called again."""
+        if self.placed != self.rung:
+            self.place(self.rung)
+            self.placed = self.rung
+
+    def release(self) -> None:
+        """Gives back all that is held and not needed."""
+        self.forget()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+
+    def thrashing(self) -> bool:
+        """After a step: whether the allocator had to ask again in each of the last RISING. Does not wait for the device."""
+        now = (self.retries or _retries(self.device))()
+        self.rising = self.rising + 1 if now > self.seen else 0
+        self.seen = now
+        if self.rising < RISING:
+            return False
+        self.rising = 0
+        return True
+
+
+def _retries(device: torch.device) -> Callable[[], int]:
+    if device.type != "cuda":
+        return lambda: 0
+    return lambda: int(torch.cuda.memory_stats_as_nested_dict(device).get("num_alloc_retries", 0))
+
+
+def is_shortage(error: RuntimeError) -> bool:
+    """Whether memory was what was missing."""
+    return isinstance(error, torch.OutOfMemoryError) or any(phrase in str(error) for phrase in PHRASES)
+
+
+def in_words(error: RuntimeError, device: torch.device) -> str:
+    """`512.00 MiB could not be allocated (the run holds 7.10 GiB, others 3.20, free are 0.02 of 11.00)`."""
+    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+    told = f"{asked.group(1) if asked else 'memory'} could not be allocated"
+    card = measure.cuda_device() if device.type == "cuda" else None
+    if card is None:
+        return told
+    held = torch.cuda.memory_reserved(device)
+    others = max(0, card.total - card.free - held)
+    gib = [f"{count / 2**30:.2f}" for count in (held, others, card.free, card.total)]
+    capped = re.search(r"([\d.]+ \w+) allowed", str(error))
+    cap = f", allowed are {capped.group(1)}" if capped else ""
+    return f"{told} (the run holds {gib[0]} GiB, driver and others {gib[1]}, free are {gib[2]} of {gib[3]}{cap})"
+
+
+def begin(
+    plan: Plan, recipe: Recipe, kept: Mapping[str, Choice], fallen: Sequence[Mapping[str, Any]]
+) -> tuple[Rung, dict[str, Choice]]:
+    """The rung that a run begins on, and the choices that it stands for.
+
+    kept: choices of a checkpoint. fallen: the shortages it has seen, whose last rung is taken. What the recipe asks for, it gets.
+    """
+    if fallen:
+        rung = _standing(plan, recipe, Rung(**fallen[-1]["rung"]))
+        why = f"memory ran short at step {fallen[-1]['step']}{KEPT}"
+        told = {"microbatch": why, "recompute": why, "offload": why, "moments": why}
+    else:
+        rows = choosing.settle("microbatch", recipe.memory.microbatch, kept, lambda: Choice(plan.microbatch, plan.reason))
+        again = choosing.settle("recompute", recipe.memory.recompute, kept, lambda: Choice(_on(plan.rung.recompute), plan.reason))
+        rung = _nearest(plan, rows.value, again.value == "on")
+        told = {"microbatch": rows.reason, "recompute": again.reason, "offload": plan.offload, "moments": plan.paging}
+    values = {
+        "microbatch": rung.microbatch,
+        "recompute": _on(rung.recompute),
+        "offload": _on(rung.offload),
+        "moments": "in host memory" if rung.paged else "on the device",
+    }
+    return rung, {name: Choice(value, told[name]) for name, value in values.items()}
+
+
+def _nearest(plan: Plan, rows: int, recompute: bool) -> Rung:
+    """The plan's own rung, or the fastest that fits of those with what a checkpoint or the recipe has settled before the plan."""
+    if plan.rung.microbatch == rows and plan.rung.recompute == recompute:
+        return plan.rung
+    alike = [r for r in plan.rungs if r.microbatch == rows and r.recompute == recompute]
+    alike = alike or [r for r in plan.rungs if r.microbatch == rows]
+    fits = [r for r in alike if r.bytes <= plan.budget.bytes]
+    return (fits or alike[-1:] or [replace(plan.rung, microbatch=rows)])[0]
+
+
+def _standing(plan: Plan, recipe: Recipe, rung: Rung) -> Rung:
+    """The rung that a run has fallen to, if the recipe still allows it; else the fastest of the plan that needs no more."""
+    memory, paging = recipe.memory, recipe.optim.paged
+    asked = [
+        memory.microbatch in ("auto", rung.microbatch),
+        memory.recompute in ("auto", _on(rung.recompute)),
+        memory.offload in ("auto", _on(rung.offload)),
+        paging == "auto" or (paging == "always") == rung.paged,
+    ]
+    if all(asked):
+        return rung
+    return next((r for r in plan.rungs if r.bytes <= rung.bytes), plan.rungs[-1])
+
+
+def _on(value: bool) -> str:
+    return "on" if value else "off"

@@ -1,0 +1,202 @@
+"""A step that finds no memory begins anew with less: the same weights, whatever allocation fails; the rung is kept."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Container, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from halfbyte.errors import Interrupted, MemoryPlanError
+from halfbyte.machine import Device
+from halfbyte.memory.rungs import Rung, below, ways
+from halfbyte.train import ladder
+from halfbyte.train.state import Parts
+from train import rig
+from train.test_loop import StopAfter, assert_same
+from train.trials import CPU, KEEPING, SMALLER, Trial, close, fused, modules, near, rungs, same_bits, with_ladder
+
+STRIDES = [
+    pytest.param(97, id="some"),
+    pytest.param(11, id="more", marks=pytest.mark.cpu),
+    pytest.param(1, id="all", marks=pytest.mark.slow),
+]
+"""Every so many-th allocation."""
+
+
+@pytest.fixture(autouse=True)
+def thawed() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("stride", STRIDES)
+def test_every_allocation_of_a_step_may_fail(tmp_path: Path, stride: int, bits: int) -> None:
+    seen = Trial(modules(tmp_path, bits)).every(stride, same_bits)
+    assert len(seen) == 1, "nothing but recompute was chosen"
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_every_allocation_of_a_fused_step_may_fail(tmp_path: Path, stride: int) -> None:
+    Trial(fused(tmp_path, 32, KEEPING)).every(stride, same_bits)
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_fewer_rows_give_the_same_step_to_rounding(tmp_path: Path, stride: int) -> None:
+    Trial(fused(tmp_path, 32, SMALLER)).every(stride, close)
+
+
+def test_a_step_goes_down_as_far_as_it_must(tmp_path: Path) -> None:
+    trial = Trial(fused(tmp_path, 32, KEEPING))
+    expected, _, count = trial.step()
+    for first in range(1, count, 397):
+        found, state, _ = trial.step([first, first + 40])
+        assert len(state.shortages) <= 2
+        same_bits(found, expected)
+    with pytest.raises(MemoryPlanError, match=r"step 2: 2.00 MiB could not be allocated, and nothing smaller is left") as caught:
+        trial.step(range(1, 10_000))
+    assert caught.value.code == "train.out-of-memory"
+    assert "what layers keep waits in host memory" in caught.value.message
+
+
+def short_at(parts: Parts, calls: Container[int], training: bool = True) -> Parts:
+    """The run whose forward number n (from 1, of training or of evaluation) finds no memory, for every n in `calls`."""
+    forwards: list[object] = []
+
+    def sometimes(*inputs: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() == training:
+            forwards.append(inputs)
+            if len(forwards) in calls:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512.00 MiB. GPU 0 has")
+        return parts.forward(*inputs)
+
+    return replace(parts, forward=sometimes)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_moments_that_go_to_the_host_in_the_middle_change_nothing(tmp_path: Path, bits: Literal[32, 8]) -> None:
+    whole = rig.build(tmp_path / "whole", steps=4, bits=bits)
+    rig.run(whole)
+    steps = rungs(Rung(2, False), Rung(2, False, paged=True))
+    parts = with_ladder(rig.build(tmp_path / "short", steps=4, bits=bits), steps)
+    rig.run(short_at(parts, {4}))
+    assert parts.optimizer.pages is not None and whole.optimizer.pages is None
+    assert_same(whole, parts)
+
+
+def test_a_run_says_keeps_and_resumes_its_rung(tmp_path: Path) -> None:
+    """Down to recompute in the second step, stopped in the third, resumed there: the weights of a run that had memory."""
+    steps = rungs(Rung(2, False), Rung(2, True))
+    whole, messages = rig.build(tmp_path / "whole", steps=5), []
+    rig.run(whole)
+    parts = with_ladder(rig.build(tmp_path / "short", steps=5), steps)
+    monitored = short_at(parts, {4})
+    monitored.report.on_event = lambda event: messages.append(event.get("text", ""))  # type: ignore[attr-defined]
+    with pytest.raises(Interrupted):
+        rig.run(monitored, StopAfter(13))
+    (line,) = [text for text in messages if "could not be allocated" in text]
+    assert line.endswith("512.00 MiB could not be allocated; going on with 2 rows at once, every layer is recomputed in backward")
+    stored = rig.resume.newest(parts.checkpoints, print)
+    assert stored is not None
+    (shortage,) = stored.documents["trainer"]["shortages"]
+    assert Rung(**shortage["rung"]) == steps[1]
+    resumed = with_ladder(rig.build(tmp_path / "short", steps=5), [Rung(**shortage["rung"])])
+    state = rig.run(resumed)
+    assert state.shortages == [shortage]
+    assert_same(whole, resumed)
+
+
+def test_when_nothing_fits_the_run_is_saved_and_goes_on_later(tmp_path: Path) -> None:
+    whole = rig.build(tmp_path / "whole", steps=5, save_every=0)
+    rig.run(whole)
+    parts = with_ladder(
+        rig.build(tmp_path / "short", steps=5, save_every=0), rungs(Rung(2, False)), advice="data.tokens=12 saves it"
+    )
+    with pytest.raises(MemoryPlanError) as caught:
+        rig.run(short_at(parts, range(5, 1000)))
+    assert caught.value.hint == "data.tokens=12 saves it"
+    stored = rig.resume.newest(parts.checkpoints, print)
+    assert stored is not None and stored.step >= 1 and not parts.flat.grads.any()
+    again = rig.build(tmp_path / "short", steps=5, save_every=0)
+    rig.run(again)
+    assert_same(whole, again)
+
+
+def test_evaluation_may_find_no_memory_too(tmp_path: Path) -> None:
+    whole = rig.build(tmp_path / "whole", steps=2)
+    rig.run(whole)
+    parts = with_ladder(rig.build(tmp_path / "short", steps=2), rungs(Rung(2, False), Rung(1, True)))
+    state = rig.run(short_at(parts, {2}, training=False))
+    assert len(state.shortages) == 1 and parts.model.training
+    assert state.evaluations[0]["sets"]["held-out"]["loss"] == pytest.approx(
+        json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0])["loss"], rel=1e-6
+    )
+
+
+def test_other_errors_are_not_survived(tmp_path: Path) -> None:
+    parts = with_ladder(rig.build(tmp_path, steps=2, eval_every=0), rungs(Rung(2, False), Rung(1, True)))
+
+    def broken(*inputs: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        rig.run(replace(parts, forward=broken, evals={}))
+    assert ladder.is_shortage(RuntimeError("CUDA error: out of memory"))
+    assert ladder.is_shortage(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"))
+
+
+def test_an_allocator_that_thrashes_counts_as_short(tmp_path: Path) -> None:
+    """Three steps in a row with retries, not two: then a smaller rung, at the boundary; with none left it is told and goes on."""
+    for counts, falls in (([1, 1, 2, 3, 3, 3], 0), ([1, 2, 3, 3, 3, 3], 1), ([1, 2, 3, 4, 5, 6], 1)):
+        given = iter(counts)
+        parts = rig.build(tmp_path / str(counts), steps=6, eval_every=0)
+        parts = with_ladder(parts, rungs(Rung(2, False), Rung(2, True)), retries=lambda given=given: next(given))
+        state = rig.run(parts)
+        assert len(state.shortages) == falls, counts
+        assert parts.ladder.rung.recompute == bool(falls)
+
+
+def test_the_ladder_is_the_plans_order_without_what_needs_more() -> None:
+    needs = {(4, False): 9, (2, False): 7, (1, False): 5, (4, True): 6, (2, True): 4, (1, True): 3}
+
+    def measure(rung: Rung) -> int:
+        return 10 * needs[rung.microbatch, rung.recompute] - 5 * rung.paged - 2 * (rung.chunks > 1)
+
+    found = ways([4, 2, 1], "auto", lambda m, again: again, [False, True], measure)
+    walked, now = [], found[0]
+    while (lower := below(found, now)) is not None:
+        assert lower.bytes < now.bytes
+        walked.append((lower.microbatch, lower.recompute, lower.paged, lower.chunks))
+        now = lower
+    assert walked == [
+        *((2, False, False, 1), (1, False, False, 1), (2, True, False, 1), (1, True, False, 1)),
+        *((1, True, True, 1), (1, True, True, 8)),
+    ]
+    asked = ways([2], "off", lambda m, again: False, [True], measure)
+    assert {(r.microbatch, r.recompute, r.paged) for r in asked} == {(2, False, True)}
+    elsewhere = replace(found[0], microbatch=3, bytes=65)
+    assert below(found, elsewhere) == found[2], "a rung that the plan does not have: the first that needs less"
+
+
+def test_the_numbers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ladder.measure, "cuda_device", lambda: Device("a card", 1 << 28, 24 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 18 << 30)
+    text = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 24.00 GiB of which 256.00 MiB is free."
+    error, cuda = torch.OutOfMemoryError(text), torch.device("cuda", 0)
+    told = "2.50 GiB could not be allocated (the run holds 18.00 GiB, driver and others 5.75, free are 0.25 of 24.00"
+    assert ladder.in_words(error, cuda) == f"{told})"
+    assert ladder.in_words(torch.OutOfMemoryError(f"{text} 20.00 GiB allowed; Of"), cuda) == f"{told}, allowed are 20.00 GiB)"
+    assert ladder.in_words(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), CPU) == "memory could not be allocated"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("steps", [KEEPING, SMALLER], ids=["keeping", "smaller"])
+def test_on_a_gpu_the_step_is_the_same_to_rounding(tmp_path: Path, steps: list[Rung]) -> None:
+    """To rounding only: attention adds in the order in which threads finish."""
+    Trial(fused(tmp_path, 32, steps, 0.2, torch.device("cuda", 0))).every(7, near)
