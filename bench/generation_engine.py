@@ -1,11 +1,12 @@
 """The token engine on a CUDA GPU: tokens a second of an 8B model, where a token's time goes, and what else could make it.
 
-    python bench/generation_engine.py --out DIR      # gate first; JSON lines in DIR/generation_engine.jsonl, flushed
-    python bench/generation_gpu.py --out DIR --only engine      # the same
+    python bench/generation_engine.py --out DIR [--limit 80] [--cuts]     # gate first; JSON lines in DIR/generation_engine.jsonl
+    python bench/generation_gpu.py --out DIR      # the same, and every kernel's proof in the gate
 
 The gate: attention of a token against float64, and the engine's greedy tokens equal to the model's own forward wherever that one's
 two likeliest tokens are apart, from an empty cache and from a kept one. Every setup is also run once on two layers: that compiles
-its kernels. All in parallel processes; if one is red nothing is reported and the exit code is 1.
+its kernels. All in parallel processes; if one is red nothing is reported and the exit code is 1. --cuts: other cuts of attention,
+after the rest. What does not fit into --limit seconds is named in the last line.
 
 engine: `ms_at_P` a token with P places in the cache (replays), tokens a second as a caller sees them. first-token: reading prompts.
 layer: a profile folded by the position of a launch in its layer, medians over layers and tokens; `us` its own time (with early
@@ -17,40 +18,33 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import multiprocessing
-import os
-import queue
 import statistics
 import sys
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# A parent that has asked CUDA for its devices cannot fork children that use it.
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "bench")]
 
 import torch  # noqa: E402
-from generation_setups import NESTED, OURS, PLACES, THEIRS, Bench, Setup, adapt, model_of, pack, set_up  # noqa: E402
+from gemv_gpu import NESTED  # noqa: E402
+from generation_setups import OURS, PLACES, THEIRS, Bench, Setup, adapt, model_of, pack, set_up  # noqa: E402
 from profile_fold import fold  # noqa: E402
+from reporting import Report, passed  # noqa: E402
+from side_by_side import Job, together  # noqa: E402
 
 from halfbyte.generate import step  # noqa: E402
 from halfbyte.generate.engine import Engine  # noqa: E402
 from halfbyte.layers import swap  # noqa: E402
 
 DEPTHS = (256, PLACES - 64)
-LIMIT = 150.0
-Report = Callable[..., None]
 MAIN = [
-    *(Setup("bf16", rows) for rows in (1, 4, 16)), Setup("nf4"), Setup("bitsandbytes"), Setup("bitsandbytes", 16),
-    *(Setup("nf4+adapter", rows) for rows in (1, 4, 16)),
+    Setup("bf16"), Setup("bf16", 16), Setup("nf4"), Setup("nf4+adapter"), Setup("nf4+adapter", early=False),
+    *(Setup("nf4+adapter", rows) for rows in (2, 4, 16)), Setup("bitsandbytes"), Setup("bitsandbytes", 16),
 ]  # fmt: skip
-LATE = Setup("nf4+adapter", early=False)
 CUTS = [
     Setup("nf4+adapter", rows, True, *cut)
     for cut in ((128, None, None), (512, None, None), (512, None, 8192), (256, 8, None), (256, None, 8192), (256, 2, 8192))
@@ -70,8 +64,8 @@ def clear_tokens(model: Any, prompt: list[int], answer: list[int]) -> None:
     assert same[clear].all(), f"{int((~same & clear).sum())} of {int(clear.sum())} clear tokens differ"
 
 
-def gate_engine() -> None:
-    """Two rows, then one; each twice, and once more from what the cache holds."""
+def gate_engine(count: int) -> None:
+    """So many rows, twice, and once more from what the cache holds."""
     from halfbyte.formats.quantize import quantize
 
     model = model_of(4, hidden_size=512, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=2, vocab_size=4096,
@@ -79,22 +73,15 @@ def gate_engine() -> None:
     pack(model, lambda module: quantize(module.weight, NESTED, name="gate"))
     assert all(row.adopted for row in swap.adopt(model).layers), "not adopted"
     adapt(model)
-    prompts = [list(range(5, 45)), [7, 8, 9]]
-    for rows in (prompts, prompts[:1]):
-        engine = Engine(model, len(rows), 512, 100)
-        assert not engine.plain, engine.plain
-        answers = engine.answer(rows, 100, set())
-        engine.forget()
-        assert engine.answer(rows, 100, set()) == answers, "the second answer differs"
-        longer = [[*prompt, *answer, 3, 1, 4] for prompt, answer in zip(rows, answers, strict=True)]
-        for prompt, answer in zip([*rows, *longer], [*answers, *engine.answer(longer, 100, set())], strict=True):
-            clear_tokens(model, prompt, answer)
-
-
-def gate_attention(dtype: torch.dtype) -> None:
-    from kernels import checks_generation as checks
-
-    checks.check_decode_step("cuda", (dtype,))
+    prompts = [list(range(5, 45)), [7, 8, 9]][:count]
+    engine = Engine(model, count, 512, 100)
+    assert not engine.plain, engine.plain
+    answers = engine.answer(prompts, 100, set())
+    engine.forget()
+    assert engine.answer(prompts, 100, set()) == answers, "the second answer differs"
+    longer = [[*prompt, *answer, 3, 1, 4] for prompt, answer in zip(prompts, answers, strict=True)]
+    for prompt, answer in zip([*prompts, *longer], [*answers, *engine.answer(longer, 100, set())], strict=True):
+        clear_tokens(model, prompt, answer)
 
 
 def warm(setup: Setup) -> None:
@@ -103,46 +90,6 @@ def warm(setup: Setup) -> None:
         bench, setup = (Bench(1, 4096), replace(setup, weights="bf16")) if setup.cut else (Bench(2), setup)
         bench.engine(setup).answer([list(range(1, 17))] * setup.rows, 8, set())
         torch.cuda.synchronize()
-
-
-def child(name: str, run: Callable[..., None], arguments: tuple[Any, ...], said: Any) -> None:
-    torch.set_num_threads(1)
-    try:
-        run(*arguments)
-        said.put((name, ""))
-    except BaseException:
-        said.put((name, traceback.format_exc()[-3000:]))
-
-
-def on_device() -> None:
-    torch.zeros(1, device="cuda")
-
-
-def together(jobs: dict[str, tuple[Callable[..., None], tuple[Any, ...]]]) -> dict[str, str]:
-    """Each job in a process of its own, all at once; what each says if it fails, or "" """
-    context: Any = multiprocessing.get_context("fork")
-    probe = context.Process(target=on_device)
-    probe.start()
-    probe.join()
-    if probe.exitcode:
-        context = multiprocessing.get_context("spawn")
-    said, started = context.Queue(), time.perf_counter()
-    running = [context.Process(target=child, args=(name, *job, said), daemon=True) for name, job in jobs.items()]
-    for process in running:
-        process.start()
-    found: dict[str, str] = {}
-    while len(found) < len(jobs) and (left := LIMIT - (time.perf_counter() - started)) > 0:
-        try:
-            name, fault = said.get(timeout=min(left, 5.0))
-        except queue.Empty:
-            if not any(process.is_alive() for process in running):
-                break
-            continue
-        found[name] = fault
-        print(f"{name}: {'RED' if fault else 'green'}, {time.perf_counter() - started:.0f} s\n{fault}", flush=True)
-    for process in running:
-        process.kill()
-    return {name: found.get(name, f"did not end within {LIMIT} s, or died") for name in jobs}
 
 
 def at_depth(engine: Engine, place: int, tokens: int) -> float:
@@ -229,10 +176,12 @@ def profile(engine: Engine, setup: Setup, report: Report) -> None:
             report(weights=setup.weights, rows=setup.rows, early=setup.early, place=place, **line)
 
 
-def run(report: Report) -> None:
+def run(setups: list[Setup], report: Report) -> None:
     bench = Bench(32)
     have = importlib.util.find_spec("bitsandbytes") is not None
-    for setup in [*MAIN, LATE, *CUTS]:
+    for setup in setups:
+        if not report.fits(f"{setup.weights} {setup.rows} {setup.cut}"):
+            continue
         if setup.weights == "bitsandbytes" and not have:
             report(what="engine", weights=setup.weights, rows=setup.rows, left_out="not installed")
             continue
@@ -248,32 +197,36 @@ def run(report: Report) -> None:
         del engine
 
 
-def main(out: Path | None = None) -> int:
-    if out is None:
-        parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--out", type=Path, required=True)
-        out = parser.parse_args().out
-    assert out is not None
+def jobs(setups: list[Setup]) -> dict[str, Job]:
+    """The gate, and what compiles the kernels of the setups."""
+    from kernels import checks_generation as checks
+
+    found: dict[str, Job] = {f"engine, {rows} rows": (gate_engine, (rows,)) for rows in (1, 2)}
+    found |= {f"decode_step {dtype}": (checks.check_decode_step, ("cuda", (dtype,))) for dtype in (torch.bfloat16, torch.float32)}
+    return found | {f"warm {setup}": (warm, (setup,)) for setup in setups if setup.weights != "bitsandbytes"}
+
+
+def measure(out: Path, limit: float, cuts: bool, proofs: Mapping[str, Job]) -> int:
+    """The exit code. proofs: more checks for the gate. Call it before anything asks for CUDA: the gate forks."""
     out.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    jobs: dict[str, tuple[Callable[..., None], tuple[Any, ...]]] = {"engine": (gate_engine, ())}
-    jobs |= {f"attention {dtype}": (gate_attention, (dtype,)) for dtype in (torch.bfloat16, torch.float32)}
-    jobs |= {f"warm {s}": (warm, (s,)) for s in (*MAIN, LATE, *CUTS) if s.weights != "bitsandbytes"}
-    found = together(jobs)
-    (out / "generation_engine_gate.json").write_text(json.dumps(found, indent=1))
-    if any(found.values()):
-        print("no figures: a kernel that is wrong has no speed")
+    setups = [*MAIN, *(CUTS if cuts else ())]
+    if not passed(together({**proofs, **jobs(setups)}, limit), out / "generation_gate.json"):
         return 1
     with (out / "generation_engine.jsonl").open("w") as lines:
-
-        def report(**fields: Any) -> None:
-            fields["at"] = round(time.perf_counter() - started, 1)
-            print(json.dumps(fields), file=lines, flush=True)
-            print(json.dumps(fields), flush=True)
-
-        report(what="machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__)
-        run(report)
+        report = Report(lines, limit)
+        report.machine()
+        run(setups, report)
+        report.done()
     return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--limit", type=float, default=80, help="seconds after which no further setup is measured")
+    parser.add_argument("--cuts", action="store_true", help="other cuts of attention, too")
+    options = parser.parse_args()
+    return measure(options.out, options.limit, options.cuts, {})
 
 
 if __name__ == "__main__":

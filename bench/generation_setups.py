@@ -13,23 +13,24 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "src")]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 
 import torch  # noqa: E402
+from gemv_gpu import random_packed  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from halfbyte.adapters import lora  # noqa: E402
 from halfbyte.adapters.config import AdapterConfig  # noqa: E402
-from halfbyte.formats.packed import Format, Packed  # noqa: E402
+from halfbyte.formats.packed import Packed  # noqa: E402
 from halfbyte.generate import step  # noqa: E402
 from halfbyte.generate.engine import Engine  # noqa: E402
+from halfbyte.generate.step import links  # noqa: E402
 from halfbyte.kernels.decode_step import fused  # noqa: E402
 from halfbyte.kernels.glu import glu  # noqa: E402
 from halfbyte.kernels.lora_linear.members import Member  # noqa: E402
 from halfbyte.kernels.packed_gemv import Product  # noqa: E402
 from halfbyte.layers import swap  # noqa: E402
 
-NESTED = Format("nf4", 64, nested=True)
 PLACES = 2048
 SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
          "max_position_embeddings": 8192}  # fmt: skip
@@ -70,16 +71,6 @@ def set_up(setup: Setup) -> Iterator[None]:
         step.PROGRAMS, fused.WARPS, fused.READ = before
         for m, old in asked.items():
             m.hopper = old
-
-
-def random_packed(n: int, k: int) -> Packed:
-    """Random bytes as a nested nf4 weight of ordinary size: no time is spent on quantising."""
-    blocks = n * k // 64
-    codes = torch.randint(0, 256, (n * k // 2,), dtype=torch.uint8, device="cuda")
-    scales = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device="cuda")
-    outer = torch.full((-(-blocks // 256),), 0.01, device="cuda").view(torch.uint8)
-    offset = torch.full((1,), 0.04, device="cuda").view(torch.uint8)
-    return Packed(NESTED, (n, k), torch.bfloat16, codes, scales, outer, offset, torch.empty(0, dtype=torch.uint8, device="cuda"))
 
 
 def model_of(layers: int, **sizes: int) -> Any:
@@ -144,8 +135,10 @@ def as_cublas(engine: Engine) -> None:
     made = [
         replace(p, qkv=stacked(p.qkv), out=stacked(p.out), inputs=stacked(p.inputs), down=stacked(p.down)) for p in engine.products
     ]
+    rows = len(engine.b.token)
     engine.products, engine.head = made, stacked(engine.head)
-    engine.b = replace(engine.b, wide=torch.empty(len(engine.b.token), made[0].inputs.rows, dtype=engine.dtype, device="cuda"))
+    engine.links = links(engine.reading, made, rows)
+    engine.b = replace(engine.b, wide=torch.empty(rows, made[0].inputs.rows, dtype=engine.dtype, device="cuda"))
 
 
 THEIRS: dict[int, list[tuple[Tensor, Any]]] = {}
@@ -184,6 +177,6 @@ def as_bitsandbytes(engine: Engine) -> None:
         replace(p, qkv=quantised(p.qkv), out=quantised(p.out), inputs=quantised(p.inputs), down=quantised(p.down))
         for p in engine.products
     ]
-    head = engine.head
-    engine.head = replace(head, launch=None, why_not="cuBLAS")
+    engine.links = links(engine.reading, engine.products, len(engine.b.token))
+    engine.head = replace(engine.head, launch=None, why_not="cuBLAS")
     step.multiply = multiply  # type: ignore[assignment]

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from halfbyte.formats import quantize as formats
 from halfbyte.formats.packed import Format, Packed
-from halfbyte.kernels.decode_step import Heads, Scratch, attend, normalise
+from halfbyte.kernels.decode_step import Heads, Scratch, Tops, attend, likeliest, normalise
 from halfbyte.kernels.decode_step import reference as step_reference
 from halfbyte.kernels.lora_linear import LowRank
 from halfbyte.kernels.lora_linear.members import Member
 from halfbyte.kernels.norm import NormSpec
-from halfbyte.kernels.packed_gemv import Activation, Shape, build, multiply
+from halfbyte.kernels.packed_gemv import Activation, Pieces, RmsNorm, Shape, build, feeds, multiply, pieces, programs
 from halfbyte.kernels.packed_gemv.reference import activated
+from halfbyte.kernels.packed_gemv.reference import normed as reference_normed
 from kernels.checks import as_wrong_as_honest, poisoned, random_packed
 
 NF4 = Format("nf4", 64, nested=True)
@@ -91,8 +92,54 @@ def check_packed_gemv(
             for _ in range(2):
                 with poisoned():
                     out = torch.empty(m, product.rows, dtype=dtype, device=device) if add is None else add.clone()
-                    multiply(product, x, out, None if add is None else out, times, shape)
+                    multiply(product, x, out, None if add is None else out, times, shape=shape)
                 as_wrong_as_honest(f"{fmt} {rows} {width} m={m} {activation} {dtype}", out, honest, truth)
+
+
+def check_fed_products(
+    device: str, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16), shape: Shape | None = None
+) -> None:
+    """Products that leave A x for the next one and norm what they read: o, gate and up, down, and q, k, v; one and two rows."""
+    for dtype in dtypes:
+        for m in (1, 2):
+            _check_chain(device, dtype, m, shape)
+
+
+def _check_chain(device: str, dtype: torch.dtype, m: int, shape: Shape | None) -> None:
+    hidden, inner = 192, 128
+    groups = [
+        build(_case(dtype, device, fmt, rows, width, ranks, bias), dtype, activation)
+        for fmt, rows, width, ranks, bias, activation in (
+            (NF4, (hidden,), 128, (), False, None), (NF4, (inner, inner), hidden, (4, 3), False, "silu"),
+            (Format("int4", 64), (hidden,), inner, (17,), True, None), (NF4, (33, 16, 17), hidden, (4, 0, 5), False, None),
+            (None, (70,), hidden, (), False, None),
+        )
+    ]  # fmt: skip
+    generator = torch.Generator().manual_seed(m)
+    x, residual = (torch.randn(m, n, generator=generator).to(device, dtype) for n in (128, hidden))
+    norm = RmsNorm((torch.rand(hidden, generator=generator) + 0.5).to(device, dtype), 1e-5, 0.25)
+    fed: Pieces | None = None
+    normed = (False, True, False, True, True)
+    for i, (product, norms) in enumerate(zip(groups, normed, strict=True)):
+        reader = groups[i + 1] if i + 1 < len(groups) else None
+        next_norm = norm if i + 1 < len(groups) and normed[i + 1] else None
+        leaves = pieces(reader, programs(product, m, shape), next_norm) if reader and feeds(product, reader, m) else None
+        adds = i in (0, 2)
+        read = x.clone()
+        results = []
+        for t in (dtype, torch.float64):
+            inside = reference_normed(read.to(t), norm).to(t) if norms else read.to(t)
+            results.append(_plain(list(product.members), inside, product.activation, residual if adds else None, 1.0))
+        with poisoned():
+            out = residual.clone() if adds else torch.empty(m, product.rows, dtype=dtype, device=device)
+            multiply(product, read, out, out if adds else None, norm=norm if norms else None, pieces=fed, feeds=leaves, shape=shape)
+        as_wrong_as_honest(f"{i} of a chain, m={m} {dtype}", out, *results)
+        if i != 3:
+            x, fed = out, leaves
+        if i == 2:
+            residual = out
+        if i == 3:
+            x, fed = residual, None
 
 
 def check_decode_step(device: str, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)) -> None:
@@ -162,4 +209,24 @@ def _check_heads(device: str, dtype: torch.dtype, heads: Heads, turns: int, piec
     assert not scratch.counters.any(), "counters are not back at zero"
 
 
-CHECKS: dict[str, Callable[[str], None]] = {"packed_gemv": check_packed_gemv, "decode_step": check_decode_step}
+def check_likeliest(device: str, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)) -> None:
+    """The first of equals, in rows shorter than the pieces and longer; twice, since the second launch counts on from the first."""
+    for dtype in dtypes:
+        for width in (5, 1000, 3001):
+            scores = torch.randint(-9, 9, (3, width + 8), generator=torch.Generator().manual_seed(width)).to(dtype)[:, :width]
+            scores[1] = -float("inf")
+            scores[1, width // 2] = -1e30
+            tops, given = Tops.empty(3, torch.device(device)), scores.to(device)
+            for _ in range(2):
+                out = torch.full((3,), -1, device=device)
+                likeliest(given, tops, out)
+                assert torch.equal(out.cpu(), scores.argmax(-1)), f"{dtype} {width}: {out}"
+            assert not tops.counters.any(), "counters are not back at zero"
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    "packed_gemv": check_packed_gemv,
+    "fed products": check_fed_products,
+    "decode_step": check_decode_step,
+    "likeliest": check_likeliest,
+}

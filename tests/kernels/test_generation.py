@@ -34,8 +34,10 @@ INTERPRETED = """
 import torch
 from kernels import checks_generation as checks
 from halfbyte.kernels.packed_gemv import Shape
-checks.check_packed_gemv("cpu", (torch.bfloat16,), Shape(1, 1), (0, 1, 2, 5, 8, 10))
+checks.check_packed_gemv("cpu", (torch.bfloat16,), Shape(1, 1, 1), (0, 1, 2, 5, 8, 10))
+checks.check_fed_products("cpu", (torch.bfloat16,), Shape(1, 4, 1))
 checks.check_decode_step("cpu", (torch.float32,))
+checks.check_likeliest("cpu", (torch.bfloat16,))
 print("right")
 """
 
@@ -70,7 +72,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from halfbyte.kernels.decode_step import fused as step
-from halfbyte.kernels.packed_gemv import fused, ptx
+from halfbyte.kernels.packed_gemv import Shape, fused, launch, low, ptx
 
 capability = int(sys.argv[1])
 hopper = capability >= 90
@@ -80,25 +82,44 @@ def build(kernel, pointers, constants, warps):
     options = dict(num_warps=warps, num_stages=1) | (dict(launch_pdl=True) if hopper else {})
     return triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32), options=options)
 
-def gemv(half, kind="four", nested=True, zero="none", segments=1, paired=False, rank=16, rows=1, bits=4, add=False):
-    pointers = dict(out="*" + half, x="*" + half, add="*" + half, a="*" + half, segments="*i64", pairs="*u32",
-                    nested_levels="*fp32", xa="*fp32", counters="*i64", multiplier="fp32")
-    constants = dict(COLUMNS=4096, KIND=kind, NESTED=nested, PER=1, ZERO=zero, SEGMENTS=segments, PAIRED=paired,
-                     RANK=rank, ACT="silu" if paired else "none", ADD=add, SLICES=2, RT=2 if paired else 1, NT=rows, WARPS=8,
-                     HALF=tl.bfloat16 if half == "bf16" else tl.float16, TABLE=ptx.table(256), BITS=bits, PDL=hopper,
-                     PREFETCHED=hopper, INTERPRETED=False)
-    text = build(fused._gemv, pointers, constants, 8).asm["ptx"]
-    assert f"f32.{half.replace('fp', 'f')}.{half.replace('fp', 'f')}.f32" in text
-    assert text.count("halfbyte_levels[") == (kind != "dense")
+def gemv(half, kind="four", nested=True, zero="none", segments=1, paired=False, rank=16, m=1, warps=16, pieces=0, feed=0,
+         norm=False, add=False, width=4096, ahead=0):
+    shape = Shape(2 if paired else 1, warps, 1)
+    pointers = dict(out="*" + half, x="*" + half, add="*" + half, segments="*i64", pairs="*u32", nested_levels="*fp32", xa="*fp32",
+                    norm="*" + half, feed="*" + half, fed="*fp32", scratch="*fp32", multiplier="fp32", eps="fp32", offset="fp32")
+    wide = triton.next_power_of_2(max(rank * segments, 1))
+    groups = max(min(warps * 32, 256) // wide, 1) if pieces else 0
+    kept = launch.kept(m)
+    batch = launch.batched(kind, paired, shape.tiles, warps, kept, 7, groups * wide)
+    constants = dict(K64=width // 64, KIND=kind, NESTED=nested, PER=1, ZERO=zero, SEGMENTS=segments, PAIRED=paired,
+                     ACT="silu" if paired else "none", ADD=add, BIAS=zero != "none", RANK=rank, RT=shape.tiles,
+                     SLOTS=launch.slots(m), NT=2 if m > 8 else 1, ROWS=kept, BATCH=batch, OUT=triton.next_power_of_2(16 * batch),
+                     WARPS=warps,
+                     HALF=tl.bfloat16 if half == "bf16" else tl.float16, SHARED=ptx.shared(kind, nested, warps * 32),
+                     SUMS=ptx.sums_at(kind), XA=batch * 16 * shape.tiles * warps * kept, ROW_BYTES=width * launch.BITS[kind] // 8,
+                     KEEP=launch.keeps(width, m, shape), A_ROWS=max(rank * segments, 1), PIECES=max(pieces, 1), GROUPS=groups,
+                     WIDE=wide, NORM=norm, FEED=feed, PDL=hopper, AHEAD=ahead if hopper else 0, INTERPRETED=False)
+    made = build(fused._gemv, pointers, constants, warps)
+    name = half.replace("fp", "f")
+    assert f"f32.{name}.{name}.f32" in made.asm["ptx"]
+    # More than 48 KiB in all, and a launch fails.
+    assert made.metadata.shared <= ptx.TRITON_BYTES, made.metadata.shared
 
-gemv("bf16", segments=3)
-gemv("fp16", segments=2, paired=True)
-gemv("bf16", zero="float", nested=False, rows=2, add=True)
-gemv("fp16", kind="dense", bits=16, rank=0)
+gemv("bf16", segments=3, norm=True, pieces=132)
+gemv("bf16", segments=3, ahead=3)
+gemv("fp16", segments=2, paired=True, norm=True, pieces=132, feed=16, m=2)
+gemv("bf16", pieces=132, feed=48, add=True, width=14336)
+gemv("bf16", zero="float", nested=False, m=4, warps=8)
+gemv("bf16", segments=2, paired=True, m=16, warps=4)
+gemv("fp16", kind="dense", nested=False, rank=0, warps=8, norm=True)
+gemv("bf16", kind="int8", nested=False, m=8, warps=8)
+build(low._low_rank, dict(x="*bf16", a="*bf16", xa="*fp32"), dict(A_ROWS=48, TALL=2, ROWS=1, SPAN=4096, PDL=hopper), 8)
 same = dict(PDL=hopper, INTERPRETED=False)
 for half in ("*bf16", "*fp32"):
     build(step._normalise, dict(x=half, weight=half, bias=half, out=half, eps="fp32", offset="fp32"),
           dict(LAYER=False, WEIGHT=True, BIAS=False, BLOCK=4096) | same, 8)
+    build(step._likeliest, dict(scores=half, values="*fp32", places="*i32", counters="*i32", out="*i64"),
+          dict(PIECES=128, BLOCK=1024, PDL=hopper), 4)
     for splits in (32, 1):
         build(step._attend, dict(qkv=half, position="*i64", q_weight=half, k_weight=half, cos=half, sin=half, keys=half,
               values=half, partial="*fp32", tops="*fp32", counters="*i32", out=half, eps="fp32", offset="fp32", scale="fp32",

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from halfbyte.generate.prompt import Span, read_prompts
 from halfbyte.generate.reading import read
-from halfbyte.generate.step import Products, buffers, logits, products, token_step
-from halfbyte.kernels.decode_step import normalise
+from halfbyte.generate.step import Links, Products, buffers, links, logits, products, token_step
+from halfbyte.kernels.decode_step import Tops, likeliest, normalise
 from halfbyte.kernels.lora_linear.members import Member
 from halfbyte.kernels.packed_gemv import MOST_ROWS, build
 
@@ -35,6 +35,7 @@ class Choose:
 
     def __init__(self, temperature: float, top_p: float, seed: int, tokens: int, rows: int, device: torch.device) -> None:
         self.temperature, self.top_p = temperature, top_p
+        self.tops = Tops.empty(rows, device)
         self.draws = torch.empty(tokens if temperature > 0 else 1, rows, dtype=torch.float64, device=device)
         self.seed(seed)
 
@@ -45,7 +46,7 @@ class Choose:
     def __call__(self, scores: Tensor, number: Tensor, out: Tensor) -> None:
         """Into `out`, int64 `[M]`, from logits `[M, V]`. number: int64 `[1]`, which token of the answer this is."""
         if self.temperature == 0:
-            torch.argmax(scores, -1, out=out)
+            likeliest(scores, self.tops, out)
             return
         likely = (scores.float() / self.temperature).softmax(-1)
         order = None
@@ -81,6 +82,7 @@ class Engine:
             self.products: list[Products] = [products(layer, groups, self.dtype) for layer, groups in pairs]
             self.parts = [layer.parts(groups, self.dtype) for layer, groups in pairs]
             self.head = build([Member(self.reading.head.weight, self.reading.head.bias, None)], self.dtype)
+            self.links: list[Links] = links(self.reading, self.products, rows)
             self.b = buffers(self.reading, self.products, rows, places, self.embedding)
         self.choose = choose or Choose(0.0, 1.0, 0, tokens, rows, self.device)
         self.history = torch.zeros(tokens + AT_A_TIME, rows, dtype=torch.int64, device=self.device)
@@ -127,7 +129,7 @@ class Engine:
         self.b.counted.add_(1)
 
     def _step(self) -> None:
-        token_step(self.reading, self.embedding, self.products, self.head, self.b)
+        token_step(self.reading, self.embedding, self.products, self.links, self.head, self.b)
         self._chosen()
 
     @torch.no_grad()

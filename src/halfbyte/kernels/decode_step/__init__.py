@@ -1,4 +1,4 @@
-"""What stands between the products of one token step: norm, and attention with rotation and cache. Few rows, small launches.
+"""What stands between the products of one token step: norm, attention with rotation and cache, the likeliest token. Few rows.
 
 Why apart from training's kernels: a step of one token is bound by how fast its launches follow each other. So attention also norms
 and turns its heads and writes the cache, cuts the cache into pieces so that every multiprocessor has one, and joins them, in one
@@ -13,11 +13,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from halfbyte.kernels.decode_step import reference
-from halfbyte.kernels.decode_step.reference import Heads, Scratch
+from halfbyte.kernels.decode_step.reference import Heads, Scratch, Tops
 from halfbyte.kernels.dispatch import twin
 from halfbyte.kernels.norm import NormSpec
 
-__all__ = ["Heads", "Scratch", "attend", "normalise"]
+__all__ = ["Heads", "Scratch", "Tops", "attend", "likeliest", "normalise"]
 
 
 def normalise(x: Tensor, spec: NormSpec, weight: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
@@ -47,3 +47,13 @@ def attend(
     from halfbyte.kernels.decode_step import fused
 
     fused.attend(qkv, position, heads, cos, sin, keys, values, scratch, out, feed, fed)
+
+
+def likeliest(scores: Tensor, tops: Tops, out: Tensor) -> None:
+    """out, int64 `[M]` = the first column of the largest of each row of scores `[M, V]`. tops: scratch."""
+    if twin(scores.device) != "fused":
+        reference.likeliest(scores, out)
+        return
+    from halfbyte.kernels.decode_step import fused
+
+    fused.likeliest(scores, tops, out)

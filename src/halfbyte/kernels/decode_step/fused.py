@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-from halfbyte.kernels.decode_step.reference import Heads, Scratch
+from halfbyte.kernels.decode_step.reference import PIECES, Heads, Scratch, Tops
 from halfbyte.kernels.dequantize.fused import INTERPRETED, to_dtype
 from halfbyte.kernels.norm import NormSpec
 from halfbyte.kernels.packed_gemv.launch import hopper
@@ -229,6 +229,28 @@ def _attend(
                             fed + (n_q * FED_ROWS + row) * FEED, D, BLOCK, SPLITS, FEED, FED, INTERPRETED)  # fmt: skip
 
 
+@triton.jit
+def _likeliest(
+    scores, values, places, counters, out, width, stride,
+    PIECES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The largest of a piece of a row, and of the row by the piece that ends last. Without any (all NaN): the last column."""
+    _begin(PDL)
+    row, piece, i = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK)
+    per = tl.cdiv(width, PIECES * 8) * 8
+    column = piece * per + i
+    mask = (i < per) & (column < width)
+    x = tl.load(scores + row * stride + column, mask=mask, other=-float("inf")).to(tl.float32)
+    tl.store(values + row * PIECES + piece, tl.max(x, 0))
+    tl.store(places + row * PIECES + piece, tl.min(tl.where(mask & (x == tl.max(x, 0)), column, width - 1), 0))
+    tl.debug_barrier()
+    if tl.atomic_add(counters + row, 1, sem="acq_rel", scope="gpu") == PIECES - 1:
+        tl.store(counters + row, 0)
+        p = row * PIECES + tl.arange(0, PIECES)
+        top, place = tl.load(values + p, cache_modifier=".cg"), tl.load(places + p, cache_modifier=".cg")
+        tl.store(out + row, tl.min(tl.where(top == tl.max(top, 0), place, width - 1), 0).to(tl.int64))
+
+
 def _options(device: torch.device, warps: int) -> dict[str, Any]:
     return {} if INTERPRETED else {"num_warps": warps, "launch_pdl": hopper(device)}
 
@@ -262,6 +284,15 @@ def attend(
         FEED=0 if feed is None else feed.shape[1], FED=16 if feed is None else triton.next_power_of_2(feed.shape[1]),
         FED_ROWS=1 if fed is None else fed.shape[1],
         PDL=hopper(device), INTERPRETED=INTERPRETED, **_options(device, WARPS),
+    )  # fmt: skip
+
+
+def likeliest(scores: Tensor, tops: Tops, out: Tensor) -> None:
+    """See the package."""
+    rows, width = scores.shape
+    _likeliest[(rows, PIECES)](
+        scores, tops.values, tops.places, tops.counters, out, width, scores.stride(0), PIECES=PIECES,
+        BLOCK=triton.next_power_of_2(triton.cdiv(width, PIECES * 8) * 8), PDL=hopper(scores.device), **_options(scores.device, 4),
     )  # fmt: skip
 
 

@@ -49,6 +49,31 @@ class Scratch:
         )
 
 
+PIECES = 128
+"""Of a row of scores: about one a multiprocessor of a large GPU."""
+
+
+@dataclass(frozen=True)
+class Tops:
+    """What the pieces of each row leave for the one that joins them. values: fp32 `[M, PIECES]`; places: their columns, int32;
+    counters: int32 `[M]`, pieces done: zero before and after a launch."""
+
+    values: Tensor
+    places: Tensor
+    counters: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> Tops:
+        counters = torch.zeros(rows, dtype=torch.int32, device="cpu").to(device)
+        places = torch.empty(rows, PIECES, dtype=torch.int32, device=device)
+        return cls(torch.empty(rows, PIECES, device=device), places, counters)
+
+
+def likeliest(scores: Tensor, out: Tensor) -> None:
+    """See the package."""
+    torch.argmax(scores, -1, out=out)
+
+
 def normalise(x: Tensor, spec: NormSpec, weight: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
     """out = norm(x)."""
     add_norm(x, None, spec, weight, bias, out)

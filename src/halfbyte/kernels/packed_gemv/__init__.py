@@ -16,24 +16,77 @@ from halfbyte.formats.packed import Packed
 from halfbyte.kernels.dequantize import decode
 from halfbyte.kernels.dispatch import twin
 from halfbyte.kernels.packed_gemv import reference
-from halfbyte.kernels.packed_gemv.product import MOST_ROWS, Activation, Launch, Product, Shape, build
+from halfbyte.kernels.packed_gemv.product import (
+    FED_ROWS,
+    MOST_FED,
+    MOST_ROWS,
+    Activation,
+    Launch,
+    Pieces,
+    Product,
+    RmsNorm,
+    Shape,
+    build,
+    pieces,
+)  # fmt: skip
 
-__all__ = ["MOST_ROWS", "Activation", "Launch", "Product", "Shape", "build", "multiply"]
+__all__ = [
+    "MOST_ROWS", "Activation", "Launch", "Pieces", "Product", "RmsNorm", "Shape", "build", "feeds", "multiply", "pieces",
+    "programs", "takes_norm",
+]  # fmt: skip
 
 
 def multiply(
-    product: Product, x: Tensor, out: Tensor, add: Tensor | None = None, multiplier: float = 1.0, shape: Shape | None = None
-) -> None:
-    """x `[M, K]`, out and add `[M, N]`: strided rows, last dimension contiguous; out may be add. shape: for measurements."""
+    product: Product, x: Tensor, out: Tensor, add: Tensor | None = None, multiplier: float = 1.0, *, norm: RmsNorm | None = None,
+    pieces: Pieces | None = None, feeds: Pieces | None = None, shape: Shape | None = None,
+) -> None:  # fmt: skip
+    """x `[M, K]`, out and add `[M, N]`: strided rows, last dimension contiguous; out may be add.
+
+    norm: x goes through it first (`takes_norm`). pieces: A x as the launch in front left it; without, a launch of its own makes it.
+    feeds: the pieces of the group that reads `out`, filled here. shape: for measurements.
+    """
     assert x.shape[0] <= MOST_ROWS and x.shape[1] == product.width and out.shape == (x.shape[0], product.rows), "does not fit"
     if twin(x.device) != "fused":
-        reference.multiply(product, x, out, add, multiplier)
+        reference.multiply(product, x, out, add, multiplier, norm)
     elif product.launch is None:
+        assert norm is None and feeds is None, "not fused"
         _decoded(product, x, out, add, multiplier)
     else:
         from halfbyte.kernels.packed_gemv import launch
 
-        launch.multiply(product.launch, product.activation, x, out, add, multiplier, shape)
+        launch.multiply(product, product.launch, x, out, add, multiplier, norm, pieces, feeds, shape)
+
+
+def takes_norm(product: Product, rows: int, norm: RmsNorm) -> bool:
+    """Whether a product with so many rows of x can norm them itself."""
+    if not _fused(product) or rows > FED_ROWS or norm.weight.data_ptr() % 8:
+        return False
+    from halfbyte.kernels.packed_gemv import launch
+
+    assert product.launch is not None
+    if norm.weight.dtype != product.launch.a.dtype:
+        return False
+    return launch.keeps(product.width, rows, launch.chosen(product.launch, rows))
+
+
+def programs(product: Product, rows: int, shape: Shape | None = None) -> int:
+    """How many pieces a launch with so many rows leaves."""
+    assert product.launch is not None
+    from halfbyte.kernels.packed_gemv import launch
+
+    return launch.programs(product.launch, rows, shape)
+
+
+def feeds(product: Product | None, reader: Product, rows: int) -> bool:
+    """Whether the launch of `product` (None: another kernel) can leave pieces of A x for the group that reads its output."""
+    if not _fused(reader) or rows > FED_ROWS or not (product is None or _fused(product)):
+        return False
+    assert reader.launch is not None
+    return 0 < reader.launch.a.shape[0] <= MOST_FED and reader.launch.rank > 0
+
+
+def _fused(product: Product) -> bool:
+    return product.launch is not None and twin(product.launch.a.device) == "fused"
 
 
 def _decoded(product: Product, x: Tensor, out: Tensor, add: Tensor | None, multiplier: float) -> None:

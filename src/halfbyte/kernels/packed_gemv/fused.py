@@ -3,20 +3,22 @@ of x.
 
 Why so: at the rate at which an H200 reads 4-bit weights, a multiprocessor has fewer than five instructions a weight. A byte holds
 two codes and one look-up yields both levels as a register of two 16-bit numbers, which is what a tensor core's operand is: about
-three instructions a weight in all, for one row of x or for eight. So that no data moves between threads, the kernel is written by
-lane: arrays have one element a thread, in the order of threads. The columns of a product may be summed in any order, so lane t of
-four takes 16 neighbouring codes of a block of 64 (8 bytes) where the tensor core would have them interleaved, and x alike. A
-block's scale multiplies its partial sum in fp32, once. An adapter's A is 16-bit rows multiplied by the first programs of the
-launch; the others add B (A x) last, when a counter says that it is there. Programs are numbered as they start (a ticket), so
-whoever is waited for is running.
+two instructions a weight in all, for one row of x or for eight. A product takes eight rows of x; with one or two, the columns of x
+that would be empty hold other blocks of 64 of the same row (SLOTS of them), so that x stays in few registers and a block's scale is
+multiplied once.
 
-Letters: N rows of the weight, K columns, M rows of x; a tile is 16 rows; g = lane / 4 is a row of the tile, t = lane % 4.
+As many programs as fit run at once and each walks over its tiles of rows: shared memory is filled once, and a tile's codes are
+asked for while the one before is multiplied, so that memory never waits. Warps stand side by side along the columns and never wait
+for each other inside a batch of tiles: their sums meet in shared memory, once a batch (`beside.py`). Weights do not depend on the
+launch before, so they are asked for before that one has ended.
+
+Letters: N rows of the weight, K columns, M rows of x; a tile is RT times 16 rows (16 of gate and of up); see also `lanes.py`.
 """
 
 # Kernels are typed by Triton, whose decorator is not.
 # Tuples grow in unrolled loops, and Triton knows no `(*tuple, element)`.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment"
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,assignment,misc"
 from __future__ import annotations
 
 import triton
@@ -25,375 +27,353 @@ from triton.language.extra import cuda
 
 from halfbyte.kernels.dequantize.fused import to_dtype
 from halfbyte.kernels.packed_gemv import ptx
+from halfbyte.kernels.packed_gemv.beside import (
+    fed_by,
+    field,
+    finished,
+    keep_fed,
+    of_pieces,
+    put_pieces,
+    put_sums,
+    row_scaled,
+    side_of,
+    whole,
+)  # fmt: skip
+from halfbyte.kernels.packed_gemv.lanes import block, decode, normed, of_quad, words, x_of_four
 
-LOOKUP = tl.constexpr(ptx.LOOKUP)
-MMA_BF16 = tl.constexpr(ptx.MMA_BF16)
-MMA_FP16 = tl.constexpr(ptx.MMA_FP16)
-QUAD = tl.constexpr(ptx.QUAD)
-MERGE = tl.constexpr(ptx.MERGE)
 PREFETCH = tl.constexpr(ptx.PREFETCH)
-FIELDS = 12
-"""Of a segment's line: codes, scales, nested scales, offset, zeros, bias, B (addresses); first row, rows, first output, first tile,
-first row of A."""
+GET = tl.constexpr(ptx.GET)
+TABLE_BYTES = tl.constexpr(ptx.TABLE_BYTES)
 
 
 @triton.jit
-def _lookup(word, base, pairs, INTERPRETED: tl.constexpr):
-    """uint32 of four bytes to four pairs of levels."""
-    if INTERPRETED:
-        return (tl.load(pairs + (word & 255)), tl.load(pairs + (word >> 8 & 255)), tl.load(pairs + (word >> 16 & 255)),
-                tl.load(pairs + (word >> 24)))  # fmt: skip
+def _segment(segments, tile, SEGMENTS: tl.constexpr, PAIRED: tl.constexpr):
+    """The segment of a tile (a number or a block of them); the first one's where two are paired."""
+    s = tile * 0
+    for i in tl.static_range(1, 1 if PAIRED else SEGMENTS):
+        s += (tile >= field(segments, i, 10)).to(tl.int32)
+    return s
+
+
+@triton.jit
+def _fetch(segments, tile, ROW_BYTES: tl.constexpr, SEGMENTS: tl.constexpr, PAIRED: tl.constexpr, RT: tl.constexpr):
+    """A tile's codes into the L2 cache."""
+    s = _segment(segments, tile, SEGMENTS, PAIRED)
+    tall: tl.constexpr = 16 if PAIRED else 16 * RT
+    row = (tile - field(segments, s, 10)) * tall
+    for f in tl.static_range(2 if PAIRED else 1):
+        sf = f if PAIRED else s
+        count = tl.minimum(field(segments, sf, 8) - row, tall).to(tl.int32) * ROW_BYTES
+        address = field(segments, sf, 0) + (field(segments, sf, 7) + row) * ROW_BYTES
+        tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [address, count], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _lines(
+    segments, tile, g, t, K64: tl.constexpr, KIND: tl.constexpr, SEGMENTS: tl.constexpr, PAIRED: tl.constexpr, RT: tl.constexpr
+):
+    """Of a tile: whole tiles that follow in its segment; for each of its RT parts the segment; for rows g and g + 8 of each their
+    first code and their first block. Rows beyond the last are the last."""
+    s = _segment(segments, tile, SEGMENTS, PAIRED)
+    tall: tl.constexpr = 16 if PAIRED else 16 * RT
+    row = (tile - field(segments, s, 10)) * tall
+    wide: tl.constexpr = 16 if KIND == "dense" else 8 if KIND == "int8" else 4
+    numbers, codes, rows = (), (), ()
+    for f in tl.static_range(RT):
+        sf = f if PAIRED else s
+        last = field(segments, sf, 8) - 1
+        p = field(segments, sf, 0).to(tl.pointer_type(tl.uint64))
+        for h in tl.static_range(2):
+            mine = field(segments, sf, 7) + tl.minimum((row if PAIRED else row + 16 * f) + g + 8 * h, last)
+            codes = codes + (p + mine * (K64 * wide) + t * (wide // 4),)
+            rows = rows + (mine.to(tl.int32) * K64,)
+        numbers = numbers + (sf,)
+    return ((field(segments, s, 8) - row).to(tl.int32) // tall - 1, numbers, codes, rows)
+
+
+@triton.jit
+def _next_lines(
+    lines, segments, tile, g, t, K64: tl.constexpr, KIND: tl.constexpr, SEGMENTS: tl.constexpr, PAIRED: tl.constexpr,
+    RT: tl.constexpr,
+):  # fmt: skip
+    """Of the tile after that of `lines`: the same, a fixed way on, unless a segment ends."""
+    left, numbers, codes, rows = lines
+    tall: tl.constexpr = 16 if PAIRED else 16 * RT
+    wide: tl.constexpr = 16 if KIND == "dense" else 8 if KIND == "int8" else 4
+    if left > 0:
+        left -= 1
+        further, below = (), ()
+        for i in tl.static_range(2 * RT):
+            further = further + (codes[i] + tall * K64 * wide,)
+            below = below + (rows[i] + tall * K64,)
+        codes, rows = further, below
     else:
-        return tl.inline_asm_elementwise(
-            LOOKUP, "=&r,=&r,=&r,=&r,r,r", [word, base], dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=True, pack=1
-        )
+        left, numbers, codes, rows = _lines(segments, tile, g, t, K64, KIND, SEGMENTS, PAIRED, RT)
+    return left, numbers, codes, rows
 
 
 @triton.jit
-def _merge(low, high, INTERPRETED: tl.constexpr):
-    """The low half of one register and the high half of another."""
-    if INTERPRETED:
-        return (low & 0xFFFF) | (high & 0xFFFF0000)
+def _at(four, b, K64: tl.constexpr):
+    """Block `four + b`, or one that exists: x is zero there."""
+    if K64 % 4 == 0:
+        return tl.minimum(four, K64 - 4) + b
     else:
-        return tl.inline_asm_elementwise(MERGE, "=r,r,r", [low, high], dtype=tl.uint32, is_pure=True, pack=1)
+        return tl.minimum(four + b, K64 - 1)
 
 
 @triton.jit
-def _product(acc, a, b, HALF: tl.constexpr):
-    """acc + A B. a: rows g, g + 8, twice; b: the same columns of row g of x; acc: (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)."""
-    return tl.inline_asm_elementwise(
-        MMA_BF16 if tl.bfloat16 == HALF else MMA_FP16, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-        [a[0], a[1], a[2], a[3], b[0], b[1], acc[0], acc[1], acc[2], acc[3]],
-        dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
-    )  # fmt: skip
+def _raw_scales(
+    segments, lines, four, t, live,
+    K64: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr, RT: tl.constexpr,
+):  # fmt: skip
+    """What lane t reads for block `four + t` of its rows: scale, or code, nested scale and offset; zero point."""
+    _, numbers, _, rows = lines
+    raw = ()
+    if KIND == "four":
+        for i in tl.static_range(2 * RT):
+            s = numbers[i // 2]
+            index = (rows[i] + _at(four, t, K64)) // PER
+            if NESTED:
+                raw = raw + (tl.load(field(segments, s, 1).to(tl.pointer_type(tl.uint8)) + index, mask=live, other=0),)
+                raw = raw + (tl.load(field(segments, s, 2).to(tl.pointer_type(tl.float32)) + index // 256, mask=live, other=0.0),)
+                raw = raw + (tl.load(field(segments, s, 3).to(tl.pointer_type(tl.float32))),)
+            else:
+                raw = raw + (tl.load(field(segments, s, 1).to(tl.pointer_type(tl.float32)) + index, mask=live, other=0.0),)
+            if ZERO != "none":
+                raw = raw + (tl.load(field(segments, s, 4).to(tl.pointer_type(tl.float32)) + index, mask=live, other=0.0),)
+    return raw
 
 
 @triton.jit
-def _numbers(words, WARPS: tl.constexpr, HALF: tl.constexpr):
-    """Eight registers of two 16-bit numbers a lane as fp32 `[WARPS, 8 g, 64 columns]`; for the interpreter."""
-    both = tl.reshape(tl.join(tl.join(words[0], words[1]), tl.join(words[2], words[3])), (WARPS, 8, 16))
-    more = tl.reshape(tl.join(tl.join(words[4], words[5]), tl.join(words[6], words[7])), (WARPS, 8, 16))
-    word = tl.reshape(tl.join(both, more), (WARPS, 8, 32))
-    low = (word & 0xFFFF).to(tl.uint16).to(HALF, bitcast=True).to(tl.float32)
-    return tl.reshape(tl.join(low, (word >> 16).to(tl.uint16).to(HALF, bitcast=True).to(tl.float32)), (WARPS, 8, 64))
+def _codes(lines, four, b, live, K64: tl.constexpr, KIND: tl.constexpr, RT: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Block `four + b` of all rows of a tile."""
+    _, _, codes, _ = lines
+    wide: tl.constexpr = 16 if KIND == "dense" else 8 if KIND == "int8" else 4
+    read = ()
+    for i in tl.static_range(2 * RT):
+        read = read + (words(codes[i] + _at(four, b, K64) * wide, live, KIND, INTERPRETED),)
+    return read
 
 
 @triton.jit
-def _block(acc, g_row, h_row, x, WARPS: tl.constexpr, HALF: tl.constexpr, INTERPRETED: tl.constexpr):
-    """acc + 16 rows by 64 columns by 8 rows of x: four products."""
-    if INTERPRETED:
-        xs = tl.reshape(_numbers(x, WARPS, HALF), (WARPS, 1, 8, 64))
-        top = tl.sum(tl.reshape(_numbers(g_row, WARPS, HALF), (WARPS, 8, 1, 64)) * xs, 3)
-        bottom = tl.sum(tl.reshape(_numbers(h_row, WARPS, HALF), (WARPS, 8, 1, 64)) * xs, 3)
-        t0, t1 = tl.split(tl.reshape(top, (WARPS * 32, 2)))
-        b0, b1 = tl.split(tl.reshape(bottom, (WARPS * 32, 2)))
-        return acc[0] + t0, acc[1] + t1, acc[2] + b0, acc[3] + b1
+def _first_codes(lines, four, live, K64: tl.constexpr, KIND: tl.constexpr, RT: tl.constexpr, INTERPRETED: tl.constexpr):
+    read = ()
+    for b in tl.static_range(4):
+        read = read + _codes(lines, four, b, live, K64, KIND, RT, INTERPRETED)
+    return read
+
+
+@triton.jit
+def _picked(so_far, part, t, slot: tl.constexpr, SLOTS: tl.constexpr):
+    """The columns of x's slot `slot` from `part`, the others as they were. A lane's columns: slots 2t and 2t + 1 modulo SLOTS."""
+    if slot == 0:
+        return part
+    elif slot == 1:
+        return so_far[0], part[1], so_far[2], part[3]
+    elif slot == 2:
+        return tl.where(t % 2 == 1, part[0], so_far[0]), so_far[1], tl.where(t % 2 == 1, part[2], so_far[2]), so_far[3]
     else:
-        acc = _product(acc, (g_row[0], h_row[0], g_row[1], h_row[1]), (x[0], x[1]), HALF)
-        acc = _product(acc, (g_row[2], h_row[2], g_row[3], h_row[3]), (x[2], x[3]), HALF)
-        acc = _product(acc, (g_row[4], h_row[4], g_row[5], h_row[5]), (x[4], x[5]), HALF)
-        return _product(acc, (g_row[6], h_row[6], g_row[7], h_row[7]), (x[6], x[7]), HALF)
+        return so_far[0], tl.where(t % 2 == 1, part[1], so_far[1]), so_far[2], tl.where(t % 2 == 1, part[3], so_far[3])
 
 
 @triton.jit
-def _of_quad(value, b: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The value that lane b of the four holds."""
-    if INTERPRETED:
-        quads = tl.reshape(value, (WARPS * 8, 4))
-        picked = tl.sum(tl.where(tl.arange(0, 4)[None, :] == b, quads, 0.0), 1)
-        return tl.reshape(tl.broadcast_to(picked[:, None], (WARPS * 8, 4)), (WARPS * 32,))
-    else:
-        return tl.inline_asm_elementwise(QUAD, "=f,f,r", [value, b], dtype=tl.float32, is_pure=True, pack=1)
+def _scales(raw, levels_at, nested_levels, NESTED: tl.constexpr, ZERO: tl.constexpr, RT: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Scales (and zero points) of rows g and g + 8 of each part, one a lane: for block `four + t`."""
+    scales, zeros = (), ()
+    per: tl.constexpr = (3 if NESTED else 1) + (0 if ZERO == "none" else 1)
+    for i in tl.static_range(2 * RT):
+        if NESTED:
+            code = raw[per * i].to(tl.int32)
+            if INTERPRETED:
+                level = tl.load(nested_levels + code)
+            else:
+                level = tl.inline_asm_elementwise(GET, "=f,r", [levels_at + code * 4], dtype=tl.float32, is_pure=True, pack=1)
+            scales = scales + (level * raw[per * i + 1] + raw[per * i + 2],)
+        else:
+            scales = scales + (raw[per * i],)
+        if ZERO != "none":
+            zeros = zeros + (raw[per * i + per - 1],)
+    return scales, zeros
 
 
 @triton.jit
-def _two(long):
-    return long.to(tl.uint32), (long >> 32).to(tl.uint32)
+def _spread(values, f: tl.constexpr, j: tl.constexpr, t, SLOTS: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Of rows g and g + 8 of part f, the values of the two slots that a lane's sums belong to."""
+    low, high = 2 * t % SLOTS + j * SLOTS, (2 * t + 1) % SLOTS + j * SLOTS
+    return (of_quad(values[2 * f], low, WARPS, INTERPRETED), of_quad(values[2 * f], high, WARPS, INTERPRETED),
+            of_quad(values[2 * f + 1], low, WARPS, INTERPRETED), of_quad(values[2 * f + 1], high, WARPS, INTERPRETED))  # fmt: skip
 
 
 @triton.jit
-def _eight_words(p, at, mask):
-    """16 numbers of 16 bits: eight registers of two."""
-    a, b = _two(tl.load(p + at, mask=mask, other=0))
-    c, d = _two(tl.load(p + at + 1, mask=mask, other=0))
-    e, f = _two(tl.load(p + at + 2, mask=mask, other=0))
-    g, h = _two(tl.load(p + at + 3, mask=mask, other=0))
-    return a, b, c, d, e, f, g, h
-
-
-@triton.jit
-def _load(p, at, mask, KIND: tl.constexpr):
-    """What a lane reads of a block of 64 columns of a row: 16 codes. at: the block's number from the start of the tensor, and t."""
-    block, t = at
-    if KIND == "dense":
-        return _eight_words(p, block * 16 + t * 4, mask)
-    elif KIND == "int8":
-        a, b = _two(tl.load(p + block * 8 + t * 2, mask=mask, other=0))
-        c, d = _two(tl.load(p + block * 8 + t * 2 + 1, mask=mask, other=0))
-        return a, b, c, d
-    else:
-        return _two(tl.load(p + block * 4 + t, mask=mask, other=0))
-
-
-@triton.jit
-def _decode(read, base, pairs, KIND: tl.constexpr, INTERPRETED: tl.constexpr):
-    """What was read as eight registers of two 16-bit levels."""
-    if KIND == "dense":
-        return read
-    elif KIND == "int8":
-        a, b = _lookup(read[0], base, pairs, INTERPRETED), _lookup(read[1], base, pairs, INTERPRETED)
-        c, d = _lookup(read[2], base, pairs, INTERPRETED), _lookup(read[3], base, pairs, INTERPRETED)
-        return (_merge(a[0], a[1], INTERPRETED), _merge(a[2], a[3], INTERPRETED), _merge(b[0], b[1], INTERPRETED),
-                _merge(b[2], b[3], INTERPRETED), _merge(c[0], c[1], INTERPRETED), _merge(c[2], c[3], INTERPRETED),
-                _merge(d[0], d[1], INTERPRETED), _merge(d[2], d[3], INTERPRETED))  # fmt: skip
-    else:
-        low, high = _lookup(read[0], base, pairs, INTERPRETED), _lookup(read[1], base, pairs, INTERPRETED)
-        return low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]
-
-
-@triton.jit
-def _field(segments, s, n: tl.constexpr):
-    return tl.load(segments + s * 12 + n)
-
-
-@triton.jit
-def _scale_of(segments, s, nested_levels, index, mask, NESTED: tl.constexpr):
-    """fp32 scales at `index`."""
-    if NESTED:
-        code = tl.load(_field(segments, s, 1).to(tl.pointer_type(tl.uint8)) + index, mask=mask, other=0).to(tl.int32)
-        outer = tl.load(_field(segments, s, 2).to(tl.pointer_type(tl.float32)) + index // 256, mask=mask, other=0.0)
-        return tl.load(nested_levels + code) * outer + tl.load(_field(segments, s, 3).to(tl.pointer_type(tl.float32)))
-    else:
-        return tl.load(_field(segments, s, 1).to(tl.pointer_type(tl.float32)) + index, mask=mask, other=0.0)
-
-
-@triton.jit
-def _scaled(acc, part, ones, s_g, s_h, z_g, z_h, ZERO: tl.constexpr):
+def _added(acc, part, s, z, ones, KIND: tl.constexpr, ZERO: tl.constexpr):
     """acc + scale * part, and what a zero point adds: `ones` holds the sums of x."""
-    if ZERO == "none":
-        return acc[0] + s_g * part[0], acc[1] + s_g * part[1], acc[2] + s_h * part[2], acc[3] + s_h * part[3]
+    if KIND != "four":
+        return acc[0] + part[0], acc[1] + part[1], acc[2] + part[2], acc[3] + part[3]
+    elif ZERO == "none":
+        return acc[0] + s[0] * part[0], acc[1] + s[1] * part[1], acc[2] + s[2] * part[2], acc[3] + s[3] * part[3]
     elif ZERO == "min":
-        return (acc[0] + s_g * part[0] + z_g * ones[0], acc[1] + s_g * part[1] + z_g * ones[1],
-                acc[2] + s_h * part[2] + z_h * ones[2], acc[3] + s_h * part[3] + z_h * ones[3])  # fmt: skip
+        return (acc[0] + s[0] * part[0] + z[0] * ones[0], acc[1] + s[1] * part[1] + z[1] * ones[1],
+                acc[2] + s[2] * part[2] + z[2] * ones[2], acc[3] + s[3] * part[3] + z[3] * ones[3])  # fmt: skip
     else:
-        return (acc[0] + s_g * (part[0] - z_g * ones[0]), acc[1] + s_g * (part[1] - z_g * ones[1]),
-                acc[2] + s_h * (part[2] - z_h * ones[2]), acc[3] + s_h * (part[3] - z_h * ones[3]))  # fmt: skip
+        return (acc[0] + s[0] * (part[0] - z[0] * ones[0]), acc[1] + s[1] * (part[1] - z[1] * ones[1]),
+                acc[2] + s[2] * (part[2] - z[2] * ones[2]), acc[3] + s[3] * (part[3] - z[3] * ones[3]))  # fmt: skip
 
 
 @triton.jit
-def _x(x, stride, block, m, t, M, mask):
-    """Row m of x at a lane's 16 columns of a block: eight registers of two."""
-    return _eight_words(x.to(tl.pointer_type(tl.uint64)), (m * stride + block * 64 + t * 16) // 4, mask & (m < M))
-
-
-@triton.jit
-def _columns(
-    acc, codes, rows, alive, segments, s, nested_levels, x, x_stride, M, K64, first, last, base, pairs,
-    STEPS: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr, RT: tl.constexpr,
-    NT: tl.constexpr, WARPS: tl.constexpr, HALF: tl.constexpr, INTERPRETED: tl.constexpr,
+def _four_blocks(
+    acc, read, raw, xs, segments, lines, four, live, t, base, levels_at, pairs, nested_levels,
+    K64: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr, RT: tl.constexpr,
+    SLOTS: tl.constexpr, NT: tl.constexpr, WARPS: tl.constexpr, HALF: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Adds columns 64 first .. 64 last of RT tiles to their sums acc[NT * tile + half of x's rows], four blocks a warp at a time.
-
-    codes, s: RT addresses and segments; rows, alive: rows g and g + 8 of each tile.
-    """
-    tid = tl.arange(0, WARPS * 32)
-    g, t = tid % 32 // 4, tid % 4
-    for step in range(STEPS):
-        four = first + (step * WARPS + tid // 32) * 4
-        read, scales, zeros = (), (), ()
+    """acc[NT f + n] + four blocks of a tile; and codes and scales of the next four, `lines` at `four`, codes asked for where their
+    place is free."""
+    coming = _raw_scales(segments, lines, four, t, live, K64, KIND, NESTED, PER, ZERO, RT)
+    new, picked, scales, zeros = (), (), (), ()
+    if KIND == "four":
+        scales, zeros = _scales(raw, levels_at, nested_levels, NESTED, ZERO, RT, INTERPRETED)
+    one = tl.full((WARPS * 32,), 0x3F803F80 if tl.bfloat16 == HALF else 0x3C003C00, tl.uint32)
+    for b in tl.static_range(4):
+        kept, sums = (), ()
         for f in tl.static_range(RT):
-            for h in tl.static_range(2):
-                for b in tl.static_range(4):
-                    block = rows[2 * f + h] * K64 + four + b
-                    read = read + (_load(codes[f], (block, t), alive[2 * f + h] & (four + b < last), KIND),)
-                if KIND == "four":
-                    index, inside = (rows[2 * f + h] * K64 + four + t) // PER, alive[2 * f + h] & (four + t < last)
-                    scales = scales + (_scale_of(segments, s[f], nested_levels, index, inside, NESTED),)
-                    if ZERO != "none":
-                        z = tl.load(_field(segments, s[f], 4).to(tl.pointer_type(tl.float32)) + index, mask=inside, other=0.0)
-                        zeros = zeros + (z,)
-        for b in tl.static_range(4):
+            g_row = decode(read[2 * (RT * b + f)], base, pairs, KIND, INTERPRETED)
+            h_row = decode(read[2 * (RT * b + f) + 1], base, pairs, KIND, INTERPRETED)
             for n in tl.static_range(NT):
-                xs = _x(x, x_stride, four + b, g + 8 * n, t, M, four + b < last)
-                none = (tl.zeros((WARPS * 32,), tl.float32),) * 4
-                ones = none
+                part = block(g_row, h_row, xs[b // SLOTS * NT + n], WARPS, HALF, INTERPRETED)
+                if b % SLOTS > 0:
+                    part = _picked(picked[NT * f + n], part, t, b % SLOTS, SLOTS)
+                kept = kept + (part,)
+        picked = kept
+        new = new + _codes(lines, four, b, live, K64, KIND, RT, INTERPRETED)
+        if b % SLOTS == SLOTS - 1:
+            for f in tl.static_range(RT):
+                s, z = picked[0], picked[0]
+                if KIND == "four":
+                    s = _spread(scales, f, b // SLOTS, t, SLOTS, WARPS, INTERPRETED)
                 if ZERO != "none":
-                    one = tl.full((WARPS * 32,), 0x3F803F80 if tl.bfloat16 == HALF else 0x3C003C00, tl.uint32)
-                    ones = _block(none, (one,) * 8, (one,) * 8, xs, WARPS, HALF, INTERPRETED)
-                new = ()
-                for f in tl.static_range(RT):
-                    for other in tl.static_range(NT):
-                        part = acc[NT * f + other]
-                        if other == n:
-                            g_row = _decode(read[8 * f + b], base, pairs, KIND, INTERPRETED)
-                            h_row = _decode(read[8 * f + 4 + b], base, pairs, KIND, INTERPRETED)
-                            if KIND == "four":
-                                product = _block(none, g_row, h_row, xs, WARPS, HALF, INTERPRETED)
-                                s_g = _of_quad(scales[2 * f], b, WARPS, INTERPRETED)
-                                s_h = _of_quad(scales[2 * f + 1], b, WARPS, INTERPRETED)
-                                z_g, z_h = s_g, s_h
-                                if ZERO != "none":
-                                    z_g = _of_quad(zeros[2 * f], b, WARPS, INTERPRETED)
-                                    z_h = _of_quad(zeros[2 * f + 1], b, WARPS, INTERPRETED)
-                                part = _scaled(part, product, ones, s_g, s_h, z_g, z_h, ZERO)
-                            else:
-                                part = _block(part, g_row, h_row, xs, WARPS, HALF, INTERPRETED)
-                        new = new + (part,)
-                acc = new
-    return acc
+                    z = _spread(zeros, f, b // SLOTS, t, SLOTS, WARPS, INTERPRETED)
+                for n in tl.static_range(NT):
+                    ones = picked[0]
+                    if ZERO != "none":
+                        ones = block((one,) * 8, (one,) * 8, xs[b // SLOTS * NT + n], WARPS, HALF, INTERPRETED)
+                    sums = sums + (_added(acc[NT * f + n], picked[NT * f + n], s, z, ones, KIND, ZERO),)
+            acc = sums
+    return acc, new, coming
 
 
-@triton.jit
-def _sums(acc, WARPS: tl.constexpr):
-    """The lanes' sums of all warps as `[16 rows, 8 rows of x]`."""
-    c0 = tl.sum(tl.reshape(acc[0], (WARPS, 8, 4)), 0)
-    c1 = tl.sum(tl.reshape(acc[1], (WARPS, 8, 4)), 0)
-    c2 = tl.sum(tl.reshape(acc[2], (WARPS, 8, 4)), 0)
-    c3 = tl.sum(tl.reshape(acc[3], (WARPS, 8, 4)), 0)
-    top, bottom = tl.reshape(tl.join(c0, c1), (8, 8)), tl.reshape(tl.join(c2, c3), (8, 8))
-    return tl.reshape(tl.permute(tl.join(top, bottom), (2, 0, 1)), (16, 8))
-
-
-@triton.jit
-def _activated(z, ACT: tl.constexpr):
-    if ACT == "silu":
-        return z / (1 + tl.exp(-z))
-    elif ACT == "gelu":
-        return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
-    elif ACT == "gelu_tanh":
-        inner = 1.5957691216057308 * (z + 0.044715 * z * z * z)
-        return z / (1 + tl.exp(-inner))
-    elif ACT == "relu2":
-        return tl.maximum(z, 0.0) * tl.maximum(z, 0.0)
-    else:
-        return tl.maximum(z, 0.0)
-
-
-@triton.jit
-def _finished(
-    y, segments, s, row, n, M, xa, A_ROWS,
-    KIND: tl.constexpr, RANK: tl.constexpr, SLICES: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """y `[16, 8]` of x's rows 8 n ..: a row's own scale, bias, and B (A x)."""
-    rows = row + tl.arange(0, 16)
-    absolute = _field(segments, s, 7) + rows
-    alive = rows < _field(segments, s, 8)
-    m = 8 * n + tl.arange(0, 8)
-    if KIND == "int8":
-        y = y * tl.load(_field(segments, s, 1).to(tl.pointer_type(tl.float32)) + absolute, mask=alive, other=0.0)[:, None]
-    bias = _field(segments, s, 5)
-    if bias != 0:
-        y += tl.load(bias.to(tl.pointer_type(HALF)) + absolute, mask=alive, other=0.0).to(tl.float32)[:, None]
-    for r0 in tl.static_range(0, RANK, 16):
-        r = r0 + tl.arange(0, 16)
-        b = tl.load(_field(segments, s, 6).to(tl.pointer_type(HALF)) + absolute[:, None] * RANK + r[None, :], mask=alive[:, None],
-                    other=0.0).to(tl.float32)  # fmt: skip
-        ax = tl.zeros((8, 16), tl.float32)
-        for i in tl.static_range(SLICES):
-            at = (i * 16 + m[:, None]) * A_ROWS + _field(segments, s, 11) + r[None, :]
-            ax += tl.load(xa + at, mask=(m < M)[:, None], other=0.0, cache_modifier=".cg")
-        y += tl.sum(b[:, None, :] * ax[None, :, :], 2)
-    return y
-
-
-@triton.jit
-def _low_rank(
-    a, xa, counters, pid, x, x_stride, M, K64, A_ROWS,
-    COLUMNS: tl.constexpr, SLICES: tl.constexpr, NT: tl.constexpr, WARPS: tl.constexpr, HALF: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """One tile of A by one slice of the columns, for all rows of x; then the counter."""
-    tid = tl.arange(0, WARPS * 32)
-    row = pid // SLICES * 16
-    part = pid % SLICES
-    per = tl.cdiv(K64, SLICES)
-    g_row = row + tid % 32 // 4
-    alive = tid >= 0
-    zero = (tl.zeros((WARPS * 32,), tl.float32),) * 4
-    acc = _columns(
-        (zero,) * NT, (a.to(tl.pointer_type(tl.uint64)),), (g_row, g_row + 8), (alive, alive), a, (0,), a, x, x_stride, M, K64,
-        part * per, tl.minimum(part * per + per, K64), tid, a,
-        tl.cdiv(COLUMNS, SLICES * 256 * WARPS), "dense", False, 1, "none", 1, NT, WARPS, HALF, INTERPRETED,
-    )  # fmt: skip
-    for n in tl.static_range(NT):
-        m = 8 * n + tl.arange(0, 8)
-        at = (part * 16 + m[None, :]) * A_ROWS + row + tl.arange(0, 16)[:, None]
-        tl.store(xa + at, _sums(acc[n], WARPS), mask=(m < M)[None, :])
-    tl.debug_barrier()
-    tl.atomic_add(counters + 1, 1, sem="release", scope="gpu")
-
-
-@triton.jit(do_not_specialize=["M", "A_ROWS", "a_programs"])
+@triton.jit(do_not_specialize=["M", "tiles"])
 def _gemv(
-    out, x, add, segments, pairs, nested_levels, a, xa, counters,
-    M, K64, x_stride, out_stride, add_stride, multiplier, A_ROWS, a_programs,
-    COLUMNS: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr, SEGMENTS: tl.constexpr,
-    PAIRED: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, RANK: tl.constexpr, SLICES: tl.constexpr, RT: tl.constexpr,
-    NT: tl.constexpr, WARPS: tl.constexpr, HALF: tl.constexpr, TABLE: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
-    PREFETCHED: tl.constexpr, INTERPRETED: tl.constexpr,
+    out, x, add, segments, pairs, nested_levels, xa, norm, feed, fed, scratch,
+    M, x_stride, out_stride, add_stride, multiplier, tiles, eps, offset,
+    K64: tl.constexpr, KIND: tl.constexpr, NESTED: tl.constexpr, PER: tl.constexpr, ZERO: tl.constexpr, SEGMENTS: tl.constexpr,
+    PAIRED: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, RT: tl.constexpr,
+    SLOTS: tl.constexpr, NT: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, OUT: tl.constexpr, WARPS: tl.constexpr,
+    HALF: tl.constexpr, SHARED: tl.constexpr, SUMS: tl.constexpr, XA: tl.constexpr, ROW_BYTES: tl.constexpr, KEEP: tl.constexpr,
+    A_ROWS: tl.constexpr, PIECES: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, NORM: tl.constexpr, FEED: tl.constexpr,
+    PDL: tl.constexpr, AHEAD: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """out = add + multiplier * (x W^T + bias + B (A x)), or act(first) * second of two segments' outputs (PAIRED)."""
-    tid = tl.arange(0, WARPS * 32)
-    base = tid
-    pid, epoch = tl.program_id(0).to(tl.int64), 0
-    if RANK > 0:
-        ticket = tl.atomic_add(counters, 1)
-        pid, epoch = ticket % tl.num_programs(0), ticket // tl.num_programs(0)
+    """out = add + multiplier * (x W^T + bias + B (A x)), or act(first) * second of two segments' outputs (PAIRED).
+
+    NORM: x goes through an RMS norm first. PIECES: of A x, added here. FEED: columns of `feed` `[N, FEED]`, by which this program's
+    outputs are multiplied and added up into its line of `fed`: A x of the group that reads `out`.
+    """
     if PDL:
         cuda.gdc_launch_dependents()
-    if pid < a_programs:
-        if PDL:
-            cuda.gdc_wait()
-        _low_rank(a, xa, counters, pid, x, x_stride, M, K64, A_ROWS, COLUMNS, SLICES, NT, WARPS, HALF, INTERPRETED)
-    else:
-        tile = pid - a_programs
-        s = 0
-        for i in tl.static_range(1, 1 if PAIRED else SEGMENTS):
-            s += (tile >= _field(segments, i, 10)).to(tl.int32)
-        row = (tile - _field(segments, s, 10)) * (16 if PAIRED else 16 * RT)
-        codes, rows, alive, numbers = (), (), (), ()
-        for f in tl.static_range(RT):
-            sf = f if PAIRED else s
-            mine = (row if PAIRED else row + 16 * f) + tid % 32 // 4
-            first = _field(segments, sf, 7)
-            limit = _field(segments, sf, 8)
-            address = _field(segments, sf, 0)
-            if PREFETCHED and (PAIRED or f == 0):
-                count = tl.minimum(limit - row, 16 if PAIRED else 16 * RT).to(tl.int32) * (K64 * 8 * BITS)
-                tl.inline_asm_elementwise(PREFETCH, "=r,l,r", [address + (first + row) * (K64 * 8 * BITS), count], dtype=tl.int32,
-                                          is_pure=False, pack=1)  # fmt: skip
-            codes = codes + (address.to(tl.pointer_type(tl.uint64)),)
-            rows = rows + (first + mine, first + mine + 8)
-            alive = alive + (mine < limit, mine + 8 < limit)
-            numbers = numbers + (sf,)
-        if (KIND != "dense") and (not INTERPRETED):
-            start = tl.inline_asm_elementwise(TABLE, "=&r,l", [pairs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
-            base = start + tid % 32 * 4
-        if PDL:
-            cuda.gdc_wait()
-        zero = (tl.zeros((WARPS * 32,), tl.float32),) * 4
-        acc = _columns(
-            (zero,) * (RT * NT), codes, rows, alive, segments, numbers, nested_levels, x, x_stride, M, K64, 0, K64, base, pairs,
-            tl.cdiv(COLUMNS, 256 * WARPS), KIND, NESTED, PER, ZERO, RT, NT, WARPS, HALF, INTERPRETED,
-        )  # fmt: skip
-        if RANK > 0:
-            while tl.atomic_add(counters + 1, 0, sem="acquire", scope="gpu") < (epoch + 1) * a_programs:
-                pass
-        for n in tl.static_range(NT):
-            m = 8 * n + tl.arange(0, 8)
-            for f in tl.static_range(1 if PAIRED else RT):
-                y = _sums(acc[NT * f + n], WARPS)
-                here = row if PAIRED else row + 16 * f
-                y = _finished(y, segments, s, here, n, M, xa, A_ROWS, KIND, RANK, SLICES, HALF)
-                if PAIRED:
-                    z = _finished(_sums(acc[NT + n], WARPS), segments, 1, here, n, M, xa, A_ROWS, KIND, RANK, SLICES, HALF)
-                    y = _activated(y, ACT) * z
-                elif ACT != "none":
-                    y = _activated(y, ACT)
-                r = here + tl.arange(0, 16)
-                column = _field(segments, s, 9) + r[:, None]
-                mask = (r < _field(segments, s, 8))[:, None] & (m < M)[None, :]
-                y = y * multiplier
-                if ADD:
-                    y += tl.load(add + m[None, :] * add_stride + column, mask=mask, other=0.0).to(tl.float32)
-                tl.store(out + m[None, :] * out_stride + column, to_dtype(y, out.dtype.element_ty, INTERPRETED), mask=mask)
+    tid = tl.arange(0, WARPS * 32)
+    g, t, mine = tid % 32 // 4, tid % 4, tid // 32 * 4
+    STEPS: tl.constexpr = (K64 + 4 * WARPS - 1) // (4 * WARPS)
+    tall: tl.constexpr = 16 if PAIRED else 16 * RT
+    program = tl.program_id(0)
+    position, last = program * tiles // tl.num_programs(0), (program + 1) * tiles // tl.num_programs(0)
+    lines = _lines(segments, position, g, t, K64, KIND, SEGMENTS, PAIRED, RT)
+    read = _first_codes(lines, mine, tid >= 0, K64, KIND, RT, INTERPRETED)
+    raw = _raw_scales(segments, lines, mine, t, tid >= 0, K64, KIND, NESTED, PER, ZERO, RT)
+    for i in tl.static_range(1, AHEAD):
+        if position + i < last:
+            _fetch(segments, position + i, ROW_BYTES, SEGMENTS, PAIRED, RT)
+    base, sums_at, levels_at = tid, 0, 0
+    if not INTERPRETED:
+        start = tl.inline_asm_elementwise(
+            SHARED, "=&r,l,l", [pairs.to(tl.int64), nested_levels.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
+        base, sums_at, levels_at = start + tid % 32 * 4, start + SUMS, start + TABLE_BYTES
+        tl.debug_barrier()
+    xs, weights = (), ()
+    for step in tl.static_range(STEPS if NORM else 0):
+        weights = weights + x_of_four(norm, 0, 8, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
+    if PDL:
+        cuda.gdc_wait()
+    for step in tl.static_range(STEPS if KEEP else 0):
+        xs = xs + x_of_four(x, x_stride, M, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
+    if GROUPS > 0:
+        put_pieces(xa, sums_at, scratch, tid, A_ROWS, PIECES, GROUPS, WIDE, XA, ROWS, INTERPRETED)
+    o, m = tl.arange(0, OUT), tl.arange(0, ROWS)
+    rstd, total = m * 0 + 1.0, (tl.zeros((ROWS, 16), tl.float32),) * (FEED // 16)
+    if NORM:
+        xs, rstd = normed(xs, weights, eps, offset, STEPS, K64, ROWS, WARPS, HALF, INTERPRETED)
+    while position < last:
+        stop = tl.minimum(position + BATCH, last)
+        tile = position + o // tall
+        s = _segment(segments, tl.minimum(tile, last - 1), SEGMENTS, PAIRED)
+        row = (tile - field(segments, s, 10)) * tall + o % tall
+        alive = (tile < stop) & (row < field(segments, s, 8))
+        side, bs = side_of(segments, s, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS)
+        other, others = side, bs
+        if PAIRED:
+            other, others = side_of(segments, s + 1, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS)
+        column = (field(segments, s, 9) + row)[:, None]
+        mask = alive[:, None] & (m < M)[None, :]
+        if ADD:
+            before = tl.load(add + m[None, :] * add_stride + column, mask=mask, other=0.0)
+        number = position
+        while number < stop:
+            acc = ((tl.zeros((WARPS * 32,), tl.float32),) * 4,) * (RT * NT)
+            if KEEP:
+                for step in tl.static_range(STEPS):
+                    if step == STEPS - 1:
+                        lines = _next_lines(lines, segments, number + 1, g, t, K64, KIND, SEGMENTS, PAIRED, RT)
+                    live = tid * 0 + (number if step == STEPS - 1 else position) < (last - 1 if step == STEPS - 1 else last)
+                    acc, read, raw = _four_blocks(
+                        acc, read, raw, xs[step * (4 // SLOTS) * NT : (step + 1) * (4 // SLOTS) * NT], segments, lines,
+                        mine + (step + 1) % STEPS * WARPS * 4, live, t, base, levels_at, pairs, nested_levels,
+                        K64, KIND, NESTED, PER, ZERO, RT, SLOTS, NT, WARPS, HALF, INTERPRETED,
+                    )  # fmt: skip
+            else:
+                done = 0
+                while done < STEPS:
+                    now = x_of_four(x, x_stride, M, mine + done * (WARPS * 4), g, t, K64, SLOTS, NT)
+                    done += 1
+                    if done == STEPS:
+                        lines = _next_lines(lines, segments, number + 1, g, t, K64, KIND, SEGMENTS, PAIRED, RT)
+                    acc, read, raw = _four_blocks(
+                        acc, read, raw, now, segments, lines, mine + done % STEPS * (WARPS * 4),
+                        (tid * 0 + done < STEPS) | (tid * 0 + number < last - 1), t, base, levels_at, pairs, nested_levels,
+                        K64, KIND, NESTED, PER, ZERO, RT, SLOTS, NT, WARPS, HALF, INTERPRETED,
+                    )  # fmt: skip
+            if AHEAD > 0 and number + AHEAD < last:
+                _fetch(segments, number + AHEAD, ROW_BYTES, SEGMENTS, PAIRED, RT)
+            put_sums(acc, number - position, sums_at, scratch, tid, RT, SLOTS, NT, ROWS, WARPS, INTERPRETED)
+            number += 1
+        tl.debug_barrier()
+        y = whole(0, o, sums_at, scratch, RT, PAIRED, BATCH, ROWS, WARPS, INTERPRETED)
+        z = y
+        if PAIRED:
+            z = whole(1, o, sums_at, scratch, RT, PAIRED, BATCH, ROWS, WARPS, INTERPRETED)
+        if KIND == "int8":
+            y = row_scaled(y, segments, s, row, alive)
+            if PAIRED:
+                z = row_scaled(z, segments, s + 1, row, alive)
+        if GROUPS > 0:
+            y += of_pieces(bs, rstd, segments, s, sums_at, scratch, RANK, ROWS, OUT, GROUPS, WIDE, XA, INTERPRETED)
+            if PAIRED:
+                z += of_pieces(others, rstd, segments, s + 1, sums_at, scratch, RANK, ROWS, OUT, GROUPS, WIDE, XA, INTERPRETED)
+        y = finished(y + side, z + other, PAIRED, ACT) * multiplier
+        if ADD:
+            y += before.to(tl.float32)
+        y = to_dtype(y, out.dtype.element_ty, INTERPRETED)
+        tl.store(out + m[None, :] * out_stride + column, y, mask=mask)
+        if FEED > 0:
+            total = fed_by(total, y, feed, column, mask, alive, FEED)
+        tl.debug_barrier()
+        position = stop
+    if FEED > 0:
+        keep_fed(total, fed, program, M, ROWS, FEED)

@@ -22,22 +22,46 @@ from halfbyte.kernels.lora_linear.members import Member
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 MOST_ROWS = 16
 """Rows of x that one launch takes."""
-SLICE = 2048
-"""Columns of A that one program multiplies."""
+FED_ROWS = 2
+"""Rows of x up to which a norm goes into the product, and a product feeds the next."""
+MOST_FED = 256
+"""Ranks of a group up to which it is fed."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How the kernel cuts the work. tiles: 16 rows of the weight each, a program. warps: of a program. registers: most a thread.
+    """How the kernel cuts the work. tiles: 16 rows of the weight each, at a time. warps: of a program. programs: a multiprocessor.
 
-    fetch: weights into the L2 cache ahead of use. early: start before the launch before has ended. Both on sm_90 and newer only.
+    registers: most a thread. ahead: tiles asked into the L2 cache ahead of use. early: start before the launch before has ended.
+    Both on sm_90 and newer only.
     """
 
     tiles: int
     warps: int
+    programs: int
     registers: int | None = None
-    fetch: bool = True
+    ahead: int = 0
     early: bool = True
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """x * rsqrt(mean(x^2) + eps) * (weight + offset), rounded. weight `[K]` in the dtype of x."""
+
+    weight: Tensor
+    eps: float
+    offset: float
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A x of a group, left by the launch that made x, a sum a program: nobody waits for anybody, and no launch is spent on it.
+
+    at `[K, R]`: A^T in 16 bits, times the norm's weight where a norm stands between. sums: fp32 `[programs, FED_ROWS, R]`.
+    """
+
+    at: Tensor
+    sums: Tensor
 
 
 @dataclass(frozen=True)
@@ -57,9 +81,9 @@ class Product:
 
 @dataclass(frozen=True)
 class Launch:
-    """segments: by tiles a program, int64 `[S, FIELDS]` on the device (see the kernel) and the number of programs.
+    """segments: by `Shape.tiles`, int64 `[S, FIELDS]` on the device (see the kernel) and the number of tiles.
 
-    keep: tensors whose addresses stand in there. counters: int64 `[2]`: programs started, programs of A done.
+    keep: tensors whose addresses stand in there. a `[R, K]`: the adapters' A; xa: A x, fp32 `[MOST_ROWS, R]`.
     """
 
     kind: Literal["four", "int8", "dense"]
@@ -69,11 +93,10 @@ class Launch:
     count: int
     paired: bool
     rank: int
-    slices: int
+    bias: bool
     pairs: Tensor
     a: Tensor
     xa: Tensor
-    counters: Tensor
     keep: tuple[Tensor, ...]
     segments: dict[int, tuple[Tensor, int]]
 
@@ -88,6 +111,22 @@ def build(members: Sequence[Member], dtype: torch.dtype, activation: Activation 
     why_not = _obstacle(members, dtype)
     launch = None if why_not else _launch(members, dtype, paired)
     return Product(members, activation, width, outputs // 2 if paired else outputs, launch, why_not)
+
+
+def pieces(reader: Product, programs: int, norm: RmsNorm | None) -> Pieces:
+    """For `reader`, to be filled by a launch of so many programs. norm: what stands between that one's output and the group."""
+    launch = reader.launch
+    assert launch is not None and launch.rank, "nothing to feed"
+    rows = [
+        torch.zeros(launch.rank, reader.width, device=launch.a.device)
+        if m.lora is None
+        else torch.nn.functional.pad(m.lora.a.detach().float(), (0, 0, 0, launch.rank - m.lora.a.shape[0]))
+        for m in reader.members
+    ]
+    a = torch.cat(rows)
+    if norm is not None:
+        a = a * (norm.weight.float() + norm.offset)
+    return Pieces(a.T.to(launch.a.dtype).contiguous(), torch.zeros(programs, FED_ROWS, len(a), device=a.device))
 
 
 def _obstacle(members: tuple[Member, ...], dtype: torch.dtype) -> str:
@@ -121,7 +160,6 @@ def _launch(members: tuple[Member, ...], dtype: torch.dtype, paired: bool) -> La
     kind: Literal["four", "int8", "dense"] = "dense" if fmt is None else "int8" if fmt.kind == "int8" else "four"
     ranks = [0 if m.lora is None else m.lora.a.shape[0] for m in members]
     rank = -(-max(ranks) // 16) * 16
-    slices = -(-width // SLICE)
     a = torch.zeros(max(rank * len(members), 1), width, dtype=dtype, device=device)
     keep, table, output = [], [], 0
     for i, member in enumerate(members):
@@ -136,27 +174,23 @@ def _launch(members: tuple[Member, ...], dtype: torch.dtype, paired: bool) -> La
         table.append([*addresses, 0 if bias is None else bias.data_ptr(), b.data_ptr(), 0, rows, output, 0, i * rank])
         keep += [*stored, b, *([] if bias is None else [bias])]
         output += rows
-    # Counters and segments are copied from the host: an early launch may read before what a kernel wrote last is there.
-    cut = {tiles: _with_tiles(table, 16 if paired else 16 * tiles) for tiles in (1, 2)}
-    last = 0 if paired else -1
-    segments = {
-        tiles: (t.to(device), int(t[last, 10]) + -(-int(t[last, 8]) // (16 if paired else 16 * tiles))) for tiles, t in cut.items()
-    }
+    # Copied from the host: an early launch may read before what a kernel wrote last is there.
+    cut = {tiles: _with_tiles(table, 16 if paired else 16 * tiles, 1 if paired else len(table)) for tiles in (1, 2, 3)}
+    segments = {tiles: (t.to(device), count) for tiles, (t, count) in cut.items()}
     return Launch(
         kind, bool(fmt and fmt.nested), (fmt.block // 64 if fmt and kind == "four" else 1), fmt.zero if fmt else "none",
-        len(members), paired, rank, slices, pairs(weight, dtype, str(device)),
-        a, torch.empty(slices, MOST_ROWS, max(rank * len(members), 1), device=device),
-        torch.zeros(2, dtype=torch.int64, device="cpu").to(device), tuple(keep), segments,
+        len(members), paired, rank, any(m.bias is not None for m in members), pairs(weight, dtype, str(device)),
+        a, torch.empty(MOST_ROWS, max(rank * len(members), 1), device=device), tuple(keep), segments,
     )  # fmt: skip
 
 
-def _with_tiles(table: list[list[int]], rows: int) -> Tensor:
-    """The table with each segment's first tile, of so many rows, filled in."""
-    first, filled = 0, []
+def _with_tiles(table: list[list[int]], rows: int, counted: int) -> tuple[Tensor, int]:
+    """The table with each segment's first tile, of so many rows, filled in; tiles of the first `counted` segments."""
+    first, filled = [0], []
     for line in table:
-        filled.append([*line[:10], first, line[11]])
-        first += -(-line[8] // rows)
-    return torch.tensor(filled, dtype=torch.int64)
+        filled.append([*line[:10], first[-1], line[11]])
+        first.append(first[-1] + -(-line[8] // rows))
+    return torch.tensor(filled, dtype=torch.int64), first[counted]
 
 
 def pairs(weight: Packed | Tensor, dtype: torch.dtype, device: str) -> Tensor:

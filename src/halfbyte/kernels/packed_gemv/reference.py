@@ -9,7 +9,7 @@ from torch.nn import functional
 from halfbyte.formats import quantize as formats
 from halfbyte.formats.packed import Packed
 from halfbyte.kernels.lora_linear.members import Member
-from halfbyte.kernels.packed_gemv.product import Activation, Product
+from halfbyte.kernels.packed_gemv.product import Activation, Product, RmsNorm
 
 
 def activated(z: Tensor, activation: Activation) -> Tensor:
@@ -23,14 +23,22 @@ def activated(z: Tensor, activation: Activation) -> Tensor:
     return functional.gelu(z) if activation == "gelu" else functional.relu(z)
 
 
-def multiply(product: Product, x: Tensor, out: Tensor, add: Tensor | None, multiplier: float) -> None:
+def multiply(product: Product, x: Tensor, out: Tensor, add: Tensor | None, multiplier: float, norm: RmsNorm | None = None) -> None:
     """out = add + multiplier * f(x W^T + bias + s B (A x)); f the activation, or the activated first times the second."""
+    if norm is not None:
+        x = normed(x, norm).to(x.dtype)
     outputs = [_one(member, x) for member in product.members]
     y = torch.cat(outputs, 1)
     if product.activation is not None:
         y = activated(outputs[0], product.activation) * (outputs[1] if len(outputs) == 2 else 1)
     y = y * multiplier
     out.copy_(y if add is None else add.float() + y)
+
+
+def normed(x: Tensor, norm: RmsNorm) -> Tensor:
+    """x through the norm, in fp32 or wider."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + norm.eps) * (norm.weight.to(wide.dtype) + norm.offset)
 
 
 def _one(member: Member, x: Tensor) -> Tensor:
