@@ -101,6 +101,7 @@ def test_labels_reach_a_peer_unshifted_and_never_across_documents() -> None:
     assert rows.trained == 5 and int((inputs["labels"][0, 1:] != -100).sum()) == 5
 
 
+@pytest.mark.cpu
 def test_facts_of_this_machine(tmp_path: Path) -> None:
     """The script runs without a GPU on a few rows, and its table is readable."""
     script = str(ROOT / "bench" / "facts_gpu.py")

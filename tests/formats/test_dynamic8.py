@@ -70,6 +70,7 @@ def test_a_zero_block_is_zero() -> None:
     assert (dequantize_blockwise(codes, scales, 256) == 0).all()
 
 
+@pytest.mark.cpu
 def test_global_defaults_do_not_reach_the_map() -> None:
     script = (
         "import torch; torch.set_default_dtype(torch.bfloat16); torch.set_default_device('meta')\n"

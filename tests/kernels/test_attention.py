@@ -232,6 +232,7 @@ def test_the_fastest_of_those_that_agree_wins(
     assert "attention: cudnn (auto: measured 1.20 ms, flash 2.10 ms; 2000 tokens" in text
 
 
+@pytest.mark.cpu
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("broken", [False, True])
 def test_what_must_be_compiled_runs_only_where_nothing_else_can(monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:

@@ -56,6 +56,7 @@ def total(ys: list[Tensor]) -> Tensor:
 MASK = Dropout(0.25, torch.tensor([1, 2, 3]), 21)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("mask", [None, MASK])
 def test_opcheck(mask: Dropout | None) -> None:
     group = Group()
@@ -96,6 +97,7 @@ def test_what_is_kept_for_backward() -> None:
         assert any(t.shape == group.x.shape for t in kept) is learns
 
 
+@pytest.mark.cpu
 def test_no_decoded_weight_survives_forward_or_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[Tensor]] = []
 

@@ -43,6 +43,7 @@ def test_8b_on_cards() -> None:
     assert caught.value.code == "memory.no-fit"
 
 
+@pytest.mark.cpu
 def test_more_memory_never_chooses_worse() -> None:
     order = [plan(recipe_of(), f"{g}GiB", config=QWEN3_8B) for g in (10, 16, 24, 40, 80, 141)]
     seconds = [p.rung.seconds for p in order]
@@ -140,6 +141,7 @@ def test_a_rung_says_what_each_layer_keeps() -> None:
     assert Rung(**json.loads(json.dumps(asdict(rung)))) == rung
 
 
+@pytest.mark.cpu
 def test_speeds_of_cards_and_of_none() -> None:
     known, unknown = plan(recipe_of(), "rtx4090", config=QWEN3_8B), plan(recipe_of(), "24GiB", config=QWEN3_8B)
     assert known.rates == "tabulated for rtx4090" and known.tokens_per_second is not None and known.seconds is not None
@@ -233,6 +235,7 @@ def test_unknown_model_type() -> None:
         plan(recipe_of(), "24GiB", config=config)
 
 
+@pytest.mark.cpu
 def test_moments_wait_in_host_memory_where_nothing_else_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Left on the GPU while they fit; `always` and `never` decide; what the host has no room for is not pinned."""
     monkeypatch.setattr("halfbyte.memory.choose.twin", lambda device: "fused")

@@ -24,6 +24,7 @@ with lock.hold(Path(sys.argv[1]), print):
 """
 
 
+@pytest.mark.cpu
 def test_a_second_run_is_refused_and_a_killed_one_taken_over(tmp_path: Path) -> None:
     told: list[str] = []
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}

@@ -22,7 +22,6 @@ from train.test_loop import StopAfter, assert_same
 from train.trials import CPU, KEEPING, SMALLER, Trial, close, fused, modules, near, rungs, same_bits, with_ladder
 
 STRIDES = [
-    pytest.param(97, id="some"),
     pytest.param(11, id="more", marks=pytest.mark.cpu),
     pytest.param(1, id="all", marks=pytest.mark.slow),
 ]
@@ -52,6 +51,7 @@ def test_fewer_rows_give_the_same_step_to_rounding(tmp_path: Path, stride: int) 
     Trial(fused(tmp_path, 32, SMALLER)).every(stride, close)
 
 
+@pytest.mark.cpu
 def test_a_step_goes_down_as_far_as_it_must(tmp_path: Path) -> None:
     trial = Trial(fused(tmp_path, 32, KEEPING))
     expected, _, count = trial.step()
@@ -79,6 +79,7 @@ def short_at(parts: Parts, calls: Container[int], training: bool = True) -> Part
     return replace(parts, forward=sometimes)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("bits", [32, 8])
 def test_moments_that_go_to_the_host_in_the_middle_change_nothing(tmp_path: Path, bits: Literal[32, 8]) -> None:
     whole = rig.build(tmp_path / "whole", steps=4, bits=bits)
@@ -90,6 +91,7 @@ def test_moments_that_go_to_the_host_in_the_middle_change_nothing(tmp_path: Path
     assert_same(whole, parts)
 
 
+@pytest.mark.cpu
 def test_a_run_says_keeps_and_resumes_its_rung(tmp_path: Path) -> None:
     """Down to recompute in the second step, stopped in the third, resumed there: the weights of a run that had memory."""
     steps = rungs(Rung(2, False), Rung(2, True))
@@ -112,6 +114,7 @@ def test_a_run_says_keeps_and_resumes_its_rung(tmp_path: Path) -> None:
     assert_same(whole, resumed)
 
 
+@pytest.mark.cpu
 def test_when_nothing_fits_the_run_is_saved_and_goes_on_later(tmp_path: Path) -> None:
     whole = rig.build(tmp_path / "whole", steps=5, save_every=0)
     rig.run(whole)
@@ -151,6 +154,7 @@ def test_other_errors_are_not_survived(tmp_path: Path) -> None:
     assert ladder.is_shortage(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"))
 
 
+@pytest.mark.cpu
 def test_an_allocator_that_thrashes_counts_as_short(tmp_path: Path) -> None:
     """Three steps in a row with retries, not two: then a smaller rung, at the boundary; with none left it is told and goes on."""
     for counts, falls in (([1, 1, 2, 3, 3, 3], 0), ([1, 2, 3, 3, 3, 3], 1), ([1, 2, 3, 4, 5, 6], 1)):
