@@ -159,24 +159,8 @@ class Watched:
     found: dict[str, float] = field(default_factory=dict)
     SHARE = 0.25
 
-    @property
-    def error(self) -> float:
-        return self.inner.error
-
-    @property
-    def padded_to(self) -> int:
-        return self.inner.padded_to
-
-    @property
-    def adds(self) -> bool:
-        return self.inner.adds
-
-    @property
-    def holds(self) -> bool:
-        return self.inner.holds
-
-    def rows(self, group: Group, tokens: int, back: bool = False) -> Rows | None:
-        return self.inner.rows(group, tokens, back)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
 
     def project(
         self,

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from reporting import Report  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from halfbyte.formats.packed import Format, Packed  # noqa: E402
@@ -48,7 +49,6 @@ TRANSPOSED = (
     Shape(quads=32, spans=4, transposed_warps=8),
 )
 RANK, E4M3 = 16, torch.float8_e4m3fn
-Report = Callable[..., None]
 
 
 def times(functions: dict[str, Callable[[], Any]], repeats: int = 7, warm: int = 2) -> dict[str, float]:
@@ -312,9 +312,9 @@ def bench_layer(report: Report) -> None:
 
 def _proven(out: Path, report: Report) -> bool:
     """The checks on this GPU."""
-    from kernels import checks_fp8
+    from kernels import checks_fp8, runner
 
-    found = checks_fp8.run("cuda")
+    found = runner.outcomes(checks_fp8.CHECKS, "cuda")
     (out / "fp8_gate.json").write_text(json.dumps(found, indent=1))
     red = {name: text for name, text in found.items() if text}
     for name, text in red.items():
@@ -332,14 +332,8 @@ def main() -> int:
     options = parser.parse_args()
     out: Path = options.out
     out.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
     file = (out / "fp8_gpu.jsonl").open("a")
-
-    def report(**fields: Any) -> None:
-        line = json.dumps(fields | {"at_s": round(time.perf_counter() - started, 1)})
-        print(line, flush=True)
-        file.write(line + "\n")
-        file.flush()
+    report = Report(file)
 
     if not options.no_gate and not _proven(out, report):
         print("no figures: a kernel that is wrong has no speed")

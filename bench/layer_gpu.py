@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 import time
 from collections import Counter
@@ -26,6 +25,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "bench")]
 
 import gputime  # noqa: E402
 import torch  # noqa: E402
+from reporting import Report  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
@@ -39,7 +39,7 @@ from halfbyte.layers.forward import hidden_states  # noqa: E402
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS  # noqa: E402
 from halfbyte.layers.fused.prepare import prepare  # noqa: E402
 from halfbyte.optim.flat import flatten  # noqa: E402
-from kernels import checks_outer  # noqa: E402
+from kernels import checks_outer, runner  # noqa: E402
 
 LAYERS, DTYPE = 2, torch.bfloat16
 WAYS: dict[str, dict[str, Any]] = {
@@ -160,16 +160,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a machine without a GPU")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
     with (given.out / "layer_gpu.jsonl").open("w") as file:
-
-        def report(**line: Any) -> None:
-            text = json.dumps(line | {"at_s": round(time.perf_counter() - start, 1)})
-            file.write(text + "\n")
-            file.flush()
-            print(text[:400], flush=True)
-
-        red = {name: text[-300:] for name, text in checks_outer.main(gputime.DEVICE).items() if text}
+        report = Report(file)
+        red = {name: text[-300:] for name, text in runner.outcomes(checks_outer.CHECKS, gputime.DEVICE).items() if text}
         report(what="gate", red=red)
         if gputime.CUDA and not red:
             outers(report)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 
 import torch  # noqa: E402
 from gputime import kernels, turns  # noqa: E402
+from reporting import Report  # noqa: E402
 from torch import nn  # noqa: E402
 
 from halfbyte.optim.adamw import AdamW  # noqa: E402
@@ -38,7 +38,6 @@ HIDDEN, KV, MLP, LAYERS = 4096, 1024, 14336, 32
 SHAPES = [(HIDDEN, HIDDEN), (KV, HIDDEN), (KV, HIDDEN), (HIDDEN, HIDDEN), (MLP, HIDDEN), (MLP, HIDDEN), (HIDDEN, MLP)]
 LR, CLIP = 1e-4, 1.0
 GIB = 1 << 30
-Report = Callable[..., None]
 
 
 def parameters(rank: int) -> Flat:
@@ -207,15 +206,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
     with (args.out / "paged_gpu.jsonl").open("w") as file:
-
-        def report(**row: Any) -> None:
-            line = json.dumps(row | {"at_s": round(time.monotonic() - started, 1)})
-            print(line, flush=True)
-            file.write(line + "\n")
-            file.flush()
-
+        report = Report(file)
         report(what="machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__)
         torch.manual_seed(0)
         flat = parameters(16)

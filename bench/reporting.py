@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,14 +28,14 @@ def passed(found: dict[str, str], file: Path) -> bool:
 
 
 class Report:
-    """Writes JSON lines to `file` and the terminal; `limit` in seconds since the script began."""
+    """Writes JSON lines, each with its second, to `file` and the terminal; `limit` in seconds since the script began."""
 
-    def __init__(self, file: TextIO, limit: float) -> None:
+    def __init__(self, file: TextIO, limit: float = math.inf) -> None:
         self.file, self.limit = file, limit
         self.left_out: list[str] = []
 
     def __call__(self, **fields: Any) -> None:
-        line = json.dumps(fields)
+        line = json.dumps(fields | {"at_s": round(time.monotonic() - BEGUN, 1)})
         self.file.write(line + "\n")
         self.file.flush()
         print(line, flush=True)

@@ -12,7 +12,6 @@ undisturbed one's, speed before and after, and the cost of looking at the alloca
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -26,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from reporting import Report  # noqa: E402
 
 from halfbyte.memory.rungs import Rung  # noqa: E402
 from halfbyte.optim.adamw import AdamW  # noqa: E402
@@ -45,7 +45,6 @@ LARGER = {
     "num_key_value_heads": 8,
     "max_position_embeddings": 2048,
 }
-Report = Callable[..., None]
 
 
 def gate(folder: Path, report: Report) -> bool:
@@ -145,15 +144,8 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     logging.disable(logging.INFO)
-    started = time.monotonic()
     with (args.out / "survive_gpu.jsonl").open("w") as file, tempfile.TemporaryDirectory() as name:
-
-        def report(**row: Any) -> None:
-            line = json.dumps(row | {"at_s": round(time.monotonic() - started, 1)})
-            print(line, flush=True)
-            file.write(line + "\n")
-            file.flush()
-
+        report = Report(file)
         folder = Path(name)
         os.environ["HALFBYTE_CACHE"] = str(folder / "cache")
         report(what="machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__)

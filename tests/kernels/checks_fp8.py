@@ -9,10 +9,7 @@ itself costs is bounded against float64 on the unrounded operands: a relative er
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +28,7 @@ from halfbyte.kernels.lora_linear.members import Member
 from halfbyte.kernels.norm import NormSpec
 from halfbyte.kernels.products import Augmented, Float8
 from kernels.checks import as_wrong_as_honest, poisoned
+from kernels.runner import main, named
 
 NESTED = Format("nf4", 64, nested=True)
 GROUPS: dict[str, tuple[tuple[Format | None, ...], tuple[int, ...], int]] = {
@@ -320,22 +318,8 @@ def check_fp8_moved(device: str) -> None:
     assert group.float8 is before
 
 
-CHECKS: dict[str, Callable[[str], None]] = {name[6:]: f for name, f in list(globals().items()) if name.startswith("check_")}
-
-
-def run(device: str, names: Sequence[str] = ()) -> dict[str, str]:
-    """Checks on `device`, all by default: name to "" or what went wrong."""
-    found = {}
-    for name in names or CHECKS:
-        try:
-            CHECKS[name](device)
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc(limit=-3)
-    return found
+CHECKS = named(globals())
 
 
 if __name__ == "__main__":
-    outcome = run(sys.argv[1], sys.argv[2:])
-    print(json.dumps(outcome))
-    sys.exit(1 if any(outcome.values()) else 0)
+    sys.exit(main(CHECKS))

@@ -5,10 +5,7 @@ PYTHONPATH=src:tests python -m kernels.checks_outer cpu | cuda
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,6 +13,7 @@ from torch import Tensor
 from halfbyte.kernels.outer import Outer, outer
 from kernels.checks import as_wrong_as_honest, poisoned
 from kernels.checks_elementwise import Windows
+from kernels.runner import main, named
 
 # Tokens, and columns and rank of each member.
 CASES: tuple[tuple[int, tuple[tuple[int, int], ...]], ...] = (
@@ -60,22 +58,8 @@ def check_outer(device: str) -> None:
             w.untouched()
 
 
-CHECKS: dict[str, Callable[[str], None]] = {"outer": check_outer}
-
-
-def main(device: str) -> dict[str, str]:
-    """Name of each check to what it said; empty if all is well."""
-    found: dict[str, str] = {}
-    for name, check in CHECKS.items():
-        try:
-            check(device)
-            found[name] = ""
-        except Exception:
-            found[name] = traceback.format_exc(limit=-3)
-    return found
+CHECKS = named(globals())
 
 
 if __name__ == "__main__":
-    results = main(sys.argv[1])
-    print(json.dumps(results))
-    sys.exit(any(results.values()))
+    sys.exit(main(CHECKS))

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +13,7 @@ from halfbyte.kernels import fp8
 from halfbyte.kernels.augmented import Group
 from halfbyte.kernels.lora_linear.members import LowRank, Member
 from halfbyte.kernels.products import Augmented, Float8
-from kernels import checks_fp8
+from kernels import checks_fp8, runner
 
 SOURCE = Path(__file__).parents[2] / "src"
 INTERPRETED = ("fp8_rows", "fp8_rows_not_finite", "fp8_tail", "fp8_both", "fp8_elementwise", "fp8_weights", "fp8_moved")
@@ -39,12 +35,7 @@ def test_cuda(name: str) -> None:
 
 @pytest.mark.slow
 def test_interpreted() -> None:
-    path = os.pathsep.join([str(SOURCE), str(SOURCE.parent / "tests")])
-    environment = os.environ | {"HALFBYTE_KERNELS": "fused", "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, str(Path(checks_fp8.__file__)), "cpu", *INTERPRETED]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.stdout, done.stderr
-    assert json.loads(done.stdout) == dict.fromkeys(INTERPRETED, "")
+    runner.prove_forced(checks_fp8, "fused", INTERPRETED)
 
 
 PROGRAM = """
@@ -92,13 +83,7 @@ print("compiled")
 @pytest.mark.parametrize("capability", [89, 90])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     """For the first GPUs with fp8 products, and Hopper; none is needed."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(SOURCE)}
-    program = tmp_path / "build.py"
-    program.write_text(PROGRAM)
-    command = [sys.executable, str(program), str(capability)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.stdout.strip() == "compiled", done.stderr
+    runner.compile_for(capability, PROGRAM, tmp_path)
 
 
 def _permuted(a: int, b: int, selector: int) -> int:

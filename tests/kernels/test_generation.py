@@ -14,6 +14,7 @@ from halfbyte.formats.packed import Format
 from halfbyte.kernels.lora_linear.members import Member
 from halfbyte.kernels.packed_gemv import build
 from kernels import checks_generation as checks
+from kernels import runner
 from kernels.checks import random_packed
 
 ROOT = Path(__file__).parents[2]
@@ -135,10 +136,4 @@ print("compiled")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     """Ampere and Hopper: what the interpreter accepts, the compiler may refuse; instructions given as text are read here only."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT / "src")}
-    program = tmp_path / "build.py"
-    program.write_text(COMPILED)
-    command = [sys.executable, str(program), str(capability)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.stdout.strip() == "compiled", done.stderr
+    runner.compile_for(capability, COMPILED, tmp_path)

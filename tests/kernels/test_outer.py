@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from kernels import checks_outer as checks
+from kernels import runner
 
-TESTS = Path(__file__).parents[1]
 PROGRAM = """
 import re
 import sys
@@ -52,24 +48,11 @@ def test_cuda_twin(name: str) -> None:
 
 @pytest.mark.cpu
 def test_interpreted() -> None:
-    path = os.pathsep.join((str(TESTS.parent / "src"), str(TESTS)))
-    environment = os.environ | {"HALFBYTE_KERNELS": "fused", "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-m", "kernels.checks_outer", "cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.stdout, done.stderr
-    found: dict[str, str] = json.loads(done.stdout)
-    assert not any(found.values()), "\n".join(found.values())
+    runner.prove_forced(checks, "fused")
 
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("capability", [80, 90])
 def test_it_compiles_to_wide_loads_and_matrix_instructions(capability: int, tmp_path: Path) -> None:
     """For Ampere and Hopper, without a GPU."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(TESTS.parent / "src")}
-    program = tmp_path / "build.py"
-    program.write_text(PROGRAM)
-    done = subprocess.run(
-        [sys.executable, str(program), str(capability)], env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.stdout.strip() == "compiled", done.stderr
+    runner.compile_for(capability, PROGRAM, tmp_path)

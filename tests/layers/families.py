@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from halfbyte.adapters import lora
 from halfbyte.adapters.config import AdapterConfig
 from halfbyte.formats.packed import Format
-from halfbyte.layers import swap
+from halfbyte.layers import forward, swap
 from halfbyte.layers.linear import Linear4bit
 from support import tiny_model
 
@@ -31,6 +31,10 @@ LEFT = {
 }
 """Families whose layers stay transformers' own, linear by linear, and why."""
 NF4 = Format("nf4", 64, True)
+STILL = {"gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}}
+"""What makes a family's base draw no dropout of its own."""
+LENGTHS = (7, 16, 1, 10)
+"""Documents of the packed row that a layer is proven on."""
 
 
 def pair(family: str, fmt: Format | None, **changes: object) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -86,3 +90,33 @@ def row(lengths: tuple[int, ...], vocabulary: int = 250, padding: int = 2) -> tu
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     ends = torch.tensor(lengths).cumsum(0).tolist()
     return ids, positions, torch.tensor([0, *ends, *[total] * padding], dtype=torch.int32)
+
+
+def learned(config: AdapterConfig, family: str = "llama", fmt: Format | None = NF4) -> tuple[PreTrainedModel, lora.Adapter]:
+    """Our model of a family in training, with an adapter whose B is not zero, at a fixed place of its dropout."""
+    model, _ = pair(family, fmt, **STILL.get(family, {}))
+    adapter = lora.attach(model, config, seed=1)
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            layer.lora_b.normal_(0, 0.1, generator=torch.Generator().manual_seed(layer.number))
+    adapter.set_dropout_state(5, 2, 0, tokens=17)
+    return model.train(), adapter
+
+
+def hidden_of(model: PreTrainedModel) -> Tensor:
+    """Hidden states of the packed row."""
+    return forward.hidden_states(model, *row(LENGTHS))
+
+
+def weight_of(hidden: Tensor) -> Tensor:
+    """What hidden states are multiplied by to make one number."""
+    return torch.randn(hidden.shape, generator=torch.Generator().manual_seed(4))
+
+
+def gradients_of(model: PreTrainedModel, adapter: lora.Adapter) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """Hidden states of the packed row, and the adapter's gradients by name."""
+    for _, p, _ in adapter.parameters():
+        p.grad = None
+    hidden = hidden_of(model)
+    (hidden * weight_of(hidden)).sum().backward()
+    return hidden.detach(), {name: p.grad for name, p, _ in adapter.parameters()}

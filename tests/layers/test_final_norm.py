@@ -14,8 +14,7 @@ from halfbyte.layers.fused.final import FinalNorm
 from halfbyte.layers.fused.forward import Room
 from halfbyte.layers.fused.prepare import prepare, remove
 from halfbyte.layers.swap import adopt
-from layers.families import FUSED, pair, row
-from layers.test_fused import LENGTHS, STILL, _gradients, _llama
+from layers.families import FUSED, LENGTHS, STILL, gradients_of, learned, pair, row
 from support import tiny_model
 
 
@@ -38,8 +37,8 @@ def test_every_family_has_it_and_it_can_be_taken_away(family: str) -> None:
 
 
 def test_its_gradient_arrives_where_the_last_layer_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, adapter = _llama(AdapterConfig(rank=4))
-    _, expected = _gradients(model, adapter)
+    model, adapter = learned(AdapterConfig(rank=4))
+    _, expected = gradients_of(model, adapter)
     prepare(model)
     hits: list[bool] = []
     take = Room.take
@@ -50,14 +49,14 @@ def test_its_gradient_arrives_where_the_last_layer_wants_it(monkeypatch: pytest.
         return out
 
     monkeypatch.setattr(Room, "take", watch)
-    _, got = _gradients(model, adapter)
+    _, got = gradients_of(model, adapter)
     assert hits == [True, True]
     for name, grad in expected.items():
         assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
 
 
 def test_it_keeps_its_input_and_two_numbers_a_token_at_most() -> None:
-    model, _ = _llama(AdapterConfig(rank=4))
+    model, _ = learned(AdapterConfig(rank=4))
     prepare(model)
     (norm,) = _norms(model)
     x = torch.randn(1, 33, 64, requires_grad=True)
@@ -91,7 +90,7 @@ def test_nothing_happens_where_no_layer_is_fused() -> None:
 
 
 def test_the_packed_row_is_the_modules_row() -> None:
-    model, _ = _llama(AdapterConfig(rank=4))
+    model, _ = learned(AdapterConfig(rank=4))
     prepare(model)
     (norm,) = _norms(model)
     ids, positions, cu = row(LENGTHS)

@@ -12,27 +12,31 @@ from halfbyte.adapters import lora
 from halfbyte.adapters.config import AdapterConfig
 from halfbyte.errors import ModelError
 from halfbyte.formats.packed import Format
-from halfbyte.layers import forward, recompute
+from halfbyte.layers import recompute
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused import gradients, prove
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep
 from halfbyte.layers.fused.prepare import prepare, remove
 from halfbyte.layers.structure import NotUnderstood
 from halfbyte.optim.flat import flatten
-from layers.families import ADOPTED, FUSED, NF4, pair, peft_gradients, row, with_adapters
+from layers.families import (
+    ADOPTED,
+    FUSED,
+    LENGTHS,
+    NF4,
+    STILL,
+    gradients_of,
+    hidden_of,
+    learned,
+    pair,
+    peft_gradients,
+    row,
+    weight_of,
+    with_adapters,
+)
 
-STILL = {"gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}}
-LENGTHS = (7, 16, 1, 10)
 Tensors = dict[str, Tensor]
 KEEPS = [Keep(*flags) for flags in itertools.product((False, True), repeat=5)]
-
-
-def _hidden(model: torch.nn.Module) -> Tensor:
-    return forward.hidden_states(model, *row(LENGTHS))
-
-
-def _weight(hidden: Tensor) -> Tensor:
-    return torch.randn(hidden.shape, generator=torch.Generator().manual_seed(4))
 
 
 def _compare(adapter: lora.Adapter, theirs: dict[str, Tensor], tolerance: float = 1e-4) -> None:
@@ -51,13 +55,13 @@ def test_a_packed_row_equals_transformers_and_peft(family: str, keep: Keep, fmt:
     adapter, reference = with_adapters(ours, plain)
     done = prepare(ours, keep)
     assert (done.layers, done.left) == (2, {})
-    hidden = _hidden(ours.train())
+    hidden = hidden_of(ours.train())
     inner = reference.base_model.model.base_model
     ids, _, _ = row(LENGTHS)
     expected = torch.cat([inner(input_ids=part, use_cache=False).last_hidden_state for part in ids.split(LENGTHS, 1)], 1)
     torch.testing.assert_close(hidden, expected, atol=2e-5, rtol=1e-4)
-    (hidden * _weight(hidden)).sum().backward()
-    (expected * _weight(hidden)).sum().backward()
+    (hidden * weight_of(hidden)).sum().backward()
+    (expected * weight_of(hidden)).sum().backward()
     _compare(adapter, peft_gradients(reference))
 
 
@@ -71,28 +75,10 @@ def test_unpacked_rows_too(family: str) -> None:
     got = ours.train()(input_ids=ids, use_cache=False).logits
     expected = reference(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
-    weight = _weight(expected)
+    weight = weight_of(expected)
     (got * weight).sum().backward()
     (expected * weight).sum().backward()
     _compare(adapter, peft_gradients(reference))
-
-
-def _llama(config: AdapterConfig, family: str = "llama") -> tuple[torch.nn.Module, lora.Adapter]:
-    model, _ = pair(family, NF4)
-    adapter = lora.attach(model, config, seed=1)
-    with torch.no_grad():
-        for layer in adapter.layers.values():
-            layer.lora_b.normal_(0, 0.1, generator=torch.Generator().manual_seed(layer.number))
-    adapter.set_dropout_state(5, 2, 0, tokens=17)
-    return model.train(), adapter
-
-
-def _gradients(model: torch.nn.Module, adapter: lora.Adapter) -> tuple[Tensor, dict[str, Tensor]]:
-    for _, p, _ in adapter.parameters():
-        p.grad = None
-    hidden = _hidden(model)
-    (hidden * _weight(hidden)).sum().backward()
-    return hidden.detach(), {name: p.grad for name, p, _ in adapter.parameters()}
 
 
 @pytest.mark.parametrize(
@@ -110,10 +96,10 @@ def _gradients(model: torch.nn.Module, adapter: lora.Adapter) -> tuple[Tensor, d
 def test_every_adapter_stays_on_the_path(family: str, config: AdapterConfig) -> None:
     if family == "phi3" and isinstance(config.targets, list):
         config = config.model_copy(update={"targets": ["qkv_proj", "down_proj"]})
-    model, adapter = _llama(config, family)
-    hidden, expected = _gradients(model, adapter)
+    model, adapter = learned(config, family)
+    hidden, expected = gradients_of(model, adapter)
     assert prepare(model).layers == 2
-    got_hidden, got = _gradients(model, adapter)
+    got_hidden, got = gradients_of(model, adapter)
     torch.testing.assert_close(got_hidden, hidden, atol=2e-5, rtol=1e-4)
     for name, grad in expected.items():
         assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
@@ -124,26 +110,26 @@ def test_every_adapter_stays_on_the_path(family: str, config: AdapterConfig) -> 
     "keep", [*KEEPS, OFFLOADED], ids=lambda k: "".join(str(int(v)) for v in (k.normed, k.qkv, k.attended, k.mid, k.inputs))
 )
 def test_whatever_is_kept_the_gradients_are_the_same_bits(keep: Keep) -> None:
-    model, adapter = _llama(AdapterConfig(rank=4, dropout=0.2), "qwen3")
+    model, adapter = learned(AdapterConfig(rank=4, dropout=0.2), "qwen3")
     prepare(model)
-    hidden, expected = _gradients(model, adapter)
+    hidden, expected = gradients_of(model, adapter)
     prepare(model, keep)
-    got_hidden, got = _gradients(model, adapter)
+    got_hidden, got = gradients_of(model, adapter)
     assert torch.equal(got_hidden, hidden)
     for name, grad in expected.items():
         assert torch.equal(got[name], grad), name
 
 
 def test_gradients_in_place_are_added_to_the_flat_buffers() -> None:
-    model, adapter = _llama(AdapterConfig(rank=4))
+    model, adapter = learned(AdapterConfig(rank=4))
     prepare(model)
-    _, expected = _gradients(model, adapter)
+    _, expected = gradients_of(model, adapter)
     expected = {name: g.clone() for name, g in expected.items()}
     flat = flatten(adapter.parameters())
     prepare(model, in_place=True)
     for _ in range(2):
-        hidden = _hidden(model)
-        (hidden * _weight(hidden)).sum().backward()
+        hidden = hidden_of(model)
+        (hidden * weight_of(hidden)).sum().backward()
     for group in flat.groups:
         for segment in group.segments:
             found = group.view(group.grads, segment)
@@ -151,7 +137,7 @@ def test_gradients_in_place_are_added_to_the_flat_buffers() -> None:
 
 
 def test_neighbouring_gradients_are_one_product() -> None:
-    model, adapter = _llama(AdapterConfig(rank=4))
+    model, adapter = learned(AdapterConfig(rank=4))
     flatten(adapter.parameters())
     layer = next(m for m in model.modules() if isinstance(m, DecoderLayer))
     three = [layer.get_submodule(f"self_attn.{n}_proj").lora_a for n in "qkv"]
@@ -162,9 +148,9 @@ def test_neighbouring_gradients_are_one_product() -> None:
 
 
 def test_backward_twice_is_refused() -> None:
-    model, adapter = _llama(AdapterConfig(rank=4))
+    model, adapter = learned(AdapterConfig(rank=4))
     prepare(model)
-    loss = _hidden(model).sum()
+    loss = hidden_of(model).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(ModelError, match="ran twice"):
         loss.backward()
@@ -172,9 +158,9 @@ def test_backward_twice_is_refused() -> None:
 
 
 def test_an_adapter_that_changed_between_forward_and_backward_is_found() -> None:
-    model, adapter = _llama(AdapterConfig(rank=4))
+    model, adapter = learned(AdapterConfig(rank=4))
     prepare(model)
-    loss = _hidden(model).sum()
+    loss = hidden_of(model).sum()
     with torch.no_grad():
         next(iter(adapter.layers.values())).lora_b.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -198,7 +184,7 @@ def test_families_whose_layers_are_not_fused_are_named(family: str) -> None:
 
 
 def test_a_layer_that_disagrees_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = _llama(AdapterConfig(rank=4))
+    model, _ = learned(AdapterConfig(rank=4))
     monkeypatch.setattr("halfbyte.layers.fused.backward.fp8.glu_backward", lambda dh, gate, up, activation, rows: None)
     done = prepare(model)
     assert done.layers == 0 and "is off by" in done.summary()
@@ -214,27 +200,27 @@ def test_an_unlucky_draw_of_the_proof_is_drawn_again(monkeypatch: pytest.MonkeyP
         compare(got, honest, truth, hidden, floor)
 
     monkeypatch.setattr(prove, "_compare", unlucky)
-    model, _ = _llama(AdapterConfig(rank=4))
+    model, _ = learned(AdapterConfig(rank=4))
     done = prepare(model)
     assert done.layers == done.total and len(seen) == 2 and not torch.equal(*seen)
 
 
 def test_recompute_by_modules_stops_and_switching_off_brings_the_modules_back() -> None:
-    model, adapter = _llama(AdapterConfig(rank=4))
+    model, adapter = learned(AdapterConfig(rank=4))
     recompute.set_recompute(model, True)
     prepare(model, INPUTS)
     layers = [m for m in model.modules() if isinstance(m, DecoderLayer)]
     assert not any(layer.gradient_checkpointing for layer in layers)
     with adapter.enabled(False), torch.no_grad():
-        base = _hidden(model)
+        base = hidden_of(model)
     remove(model)
     assert all(layer.fused is None for layer in layers)
     with adapter.enabled(False), torch.no_grad():
-        torch.testing.assert_close(base, _hidden(model), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(base, hidden_of(model), atol=2e-5, rtol=1e-4)
 
 
 def test_a_cache_and_a_dense_mask_go_through_the_modules() -> None:
-    model, _ = _llama(AdapterConfig(rank=4))
+    model, _ = learned(AdapterConfig(rank=4))
     model.eval()
     ids, _, _ = row((9,))
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

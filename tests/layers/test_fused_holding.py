@@ -17,19 +17,13 @@ from halfbyte.kernels.products import Augmented
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused.layer import Fused
 from halfbyte.layers.fused.prepare import prepare, remove
-from layers.families import NF4, pair
-from layers.test_fused import STILL, _gradients, _hidden
+from layers.families import NF4, gradients_of, hidden_of, learned, pair
 
 NONE = pytest.param(None, id="none")
 
 
 def _model(family: str, fmt: Format | None, config: AdapterConfig | None = None) -> tuple[nn.Module, lora.Adapter]:
-    model, _ = pair(family, fmt, **STILL.get(family, {}))
-    adapter = lora.attach(model, config or AdapterConfig(rank=4), seed=1)
-    with torch.no_grad():
-        for layer in adapter.layers.values():
-            layer.lora_b.normal_(0, 0.1, generator=torch.Generator().manual_seed(layer.number))
-    return model.train(), adapter
+    return learned(config or AdapterConfig(rank=4), family, fmt)
 
 
 def _groups(model: nn.Module) -> list[Group]:
@@ -46,10 +40,10 @@ def test_the_same_bits_as_without(family: str, fmt: Format | None, monkeypatch: 
         patch.setattr(Augmented, "holds", False)
         prepare(model)
     assert not any(g.held for g in _groups(model))
-    hidden, expected = _gradients(model, adapter)
+    hidden, expected = gradients_of(model, adapter)
     prepare(model, decoded=True)
     assert all(g.held for g in _groups(model))
-    got_hidden, got = _gradients(model, adapter)
+    got_hidden, got = gradients_of(model, adapter)
     assert torch.equal(got_hidden, hidden) and all(torch.equal(got[name], grad) for name, grad in expected.items())
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], t) for name, t in before.items())
@@ -69,9 +63,9 @@ def test_16_bit_weights_are_stored_once_and_only_the_adapter_is_written() -> Non
     with torch.no_grad():
         for layer in adapter.layers.values():
             layer.lora_b.mul_(2.0)
-    _, got = _gradients(model, adapter)
+    _, got = gradients_of(model, adapter)
     remove(model)
-    _, expected = _gradients(model, adapter)
+    _, expected = gradients_of(model, adapter)
     for name, grad in expected.items():
         assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
 
@@ -80,18 +74,18 @@ def test_16_bit_weights_are_stored_once_and_only_the_adapter_is_written() -> Non
 def test_an_adapter_is_switched_off_and_on(fmt: Format | None) -> None:
     model, adapter = _model("llama", fmt)
     prepare(model, decoded=True)
-    on = _hidden(model)
+    on = hidden_of(model)
     held = [g.matrix(torch.float32).data_ptr() for g in _groups(model)]
     with adapter.enabled(False), torch.no_grad():
-        off = _hidden(model)
+        off = hidden_of(model)
         if fmt is None:  # the weights stand where they stood
             assert {g.matrix(torch.float32).data_ptr() for g in _groups(model)} == set(held)
-    assert torch.equal(_hidden(model), on) and not torch.allclose(on, off)
+    assert torch.equal(hidden_of(model), on) and not torch.allclose(on, off)
     if fmt is None:
         assert [g.matrix(torch.float32).data_ptr() for g in _groups(model)] == held
     remove(model)
     with adapter.enabled(False), torch.no_grad():
-        torch.testing.assert_close(off, _hidden(model), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(off, hidden_of(model), atol=2e-5, rtol=1e-4)
 
 
 def test_groups_without_an_adapter_are_read_where_they_stand() -> None:
@@ -101,9 +95,9 @@ def test_groups_without_an_adapter_are_read_where_they_stand() -> None:
     assert qkv.held and not out.held and not down.held
     weights = [g.members[0].weight for g in (out, down)]
     assert all(g.matrix(torch.float32).data_ptr() == w.data_ptr() for g, w in zip((out, down), weights, strict=True))
-    _, got = _gradients(model, adapter)
+    _, got = gradients_of(model, adapter)
     remove(model)
-    _, expected = _gradients(model, adapter)
+    _, expected = gradients_of(model, adapter)
     assert all((got[name] - g).abs().max() <= 1e-4 * g.abs().max() for name, g in expected.items())
 
 
@@ -124,7 +118,7 @@ def test_decoded_weights_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> No
     written: list[bool] = []
     write = Group._write
     monkeypatch.setattr(Group, "_write", lambda self, out, weights: (written.append(weights), write(self, out, weights))[1])
-    hidden = _hidden(model)
+    hidden = hidden_of(model)
     hidden.sum().backward()
     assert len(written) == 2 * 8 and not any(written)
 
@@ -135,12 +129,12 @@ def test_what_changes_between_calls_is_noticed() -> None:
     layer = next(iter(adapter.layers.values()))
 
     def same_as_modules() -> bool:
-        fused = _hidden(model).detach()
+        fused = hidden_of(model).detach()
         layers = [m for m in model.modules() if isinstance(m, DecoderLayer)]
         kept = [m.fused for m in layers]
         for m in layers:
             m.fused = None
-        plain = _hidden(model).detach()
+        plain = hidden_of(model).detach()
         for m, fused_layer in zip(layers, kept, strict=True):
             m.fused = fused_layer
         return torch.allclose(fused, plain, atol=2e-5, rtol=1e-4)
@@ -157,23 +151,23 @@ def test_what_changes_between_calls_is_noticed() -> None:
     assert same_as_modules()
     adapter.remove()
     assert same_as_modules()
-    assert not torch.equal(_hidden(copied), _hidden(model))
+    assert not torch.equal(hidden_of(copied), hidden_of(model))
 
 
 def test_nothing_is_read_again_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     model, adapter = _model("llama", NF4, AdapterConfig(rank=4, dropout=0.1))
     adapter.set_dropout_state(1, 0, 0, tokens=64)
     prepare(model)
-    _hidden(model)
+    hidden_of(model)
     read: list[int] = []
     again = Fused._read
     monkeypatch.setattr(Fused, "_read", lambda self: (read.append(1), again(self))[1])
     for step in range(3):
         adapter.set_dropout_state(1, step, 0)
-        _hidden(model).sum().backward()
+        hidden_of(model).sum().backward()
     assert not read
     model.eval()
-    _hidden(model)
+    hidden_of(model)
     assert len(read) == 2
 
 
@@ -181,10 +175,10 @@ def test_nothing_is_read_again_while_nothing_changes(monkeypatch: pytest.MonkeyP
 def test_ranks_padded_to_another_multiple_change_no_number(padded_to: int) -> None:
     model, adapter = _model("llama", NF4)
     prepare(model)
-    hidden, expected = _gradients(model, adapter)
+    hidden, expected = gradients_of(model, adapter)
     prepare(model, products=Augmented(padded_to))
     assert {g.rank for g in _groups(model)} == {padded_to}
-    got_hidden, got = _gradients(model, adapter)
+    got_hidden, got = gradients_of(model, adapter)
     torch.testing.assert_close(got_hidden, hidden, atol=2e-5, rtol=1e-4)
     for name, grad in expected.items():
         assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name

@@ -25,8 +25,7 @@ from halfbyte.layers.fused import gradients, projection
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep
 from halfbyte.layers.fused.prepare import prepare
 from halfbyte.optim.flat import flatten
-from layers.families import row
-from layers.test_fused import LENGTHS, _llama
+from layers.families import LENGTHS, learned, row
 
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "view", "slice", "as_strided", "t", "unsqueeze",
         "transpose", "select", "alias", "detach", "expand", "_unsafe_view", "permute", "split", "unflatten", "resize")  # fmt: skip
@@ -95,7 +94,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 
 def _model(keep: Keep) -> tuple[torch.nn.Module, lora.Adapter]:
-    model, adapter = _llama(AdapterConfig(rank=4))
+    model, adapter = learned(AdapterConfig(rank=4))
     flatten(adapter.parameters())
     prepare(model, keep, in_place=True)
     return model, adapter

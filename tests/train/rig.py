@@ -122,7 +122,7 @@ def build(
         dropout=lambda seed, step, row: None,
         weights=flat.named,
         restore=restore,
-        answer=lambda prompt: f"{prompt}?",
+        answers=lambda prompts: [f"{prompt}?" for prompt in prompts],
         flat=flat,
         optimizer=AdamW(flat, OptimConfig(weight_decay=0.1, bits=bits)),
         scale=LossScale.create(compute, torch.device("cpu")),

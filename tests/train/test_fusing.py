@@ -28,6 +28,7 @@ from halfbyte.train.run import train
 from support import chats, packed_base, save_tiny, tiny_model, write_jsonl
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +37,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny(root / "model")
     write_jsonl(root / "chats.jsonl", chats(40))
     return root
-
-
-@pytest.fixture(autouse=True)
-def cache(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HALFBYTE_CACHE", str(files / "cache"))
 
 
 def run(files: Path, output: Path, *overrides: str, told: list[str] | None = None) -> Result:

@@ -17,17 +17,8 @@ from halfbyte.optim.flat import flatten
 from halfbyte.recipe import recipe_from
 from halfbyte.train.finish import Result
 from halfbyte.train.run import train
-from support import chats, save_tiny, write_jsonl
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("files")
-    save_tiny(root / "model")
-    write_jsonl(root / "chats.jsonl", chats(80))
-    return root
 
 
 def run(files: Path, output: Path, *overrides: str, on_event: Any = None) -> Result:

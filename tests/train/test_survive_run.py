@@ -15,22 +15,8 @@ from halfbyte.recipe import recipe_from
 from halfbyte.train import fusing, loop
 from halfbyte.train.finish import Result
 from halfbyte.train.run import train
-from support import chats, save_tiny, write_jsonl
 
-pytestmark = pytest.mark.cpu
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("files")
-    save_tiny(root / "model")
-    write_jsonl(root / "chats.jsonl", chats(80))
-    return root
-
-
-@pytest.fixture(autouse=True)
-def cache(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HALFBYTE_CACHE", str(files / "cache"))
+pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("cache")]
 
 
 def run(files: Path, output: Path, *overrides: str, messages: list[str] | None = None) -> Result:

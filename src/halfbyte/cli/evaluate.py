@@ -48,18 +48,18 @@ def evaluate(
     for name, on in (("base", False), ("adapter", True)) if loaded.adapter else (("base", True),):
         with loaded.adapter.enabled(on) if loaded.adapter else nullcontext():
             scores[name] = {part: asdict(score) for part, score in evaluate_base(loaded.base, sets, config.tokens).items()}
-            for answer in answers:
-                answer[name] = _answer(loaded, answer["prompt"], max_tokens)
+            for answer, text in zip(answers, _answers(loaded, prompts or [], max_tokens), strict=True):
+                answer[name] = text
     if as_json:
         emit(scores | ({"answers": answers} if answers else {}))
     else:
         _show(scores, answers)
 
 
-def _answer(loaded: Loaded, question: str, max_tokens: int) -> str:
-    from halfbyte.generate.chat import generate
+def _answers(loaded: Loaded, questions: list[str], max_tokens: int) -> list[str]:
+    from halfbyte.generate.chat import answers
 
-    return generate(loaded.base, [{"role": "user", "content": question}], max_tokens, template=loaded.template).text
+    return list(answers(loaded.base, questions, max_tokens, template=loaded.template))
 
 
 def _show(scores: dict[str, Any], answers: list[dict[str, str]]) -> None:

@@ -12,7 +12,7 @@ free memory has room for them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,6 +80,13 @@ def generate(
     text = str(base.tokenizer.decode(new, skip_special_tokens=True))
     stopped: Literal["end", "length", "context"] = "end" if ended else "context" if limited_by_context else "length"
     return Answer(text, len(new), len(new) / seconds, stopped, len(ids))
+
+
+def answers(base: Base, questions: Iterable[str], max_tokens: int = 256, *, template: str | None = None) -> Iterator[str]:
+    """The texts that `generate` answers each question with, as a conversation of its own, from one engine for all of them."""
+    session = Session()
+    for question in questions:
+        yield generate(base, [{"role": "user", "content": question}], max_tokens, template=template, session=session).text
 
 
 class Chat:

@@ -48,6 +48,7 @@ class Ladder:
     def __post_init__(self) -> None:
         self.placed, self.start = self.rung, self.rung.microbatch
         self.seen, self.rising = 0, 0
+        self.count = self.retries or _retries(self.device)
 
     def settle(self) -> None:
         """Model and optimizer are on the rung behind this. May itself find no memory, and be called again."""
@@ -65,7 +66,7 @@ class Ladder:
 
     def thrashing(self) -> bool:
         """After a step: whether the allocator had to ask again in each of the last RISING. Does not wait for the device."""
-        now = (self.retries or _retries(self.device))()
+        now = self.count()
         self.rising = self.rising + 1 if now > self.seen else 0
         self.seen = now
         if self.rising < RISING:

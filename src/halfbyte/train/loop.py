@@ -125,8 +125,8 @@ def survey(parts: Parts, state: State, stop: Stop) -> None:
     if scores is None:
         return
     record(parts, state, scores)
-    for prompt in parts.config.prompts:
-        sample = {"kind": "sample", "step": state.step, "prompt": prompt, "answer": parts.answer(prompt)}
+    for prompt, answer in zip(parts.config.prompts, parts.answers(parts.config.prompts), strict=True):
+        sample = {"kind": "sample", "step": state.step, "prompt": prompt, "answer": answer}
         state.samples.append(sample)
         parts.report.event(sample)
     state.evaluated = state.step

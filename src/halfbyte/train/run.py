@@ -28,7 +28,7 @@ from halfbyte.config import Recipe
 from halfbyte.data import checks
 from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare
-from halfbyte.generate.chat import generate
+from halfbyte.generate.chat import answers
 from halfbyte.layers import decoded, forward, head, recompute
 from halfbyte.memory.plan import Plan
 from halfbyte.memory.plan import plan as make_plan
@@ -175,10 +175,6 @@ def _parts(
     def restore(tensors: Mapping[str, Tensor]) -> None:
         adapter_state.load_state_dict(adapter, tensors, source="the checkpoint")
 
-    def answer(prompt: str) -> str:
-        messages = [{"role": "user", "content": prompt}]
-        return generate(base, messages, config.sample_tokens, template=prepared.template.text).text
-
     modules = {path: [layer.lora_a.shape[0], layer.scale] for path, layer in adapter.layers.items()}
     return Parts(
         config=config,
@@ -189,7 +185,7 @@ def _parts(
         dropout=lambda seed, step, row: adapter.set_dropout_state(seed, step, row, tokens),
         weights=lambda: adapter_state.state_dict(adapter),
         restore=restore,
-        answer=answer,
+        answers=functools.partial(answers, base, max_tokens=config.sample_tokens, template=prepared.template.text),
         flat=optimizer.flat,
         optimizer=optimizer,
         scale=LossScale.create(compute, device),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,7 +64,7 @@ class Parts:
 
     forward: (input_ids, position_ids, cu_seqlens) -> hidden `[1, S, H]`. dropout: (seed, step, first row), numbers the masks.
     weights: the adapter's tensors for a checkpoint, by name; restore: the mirror. autocast: compute dtype of a model whose
-    weights are fp32 (full fine-tuning), else None. answer: one fixed prompt -> the model's text.
+    weights are fp32 (full fine-tuning), else None. answers: fixed prompts -> the model's texts, one by one.
     """
 
     config: TrainConfig
@@ -75,7 +75,7 @@ class Parts:
     dropout: Callable[[int, int, int], None]
     weights: Callable[[], Mapping[str, Tensor]]
     restore: Callable[[Mapping[str, Tensor]], None]
-    answer: Callable[[str], str]
+    answers: Callable[[list[str]], Iterable[str]]
     flat: Flat
     optimizer: AdamW
     scale: LossScale
