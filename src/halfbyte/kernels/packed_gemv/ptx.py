@@ -2,7 +2,8 @@
 
 shared     a multiprocessor's shared memory: 256 pairs of levels, each 32 times, so that lane l finds every pair in bank l (look-ups
            never conflict with the neighbours'); the 256 levels of nested scales; sums of warps. Fills the tables; the address.
-lookup     four bytes of codes to four registers of two 16-bit levels each: byte out, address, load: three instructions a pair.
+lookup     four bytes of codes to four registers of two 16-bit levels each. A dot product of the four bytes with (0, 128, 0, 0) and
+           the like is a byte's place in the table: with the load two instructions a pair.
 mma        one tensor-core product of 16 rows by 16 columns of the weight by 8 rows of x.
 quad       a value of one of the four lanes that share a row.
 words      8 or 16 bytes of a weight where a condition holds, read once: not kept in L1; the rest of their line comes into L2 along.
@@ -22,10 +23,7 @@ permission that Triton only asks for when its own part is that large."""
 STATIC_BYTES = 49152 - TRITON_BYTES
 LOOKUP = (
     "{ .reg .b32 p, q, r, s; "
-    + " ".join(
-        f"prmt.b32 {v}, $4, 0, {0x4440 + i:#x}; mad.lo.u32 {v}, {v}, 128, $5; ld.shared.b32 ${i}, [{v}];"
-        for i, v in enumerate("pqrs")
-    )
+    + " ".join(f"dp4a.u32.u32 {v}, $4, {0x80 << 8 * i:#x}, $5; ld.shared.b32 ${i}, [{v}];" for i, v in enumerate("pqrs"))
     + " }"
 )
 MMA_BF16 = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
