@@ -91,15 +91,23 @@ def finished(y, z, PAIRED: tl.constexpr, ACT: tl.constexpr):
 
 
 @triton.jit
-def fed_by(total, y, feed, column, mask, alive, FEED: tl.constexpr):
-    """total (16 columns of `feed` each, `[ROWS, 16]`) + outputs y `[OUT, ROWS]` at `column` by their lines of `feed`."""
+def feed_lines(feed, column, alive, FEED: tl.constexpr):
+    """Lines `column` of `feed`, 16 columns at a time `[OUT, 16]`: asked for before the outputs are there."""
     r = tl.arange(0, 16)
+    lines = ()
+    for i in tl.static_range(FEED // 16):
+        at = column * FEED + i * 16 + r[None, :]
+        lines = lines + (tl.load(feed + at, mask=alive[:, None] & (r < 16)[None, :], other=0.0),)
+    return lines
+
+
+@triton.jit
+def fed_by(total, y, lines, mask, FEED: tl.constexpr):
+    """total (16 columns of `feed` each, `[OUT, ROWS, 16]`) + outputs y `[OUT, ROWS]` times their lines of `feed`."""
     y = tl.where(mask, y.to(tl.float32), 0.0)
     more = ()
     for i in tl.static_range(FEED // 16):
-        at = column * FEED + i * 16 + r[None, :]
-        lines = tl.load(feed + at, mask=alive[:, None] & (r < 16)[None, :], other=0.0).to(tl.float32)
-        more = more + (total[i] + tl.sum(y[:, :, None] * lines[:, None, :], 0),)
+        more = more + (total[i] + y[:, :, None] * lines[i].to(tl.float32)[:, None, :],)
     return more
 
 
@@ -108,7 +116,7 @@ def keep_fed(total, fed, program, M, ROWS: tl.constexpr, FEED: tl.constexpr):
     """A program's line of A x for the group that reads its outputs."""
     m, r = tl.arange(0, ROWS)[:, None], tl.arange(0, 16)[None, :]
     for i in tl.static_range(FEED // 16):
-        tl.store(fed + (program * 2 + m) * FEED + i * 16 + r, total[i], mask=(m < M) & (r < 16))
+        tl.store(fed + (program * 2 + m) * FEED + i * 16 + r, tl.sum(total[i], 0), mask=(m < M) & (r < 16))
 
 
 @triton.jit

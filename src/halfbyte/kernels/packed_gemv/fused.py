@@ -29,6 +29,7 @@ from halfbyte.kernels.dequantize.fused import to_dtype
 from halfbyte.kernels.packed_gemv import ptx
 from halfbyte.kernels.packed_gemv.beside import (
     fed_by,
+    feed_lines,
     field,
     finished,
     keep_fed,
@@ -307,7 +308,7 @@ def _gemv(
     if GROUPS > 0:
         put_pieces(xa, sums_at, scratch, tid, A_ROWS, PIECES, GROUPS, WIDE, XA, ROWS, INTERPRETED)
     o, m = tl.arange(0, OUT), tl.arange(0, ROWS)
-    rstd, total = m * 0 + 1.0, (tl.zeros((ROWS, 16), tl.float32),) * (FEED // 16)
+    rstd, total = m * 0 + 1.0, (tl.zeros((OUT, ROWS, 16), tl.float32),) * (FEED // 16)
     if NORM:
         xs, rstd = normed(xs, weights, eps, offset, STEPS, K64, ROWS, WARPS, HALF, INTERPRETED)
     while position < last:
@@ -322,6 +323,7 @@ def _gemv(
             other, others = side_of(segments, s + 1, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS)
         column = (field(segments, s, 9) + row)[:, None]
         mask = alive[:, None] & (m < M)[None, :]
+        lines_fed = feed_lines(feed, column, alive, FEED)
         if ADD:
             before = tl.load(add + m[None, :] * add_stride + column, mask=mask, other=0.0)
         number = position
@@ -372,7 +374,7 @@ def _gemv(
         y = to_dtype(y, out.dtype.element_ty, INTERPRETED)
         tl.store(out + m[None, :] * out_stride + column, y, mask=mask)
         if FEED > 0:
-            total = fed_by(total, y, feed, column, mask, alive, FEED)
+            total = fed_by(total, y, lines_fed, mask, FEED)
         tl.debug_barrier()
         position = stop
     if FEED > 0:
