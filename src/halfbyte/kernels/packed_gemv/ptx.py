@@ -5,7 +5,7 @@ shared     a multiprocessor's shared memory: 256 pairs of levels, each 32 times,
 lookup     four bytes of codes to four registers of two 16-bit levels each. A dot product of the four bytes with (0, 128, 0, 0) and
            the like is a byte's place in the table: with the load two instructions a pair.
 mma        one tensor-core product of 16 rows by 16 columns of the weight by 8 rows of x.
-quad       a value of one of the four lanes that share a row.
+quad       a value of one of the four lanes that share a row. flip: of the lane whose number differs by some bits.
 words      8 or 16 bytes of a weight where a condition holds, read once: not kept in L1; the rest of their line comes into L2 along.
 put, get   a number into shared memory where a condition holds, and out of it.
 prefetch   a run of bytes into the L2 cache, by the copy engine: no register waits for it.
@@ -29,6 +29,7 @@ LOOKUP = (
 MMA_BF16 = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
 MMA_FP16 = MMA_BF16.replace("bf16", "f16")
 QUAD = "shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;"
+FLIP = "shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;"
 MERGE = "prmt.b32 $0, $1, $2, 0x7610;"
 TWO_WORDS = "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {$0,$1}, [$2]; }"
 FOUR_WORDS = "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0,$1,$2,$3}, [$4]; }"
