@@ -24,6 +24,7 @@ from halfbyte.kernels.packed_gemv.lanes import block, decode, of_quad, words
 
 PREFETCH = tl.constexpr(ptx.PREFETCH)
 GET = tl.constexpr(ptx.GET)
+ASKED = tl.constexpr(ptx.ASKED)
 
 
 @triton.jit
@@ -268,5 +269,7 @@ def four_blocks(
                         sum_x = ones[j * NT + n]
                     more = more + (_added(mine[n], part, s, z, sum_x, KIND, ZERO, SLOTS),)
                 mine = more
+                if not INTERPRETED and (q * (4 // SLOTS) + j) % 2 == 1:
+                    tl.inline_asm_elementwise(ASKED, "=r,r", [t], dtype=tl.int32, is_pure=False, pack=1)
             sums = sums + mine
     return sums, new, coming
