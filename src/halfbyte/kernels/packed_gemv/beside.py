@@ -21,8 +21,8 @@ from halfbyte.kernels.packed_gemv.lanes import get, met, put
 @triton.jit
 def field(segments, s, n: tl.constexpr):
     """Of a segment's line: codes, scales, nested scales, offset, zeros, bias, B (addresses); first row, rows, first output, first
-    tile, first column of A x."""
-    return tl.load(segments + s * 12 + n)
+    tile, first column of A x. Every address waits for it, so the L2 cache keeps it while the weights stream through."""
+    return tl.load(segments + s * 12 + n, eviction_policy="evict_last")
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The few instructions that Triton has no words for, as text; each has a plain twin for the interpreter, beside its call.
 
 shared     a multiprocessor's shared memory: 256 pairs of levels, each 32 times, so that lane l finds every pair in bank l (look-ups
-           never conflict with the neighbours'); the 256 levels of nested scales; sums of warps. Fills the tables; the address.
+           never conflict with the neighbours'); the 256 levels of nested scales; sums of warps. Fills the tables; the address. The
+           L2 cache keeps what they are filled from while weights stream through it.
 lookup     four bytes of codes to four registers of two 16-bit levels each. A dot product of the four bytes with (0, 128, 0, 0) and
            the like is a byte's place in the table: with the load two instructions a pair.
 mma        one tensor-core product of 16 rows by 16 columns of the weight by 8 rows of x.
@@ -55,18 +56,19 @@ def shared(kind: str, nested: bool, threads: int) -> str:
     body = []
     if kind != "dense":
         body += [
-            f"shr.u32 e, c, 3; mul.wide.u32 o, e, 4; add.u64 o, o, $1; ld.global.nc.b32 v, [o]; "
+            f"shr.u32 e, c, 3; mul.wide.u32 o, e, 4; add.u64 o, o, $1; ld.global.nc.L2::cache_hint.b32 v, [o], k; "
             f"shl.b32 e, c, 4; add.u32 e, e, $0; st.shared.v4.b32 [e], {{v, v, v, v}}; add.u32 c, c, {threads};"
             for _ in range(TABLE_BYTES // 16 // threads)
         ]
     if nested:
         body.append("mov.u32 c, %tid.x;")
         body += [
-            f"setp.lt.u32 p, c, 256; mul.wide.u32 o, c, 4; add.u64 o, o, $2; @p ld.global.nc.b32 v, [o]; "
+            f"setp.lt.u32 p, c, 256; mul.wide.u32 o, c, 4; add.u64 o, o, $2; @p ld.global.nc.L2::cache_hint.b32 v, [o], k; "
             f"shl.b32 e, c, 2; add.u32 e, e, $0; @p st.shared.b32 [e+{TABLE_BYTES}], v; add.u32 c, c, {threads};"
             for _ in range(-(-256 // threads))
         ]
     return (
-        f".shared .align 128 .b8 halfbyte_shared[{STATIC_BYTES}]; {{ .reg .b32 c, e, v; .reg .b64 o; .reg .pred p; "
+        f".shared .align 128 .b8 halfbyte_shared[{STATIC_BYTES}]; {{ .reg .b32 c, e, v; .reg .b64 o, k; .reg .pred p; "
+        "createpolicy.fractional.L2::evict_last.b64 k, 1.0; "
         "mov.u32 $0, halfbyte_shared; mov.u32 c, %tid.x; " + " ".join(body) + " }"
     )
