@@ -115,9 +115,7 @@ def _gemv(
             if KEEP:
                 for step in tl.static_range(STEPS):
                     if step == STEPS - 1:
-                        lines = next_lines(
-                            lines, segments, number + 1, g, t, K64, KIND, NESTED, ZERO, SEGMENTS, PAIRED, RT, SLOTS
-                        )  # fmt: skip
+                        lines = next_lines(lines, segments, number + 1, g, t, K64, KIND, NESTED, ZERO, SEGMENTS, PAIRED, RT, SLOTS)
                     live = tid * 0 + (number if step == STEPS - 1 else position) < (last - 1 if step == STEPS - 1 else last)
                     acc, read, raw = four_blocks(
                         acc, read, raw, xs[step * (4 // SLOTS) * NT : (step + 1) * (4 // SLOTS) * NT], lines,
@@ -130,9 +128,7 @@ def _gemv(
                     now = x_of_four(x, x_stride, M, mine + done * (WARPS * 4), g, t, K64, SLOTS, NT)
                     done += 1
                     if done == STEPS:
-                        lines = next_lines(
-                            lines, segments, number + 1, g, t, K64, KIND, NESTED, ZERO, SEGMENTS, PAIRED, RT, SLOTS
-                        )  # fmt: skip
+                        lines = next_lines(lines, segments, number + 1, g, t, K64, KIND, NESTED, ZERO, SEGMENTS, PAIRED, RT, SLOTS)
                     acc, read, raw = four_blocks(
                         acc, read, raw, now, lines, mine + done % STEPS * (WARPS * 4),
                         (tid * 0 + done < STEPS) | (tid * 0 + number < last - 1), g, t, base, levels_at, pairs, nested_levels,
