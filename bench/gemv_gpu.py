@@ -44,6 +44,7 @@ ADDED = ("o", "down")
 """Groups whose output is added to the residual."""
 PACKED_SHAPES = {
     "16 warps x 1": Shape(1, 16, 1), "16 warps x 1, 3 ahead": Shape(1, 16, 1, ahead=3), "8 warps x 2": Shape(1, 8, 2, 128),
+    "8 warps x 2, 2 ahead": Shape(1, 8, 2, 128, ahead=2), "8 warps x 1": Shape(1, 8, 1, 128),
 }  # fmt: skip
 DENSE_SHAPES = {
     "16 warps x 1": Shape(1, 16, 1), "16 warps x 1, 1 ahead": Shape(1, 16, 1, ahead=1), "8 warps x 2": Shape(1, 8, 2, 128),

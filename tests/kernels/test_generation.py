@@ -84,7 +84,7 @@ def build(kernel, pointers, constants, warps):
     return triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", capability, 32), options=options)
 
 def gemv(half, kind="four", nested=True, zero="none", segments=1, paired=False, rank=16, m=1, warps=16, pieces=0, feed=0,
-         norm=False, add=False, width=4096, ahead=0):
+         norm=False, add=False, width=4096, ahead=0, ragged=False):
     shape = Shape(2 if paired else 1, warps, 1)
     pointers = dict(out="*" + half, x="*" + half, add="*" + half, segments="*i64", pairs="*u32", nested_levels="*fp32", xa="*fp32",
                     norm="*" + half, feed="*" + half, fed="*fp32", scratch="*fp32", multiplier="fp32", eps="fp32", offset="fp32")
@@ -99,7 +99,7 @@ def gemv(half, kind="four", nested=True, zero="none", segments=1, paired=False, 
                      HALF=tl.bfloat16 if half == "bf16" else tl.float16, SHARED=ptx.shared(kind, nested, warps * 32),
                      SUMS=ptx.sums_at(kind), XA=batch * 16 * shape.tiles * warps * kept, ROW_BYTES=width * launch.BITS[kind] // 8,
                      KEEP=launch.keeps(width, m, shape), A_ROWS=max(rank * segments, 1), PIECES=max(pieces, 1), GROUPS=groups,
-                     WIDE=wide, NORM=norm, FEED=feed, PDL=hopper, AHEAD=ahead if hopper else 0, INTERPRETED=False)
+                     WIDE=wide, NORM=norm, FEED=feed, PDL=hopper, AHEAD=ahead if hopper else 0, RAGGED=ragged, INTERPRETED=False)
     made = build(fused._gemv, pointers, constants, warps)
     name = half.replace("fp", "f")
     assert f"f32.{name}.{name}.f32" in made.asm["ptx"]
@@ -107,10 +107,10 @@ def gemv(half, kind="four", nested=True, zero="none", segments=1, paired=False, 
     assert made.metadata.shared <= ptx.TRITON_BYTES, made.metadata.shared
 
 gemv("bf16", segments=3, norm=True, pieces=132)
-gemv("bf16", segments=3, ahead=3)
+gemv("bf16", segments=3, ahead=3, ragged=True)
 gemv("fp16", segments=2, paired=True, norm=True, pieces=132, feed=16, m=2)
 gemv("bf16", pieces=132, feed=48, add=True, width=14336)
-gemv("bf16", zero="float", nested=False, m=4, warps=8)
+gemv("bf16", zero="float", nested=False, m=4, warps=8, ragged=True)
 gemv("bf16", segments=2, paired=True, m=16, warps=4)
 gemv("fp16", kind="dense", nested=False, rank=0, warps=8, norm=True)
 gemv("bf16", kind="int8", nested=False, m=8, warps=8)

@@ -15,14 +15,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from halfbyte.kernels.packed_gemv.lanes import get, of_quad, put
+from halfbyte.kernels.packed_gemv.lanes import get, met, put
 
 
 @triton.jit
 def field(segments, s, n: tl.constexpr):
     """Of a segment's line: codes, scales, nested scales, offset, zeros, bias, B (addresses); first row, rows, first output, first
-    tile, first column of A x."""
-    return tl.load(segments + s * 12 + n)
+    tile, first column of A x. Every address waits for it, so the L2 cache keeps it while the weights stream through."""
+    return tl.load(segments + s * 12 + n, eviction_policy="evict_last")
 
 
 @triton.jit
@@ -30,25 +30,34 @@ def put_sums(
     acc, place, sums_at, scratch, tid,
     RT: tl.constexpr, SLOTS: tl.constexpr, NT: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A warp's sums of a tile, the tile's place in its batch, for the ROWS rows of x: `[place, RT, WARPS, ROWS, 16]`."""
+    """A warp's sums of a tile, the tile's place in its batch, for the ROWS rows of x: `[place, RT, WARPS, ROWS, 16]`.
+
+    Where SLOTS blocks stand side by side, their lanes' sums meet on the way, and each of those lanes keeps other rows.
+    """
     warp, g, t = tid // 32, tid % 32 // 4, tid % 4
     for f in tl.static_range(RT):
+        start = ((place * RT + f) * WARPS + warp) * (ROWS * 16)
         for n in tl.static_range(NT):
-            c = acc[NT * f + n]
-            start = ((place * RT + f) * WARPS + warp) * (ROWS * 16) + 8 * n * 16 + g
-            for h in tl.static_range(2):
-                if SLOTS == 1:
-                    put(sums_at, scratch, start + 8 * h + 2 * t * 16, c[2 * h], t < 4, INTERPRETED)
-                    put(sums_at, scratch, start + 8 * h + 2 * t * 16 + 16, c[2 * h + 1], t < 4, INTERPRETED)
-                else:
-                    y = c[2 * h] + c[2 * h + 1]
-                    m = t
-                    mine = t < 4
-                    if SLOTS == 4:
-                        y += of_quad(y, t ^ 1, WARPS, INTERPRETED)
-                        m = t // 2
-                        mine = (t % 2 == 0) & (m < ROWS)
-                    put(sums_at, scratch, start + 8 * h + m * 16, y, mine, INTERPRETED)
+            if SLOTS == 1:
+                c = acc[NT * f + n]
+                for h in tl.static_range(2):
+                    at = start + (8 * n + 2 * t) * 16 + 8 * h + g
+                    put(sums_at, scratch, at, c[2 * h], t < 4, INTERPRETED)
+                    put(sums_at, scratch, at + 16, c[2 * h + 1], t < 4, INTERPRETED)
+            elif SLOTS == 2:
+                c, d = acc[NT * 2 * f + n], acc[NT * (2 * f + 1) + n]
+                for h in tl.static_range(2):
+                    y = met(c[h], d[h], g % 2 == 1, 4, WARPS, INTERPRETED)
+                    put(sums_at, scratch, start + t * 16 + g % 2 * 8 + 4 * h + g // 2, y, t < ROWS, INTERPRETED)
+            else:
+                mine = (g % 4 // 2 == t % 2) & (t // 2 < ROWS)
+                a, b, c, d = acc[4 * f], acc[4 * f + 1], acc[4 * f + 2], acc[4 * f + 3]
+                for h in tl.static_range(2):
+                    y = met(a[h], c[h], g % 2 == 1, 4, WARPS, INTERPRETED)
+                    z = met(b[h], d[h], g % 2 == 1, 4, WARPS, INTERPRETED)
+                    y = met(y, z, g % 4 > 1, 9, WARPS, INTERPRETED)
+                    at = start + t // 2 * 16 + g % 2 * 8 + g % 4 // 2 * 4 + 2 * h + g // 4
+                    put(sums_at, scratch, at, y, mine, INTERPRETED)
 
 
 @triton.jit
@@ -91,15 +100,23 @@ def finished(y, z, PAIRED: tl.constexpr, ACT: tl.constexpr):
 
 
 @triton.jit
-def fed_by(total, y, feed, column, mask, alive, FEED: tl.constexpr):
-    """total (16 columns of `feed` each, `[ROWS, 16]`) + outputs y `[OUT, ROWS]` at `column` by their lines of `feed`."""
+def feed_lines(feed, column, alive, FEED: tl.constexpr):
+    """Lines `column` of `feed`, 16 columns at a time `[OUT, 16]`: asked for before the outputs are there."""
     r = tl.arange(0, 16)
+    lines = ()
+    for i in tl.static_range(FEED // 16):
+        at = column * FEED + i * 16 + r[None, :]
+        lines = lines + (tl.load(feed + at, mask=alive[:, None] & (r < 16)[None, :], other=0.0),)
+    return lines
+
+
+@triton.jit
+def fed_by(total, y, lines, mask, FEED: tl.constexpr):
+    """total (16 columns of `feed` each, `[OUT, ROWS, 16]`) + outputs y `[OUT, ROWS]` times their lines of `feed`."""
     y = tl.where(mask, y.to(tl.float32), 0.0)
     more = ()
     for i in tl.static_range(FEED // 16):
-        at = column * FEED + i * 16 + r[None, :]
-        lines = tl.load(feed + at, mask=alive[:, None] & (r < 16)[None, :], other=0.0).to(tl.float32)
-        more = more + (total[i] + tl.sum(y[:, :, None] * lines[:, None, :], 0),)
+        more = more + (total[i] + y[:, :, None] * lines[i].to(tl.float32)[:, None, :],)
     return more
 
 
@@ -108,7 +125,7 @@ def keep_fed(total, fed, program, M, ROWS: tl.constexpr, FEED: tl.constexpr):
     """A program's line of A x for the group that reads its outputs."""
     m, r = tl.arange(0, ROWS)[:, None], tl.arange(0, 16)[None, :]
     for i in tl.static_range(FEED // 16):
-        tl.store(fed + (program * 2 + m) * FEED + i * 16 + r, total[i], mask=(m < M) & (r < 16))
+        tl.store(fed + (program * 2 + m) * FEED + i * 16 + r, tl.sum(total[i], 0), mask=(m < M) & (r < 16))
 
 
 @triton.jit

@@ -4,7 +4,7 @@ Arrays have one element a thread, in the order of threads, so that no data moves
 be summed in any order, so lane t of four takes 16 neighbouring codes of a block of 64 (8 bytes) where the tensor core would have
 them interleaved, and x alike.
 
-Letters: K64 blocks of 64 columns a row, M rows of x; g = lane / 4 is a row of a tile of 16 (and g + 8), t = lane % 4.
+Letters: K64 blocks of 64 columns a row, M rows of x; g = lane / 4 is a row of a product's 16 (and g + 8), t = lane % 4.
 """
 
 # Kernels are typed by Triton, whose decorator is not.
@@ -23,6 +23,7 @@ LOOKUP = tl.constexpr(ptx.LOOKUP)
 MMA_BF16 = tl.constexpr(ptx.MMA_BF16)
 MMA_FP16 = tl.constexpr(ptx.MMA_FP16)
 QUAD = tl.constexpr(ptx.QUAD)
+FLIP = tl.constexpr(ptx.FLIP)
 MERGE = tl.constexpr(ptx.MERGE)
 TWO_WORDS = tl.constexpr(ptx.TWO_WORDS)
 FOUR_WORDS = tl.constexpr(ptx.FOUR_WORDS)
@@ -99,6 +100,20 @@ def of_quad(value, lane, WARPS: tl.constexpr, INTERPRETED: tl.constexpr):
         return tl.reshape(tl.sum(tl.where(wanted, quads, 0.0), 2), (WARPS * 32,))
     else:
         return tl.inline_asm_elementwise(QUAD, "=f,f,r", [value, lane], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def met(y, z, second, flip: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """y + the partner's y, or z + the partner's z in lanes that are `second`; partners' numbers differ by the bits `flip`, and one
+    of them is second."""
+    kept, given = tl.where(second, z, y), tl.where(second, y, z)
+    if INTERPRETED:
+        lane = tl.arange(0, 32)
+        partner = (lane[None, :, None] ^ flip) == lane[None, None, :]
+        return kept + tl.reshape(tl.sum(tl.where(partner, tl.reshape(given, (WARPS, 1, 32)), 0.0), 2), (WARPS * 32,))
+    else:
+        flips = tl.full((WARPS * 32,), flip, tl.int32)
+        return kept + tl.inline_asm_elementwise(FLIP, "=f,f,r", [given, flips], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -88,7 +88,7 @@ def multiply(
     assert (norm is None and pieces is None and feeds is None) or rows <= FED_ROWS, f"{rows} rows are not fused"
     assert norm is None or keeps(x.shape[1], rows, shape), "x is too wide for a norm in the product"
     assert norm is None or pieces is not None or not launch.rank, "A x of a normed x comes in pieces"
-    segments, tiles = launch.segments[tall]
+    segments, tiles, ragged = launch.segments[tall]
     if launch.rank and pieces is None:
         low_rank(launch, x)
     count, blocks, threads = programs(launch, rows, shape), x.shape[1] // 64, shape.warps * 32
@@ -118,7 +118,7 @@ def multiply(
         KEEP=keeps(x.shape[1], rows, shape), A_ROWS=launch.a.shape[0],
         PIECES=1 if pieces is None else len(pieces.sums), GROUPS=groups, WIDE=wide, NORM=norm is not None,
         FEED=0 if feeds is None else feeds.at.shape[1],
-        PDL=early, AHEAD=shape.ahead if hopper(x.device) else 0, INTERPRETED=INTERPRETED, **options,
+        PDL=early, AHEAD=shape.ahead if hopper(x.device) else 0, RAGGED=ragged, INTERPRETED=INTERPRETED, **options,
     )  # fmt: skip
 
 

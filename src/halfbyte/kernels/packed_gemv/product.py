@@ -81,7 +81,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Launch:
-    """segments: by `Shape.tiles`, int64 `[S, FIELDS]` on the device (see the kernel) and the number of tiles.
+    """segments: by `Shape.tiles`, int64 `[S, FIELDS]` on the device (see the kernel), number of tiles, whether one is not whole.
 
     keep: tensors whose addresses stand in there. a `[R, K]`: the adapters' A; xa: A x, fp32 `[MOST_ROWS, R]`.
     """
@@ -98,7 +98,7 @@ class Launch:
     a: Tensor
     xa: Tensor
     keep: tuple[Tensor, ...]
-    segments: dict[int, tuple[Tensor, int]]
+    segments: dict[int, tuple[Tensor, int, bool]]
 
 
 def build(members: Sequence[Member], dtype: torch.dtype, activation: Activation | None = None) -> Product:
@@ -176,7 +176,7 @@ def _launch(members: tuple[Member, ...], dtype: torch.dtype, paired: bool) -> La
         output += rows
     # Copied from the host: an early launch may read before what a kernel wrote last is there.
     cut = {tiles: _with_tiles(table, 16 if paired else 16 * tiles, 1 if paired else len(table)) for tiles in (1, 2, 3)}
-    segments = {tiles: (t.to(device), count) for tiles, (t, count) in cut.items()}
+    segments = {tiles: (t.to(device), count, ragged) for tiles, (t, count, ragged) in cut.items()}
     return Launch(
         kind, bool(fmt and fmt.nested), (fmt.block // 64 if fmt and kind == "four" else 1), fmt.zero if fmt else "none",
         len(members), paired, rank, any(m.bias is not None for m in members), pairs(weight, dtype, str(device)),
@@ -184,13 +184,13 @@ def _launch(members: tuple[Member, ...], dtype: torch.dtype, paired: bool) -> La
     )  # fmt: skip
 
 
-def _with_tiles(table: list[list[int]], rows: int, counted: int) -> tuple[Tensor, int]:
-    """The table with each segment's first tile, of so many rows, filled in; tiles of the first `counted` segments."""
+def _with_tiles(table: list[list[int]], rows: int, counted: int) -> tuple[Tensor, int, bool]:
+    """The table with each segment's first tile, of so many rows, filled in; tiles of the first `counted` segments; see `Launch`."""
     first, filled = [0], []
     for line in table:
         filled.append([*line[:10], first[-1], line[11]])
         first.append(first[-1] + -(-line[8] // rows))
-    return torch.tensor(filled, dtype=torch.int64), first[counted]
+    return torch.tensor(filled, dtype=torch.int64), first[counted], any(line[8] % rows for line in table)
 
 
 def pairs(weight: Packed | Tensor, dtype: torch.dtype, device: str) -> Tensor:
