@@ -113,7 +113,8 @@ gemv("bf16", zero="float", nested=False, m=4, warps=8)
 gemv("bf16", segments=2, paired=True, m=16, warps=4)
 gemv("fp16", kind="dense", nested=False, rank=0, warps=8, norm=True)
 gemv("bf16", kind="int8", nested=False, m=8, warps=8)
-build(low._low_rank, dict(x="*bf16", a="*bf16", xa="*fp32"), dict(A_ROWS=48, TALL=2, ROWS=1, SPAN=4096, PDL=hopper), 8)
+build(low._low_rank, dict(x="*bf16", a="*bf16", xa="*fp32", parts="*fp32", counters="*i32"),
+      dict(A_ROWS=48, SPAN=512, CUTS=28, WIDE=32, PDL=hopper, INTERPRETED=False), 4)
 same = dict(PDL=hopper, INTERPRETED=False)
 for half in ("*bf16", "*fp32"):
     build(step._normalise, dict(x=half, weight=half, bias=half, out=half, eps="fp32", offset="fp32"),

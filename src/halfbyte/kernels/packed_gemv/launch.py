@@ -13,7 +13,7 @@ from torch import Tensor
 from halfbyte.kernels.dequantize.fused import INTERPRETED
 from halfbyte.kernels.dequantize.levels import nested_levels
 from halfbyte.kernels.packed_gemv import fused, low, ptx
-from halfbyte.kernels.packed_gemv.product import FED_ROWS, MOST_FED, Launch, Pieces, Product, RmsNorm, Shape
+from halfbyte.kernels.packed_gemv.product import FED_ROWS, MOST_FED, Launch, Pieces, Product, RmsNorm, Shape, cut
 
 BITS = {"four": 4, "int8": 8, "dense": 16}
 HALVES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -66,13 +66,12 @@ def kept(rows: int) -> int:
 
 def low_rank(launch: Launch, x: Tensor) -> None:
     """A x of the group into `launch.xa`."""
-    rank, rows = launch.a.shape[0], triton.next_power_of_2(x.shape[0])
-    early = hopper(x.device)
-    options: dict[str, Any] = {} if INTERPRETED else {"num_warps": 8, "launch_pdl": early}
-    tall = 2 if rows <= 2 else 1
-    low._low_rank[(rank // tall,)](
-        x, launch.a, launch.xa, x.shape[0], x.shape[1], x.stride(0),
-        A_ROWS=rank, TALL=tall, ROWS=rows, SPAN=4096 // rows, PDL=early, **options,
+    rank, width, early = launch.a.shape[0], x.shape[1], hopper(x.device)
+    options: dict[str, Any] = {} if INTERPRETED else {"num_warps": 4, "launch_pdl": early}
+    span, cuts = cut(width)
+    low._low_rank[(rank // 16, cuts)](
+        x, launch.a, launch.xa, launch.parts, launch.counters, x.shape[0], width, x.stride(0),
+        A_ROWS=rank, SPAN=span, CUTS=cuts, WIDE=triton.next_power_of_2(cuts), PDL=early, INTERPRETED=INTERPRETED, **options,
     )  # fmt: skip
 
 
