@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.generate.reading import Layer, Reading, tables
-from halfbyte.kernels.decode_step import Scratch, attend, normalise
+from halfbyte.kernels.decode_step import Scratch, attend, fed_parts, normalise
 from halfbyte.kernels.glu import glu
 from halfbyte.kernels.lora_linear.members import Member
 from halfbyte.kernels.packed_gemv import Pieces, Product, RmsNorm, build, feeds, multiply, pieces, programs, takes_norm
@@ -112,7 +112,7 @@ def links(reading: Reading, made: list[Products], rows: int) -> list[Links]:
         qkv_norm, qkv = (None, None) if parallel else _joined(layer.before_attention, p.qkv, feeder, rows)
         feeder = None if parallel or layer.after_attention is not None else p.out
         inputs_norm, inputs = (None, None) if parallel else _joined(layer.before_mlp, p.inputs, feeder, rows)
-        out = pieces(p.out, layer.heads.query, None) if feeds(None, p.out, rows) else None
+        out = pieces(p.out, fed_parts(layer.heads), None) if feeds(None, p.out, rows) else None
         whole = p.inputs.rows == p.down.width and feeds(p.inputs, p.down, rows)
         down = pieces(p.down, programs(p.inputs, rows), None) if whole else None
         found.append(Links(qkv_norm, inputs_norm, qkv, out, inputs, down))

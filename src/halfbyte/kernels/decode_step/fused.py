@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-from halfbyte.kernels.decode_step.reference import PIECES, Heads, Scratch, Tops
+from halfbyte.kernels.decode_step.reference import FED_HEADS, PIECES, Heads, Scratch, Tops
 from halfbyte.kernels.dequantize.fused import INTERPRETED, to_dtype
 from halfbyte.kernels.norm import NormSpec
 from halfbyte.kernels.packed_gemv.launch import hopper
@@ -25,7 +25,10 @@ from halfbyte.kernels.packed_gemv.launch import hopper
 WARPS = 4
 """Of a program of attention."""
 READ = 16384
-"""Bytes of keys that a program reads at a time; as many of values, and the next ones meanwhile, in registers."""
+"""Bytes of keys that a program reads at a time, and as many of values: in registers, the first ones before the wait."""
+JOINED = 8192
+"""Numbers of the pieces' outputs that a program reads at a time to join them."""
+AHEAD = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 
 
 @triton.jit
@@ -88,55 +91,98 @@ def _turned(
 
 
 @triton.jit
-def _dot(a, b, INTERPRETED: tl.constexpr):
-    """a b in fp32; the interpreter (3.6) has no product of bf16."""
+def _dot(a, b, acc, INTERPRETED: tl.constexpr):
+    """acc + a b in fp32; the interpreter (3.6) has no product of bf16."""
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
-        return tl.dot(a, b, input_precision="ieee")
+        return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
-def _places(keys, values, base, start, stop, n, i, G: tl.constexpr, D: tl.constexpr):
-    """Keys and values `[KEYS, BLOCK]` of the places from `start` on."""
-    place = start + n
-    at = base + place[:, None] * (G * D) + i
-    mask = (place < stop)[:, None] & (i < D)
-    return tl.load(keys + at, mask=mask, other=0.0), tl.load(values + at, mask=mask, other=0.0)
+def _read(cache, start, stop, n, i, G: tl.constexpr, D: tl.constexpr):
+    """Keys or values `[KEYS, BLOCK]` of the places from `start` on."""
+    mask = (n < stop - start)[:, None] & (i < D)
+    return tl.load(cache + start.to(tl.int64) * (G * D) + n[:, None] * (G * D) + i, mask=mask, other=0.0)
 
 
 @triton.jit
-def _capped(scores, cap, CAP: tl.constexpr):
+def _scored(scores, scale, cap, CAP: tl.constexpr):
     """Scores to the base 2."""
     if CAP:
-        scores = cap * (2 / (1 + tl.exp(-2 * scores / cap)) - 1)
-    return scores * 1.4426950408889634
+        return cap * (2 / (1 + tl.exp(scores * (-2 * scale / cap))) - 1) * 1.4426950408889634
+    else:
+        return scores * (scale * 1.4426950408889634)
 
 
 @triton.jit
 def _joined(
-    partial, tops, head, live, out, i, feed, fed,
-    D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, FEED: tl.constexpr, FED: tl.constexpr, INTERPRETED: tl.constexpr,
+    partial, tops, pieces, alive, h, i, D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
-    """The pieces of one head, summed in one order whichever of them came last. head: its number among all rows'.
+    """The pieces of HEADS heads, summed in one order whichever of them came last: `[HEADS, BLOCK]`. alive `[HEADS]`."""
+    s = tl.arange(0, CHUNK)
+    top, total = tl.full((HEADS,), -float("inf"), tl.float32), tl.zeros((HEADS,), tl.float32)
+    acc, done = tl.zeros((HEADS, BLOCK), tl.float32), 0
+    while done < pieces:
+        live = s + done < pieces
+        both = live[:, None] & alive[None, :]
+        at = h[None, :] * SPLITS + done + s[:, None]
+        part = tl.load(partial + at[:, :, None] * D + i[None, :, :], mask=both[:, :, None] & (i < D)[None, :, :], other=0.0,
+                       cache_modifier=".cg")  # fmt: skip
+        place = h[None, :] * (2 * SPLITS) + done + s[:, None]
+        tops_here = tl.load(tops + place, mask=both, other=-float("inf"), cache_modifier=".cg")
+        totals = tl.load(tops + SPLITS + place, mask=both, other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(tops_here, 0))
+        weight, fade = tl.exp2(tops_here - new_top[None, :]), tl.exp2(top - new_top)
+        acc = acc * fade[:, None] + tl.sum(part * weight[:, :, None], 0)
+        total = total * fade + tl.sum(totals * weight, 0)
+        top = new_top
+        done += CHUNK
+    return tl.where(alive[:, None] & (i < D), acc / total[:, None], 0.0)
 
-    FEED: columns of `feed` `[d, FEED]`, by which the head is multiplied into `fed` `[FEED]`; FED as a power of two.
-    """
-    s = tl.arange(0, SPLITS)
-    if FEED > 0:
-        column, r = tl.arange(0, BLOCK)[:, None], tl.arange(0, FED)
-        mask = (column < D) & (r < FEED)[None, :]
-        lines = tl.load(feed + column * FEED + r[None, :], mask=mask, other=0.0).to(tl.float32)
-    at = partial + (head * SPLITS + s)[:, None] * D + i
-    acc = tl.load(at, mask=live[:, None] & (i < D), other=0.0, cache_modifier=".cg")
-    top = tl.load(tops + head * (2 * SPLITS) + s, mask=live, other=-float("inf"), cache_modifier=".cg")
-    total = tl.load(tops + head * (2 * SPLITS) + SPLITS + s, mask=live, other=0.0, cache_modifier=".cg")
-    weight = tl.exp2(top - tl.max(top, 0))
-    y = tl.sum(acc * weight[:, None], 0)[None, :] / tl.sum(total * weight, 0)
-    y = to_dtype(y, out.dtype.element_ty, INTERPRETED)
-    tl.store(out + i, y, mask=i < D)
-    if FEED > 0:
-        tl.store(fed + r, tl.sum(tl.trans(y).to(tl.float32) * lines, 0), mask=r < FEED)
+
+@triton.jit
+def _fed(feed, r, heads, D: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, FEED: tl.constexpr):
+    """16 columns of `feed` from the r-th on, of HEADS heads one below the other, of which there are `heads`."""
+    j, r = tl.arange(0, HEADS * BLOCK)[:, None], r + tl.arange(0, 16)[None, :]
+    mask = (j // BLOCK < heads) & (j % BLOCK < D) & (r < FEED)
+    return tl.load(feed + (j // BLOCK * D + j % BLOCK) * FEED + r, mask=mask, other=0.0)
+
+
+@triton.jit
+def _join(
+    partial, tops, out, feed, fed, pieces, row, group, i, H: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, FEED: tl.constexpr, FED_ROWS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The SHARE heads of a key head, HEADS at a time, into `out`, and what they make of FEED columns of `feed` into `fed`."""
+    lots: tl.constexpr = (SHARE + HEADS - 1) // HEADS
+    for lot in range(lots):
+        head = tl.arange(0, HEADS) + (group * SHARE + lot * HEADS)
+        alive = tl.arange(0, HEADS) + lot * HEADS < SHARE
+        lines, left = feed + (group * SHARE + lot * HEADS) * (D * FEED), SHARE - lot * HEADS
+        if FEED > 0:
+            columns = _fed(lines, 0, left, D, BLOCK, HEADS, FEED)
+        y = _joined(partial, tops, pieces, alive, head + row * H, i, D, BLOCK, SPLITS, CHUNK, HEADS)
+        y = to_dtype(y, out.dtype.element_ty, INTERPRETED)
+        tl.store(out + head[:, None] * D + i, y, mask=alive[:, None] & (i < D))
+        if FEED > 0:
+            y, r = tl.reshape(y, (HEADS * BLOCK, 1)).to(tl.float32), tl.arange(0, 16)
+            there = fed + (group * lots + lot) * (FED_ROWS * FEED)
+            for r0 in range(0, FEED, 16):
+                tl.store(there + r0 + r, tl.sum(y * columns.to(tl.float32), 0), mask=r < FEED - r0)
+                if r0 + 16 < FEED:
+                    columns = _fed(lines, r0 + 16, left, D, BLOCK, HEADS, FEED)
+
+
+@triton.jit
+def _ahead(feed, counter, SIZE: tl.constexpr, LINES: tl.constexpr):
+    """What the joining piece needs, towards the L2 cache: half a gigabyte of weights has passed there since the last token."""
+    tl.inline_asm_elementwise(AHEAD, "=r,l", [counter.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+    if SIZE > 0:
+        line = tl.minimum(tl.arange(0, LINES) * 64, SIZE - 1)
+        tl.inline_asm_elementwise(AHEAD, "=r,l", [(feed + line).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -144,10 +190,11 @@ def _attend(
     qkv, position, q_weight, k_weight, cos, sin, keys, values, partial, tops, counters, out, feed, fed,
     stride, out_stride, places, turns, eps, offset, scale, cap, window,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr,
-    KEYS: tl.constexpr, ROTATION: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
-    FEED: tl.constexpr, FED: tl.constexpr, FED_ROWS: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+    KEYS: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, ROTATION: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
+    CAP: tl.constexpr, WINDOW: tl.constexpr, FEED: tl.constexpr, FED_ROWS: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One piece of the cache for the query heads of one key head; the last piece has the newest place too, from qkv itself.
+    """One piece of the cache for the query heads of one key head; the newest place, in the last piece, comes from qkv itself.
 
     Old places and positions were written by the tokens before: they are read before the wait for qkv.
     """
@@ -155,16 +202,19 @@ def _attend(
         cuda.gdc_launch_dependents()
     row, group, split = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
     share: tl.constexpr = H // G
-    newest = tl.load(position + row)
+    newest = tl.load(position + row).to(tl.int32)
     first = tl.maximum(newest + 1 - window, 0) if WINDOW else newest * 0
-    per = tl.maximum(tl.cdiv(tl.cdiv(newest - first, SPLITS), KEYS), 1) * KEYS
-    pieces = tl.maximum(tl.cdiv(newest - first, per), 1)
+    per = tl.cdiv(tl.cdiv(newest + 1 - first, SPLITS), KEYS) * KEYS
+    pieces = tl.cdiv(newest + 1 - first, per)
     if split < pieces:
         start = first + split * per
-        stop = tl.minimum(start + per, newest)
+        stop = tl.minimum(start + per, newest + 1)
         h, i, n = tl.arange(0, QUERIES)[:, None], tl.arange(0, BLOCK)[None, :], tl.arange(0, KEYS)
         base = (row.to(tl.int64) * places * G + group) * D
-        k, v = _places(keys, values, base, start, stop, n, i, G, D)
+        keys += base
+        values += base
+        k = _read(keys, start, newest, n, i, G, D)
+        v = _read(values, start, newest, n, i, G, D)
         other, table, sign = i, i, tl.where(i % 2 == 0, -1.0, 1.0)
         if ROTATION == "half":
             other = tl.where(i < turns // 2, i + turns // 2, i - turns // 2)
@@ -177,56 +227,52 @@ def _attend(
         if ROTATION != "none":
             c = tl.load(cos + newest * turns + table, mask=i < turns, other=1.0).to(tl.float32)
             s = tl.load(sin + newest * turns + table, mask=i < turns, other=0.0).to(tl.float32)
+        counter = counters + row * G + group
         if PDL:
+            if split == 0:
+                _ahead(feed + group * (share * D * FEED), counter, share * D * FEED, LINES)
             cuda.gdc_wait()
         source = qkv + row * stride
         inside = (h < share) & (i < D)
-        x = _turned(source + (group * share + h) * D, i, other, sign, c, s, inside, inside & (i < turns), q_weight, eps, offset,
-                    D, ROTATION, NORM, LAYER)  # fmt: skip
+        value = tl.load(source + (H + G + group) * D + i, mask=i < D, other=0.0)
         new = _turned(source + (H + group) * D, i, other, sign, c, s, i < D, i < tl.minimum(turns, D), k_weight, eps, offset,
                       D, ROTATION, NORM, LAYER)  # fmt: skip
+        x = _turned(source + (group * share + h) * D, i, other, sign, c, s, inside, inside & (i < turns), q_weight, eps, offset,
+                    D, ROTATION, NORM, LAYER)  # fmt: skip
         query = to_dtype(x, k.dtype, INTERPRETED)
         new = to_dtype(new, k.dtype, INTERPRETED)
-        value = to_dtype(tl.load(source + (H + G + group) * D + i, mask=i < D, other=0.0).to(tl.float32), v.dtype, INTERPRETED)
-        mine = split == pieces - 1
-        kept = i < tl.where(mine, D, 0)
-        tl.store(keys + base + newest * (G * D) + i, new, mask=kept)
-        tl.store(values + base + newest * (G * D) + i, value, mask=kept)
-        score = tl.sum(query.to(tl.float32) * new.to(tl.float32), 1) * scale
-        top = tl.where(mine, _capped(score, cap, CAP), -float("inf"))
-        total = tl.where(mine, 1.0, tl.zeros((QUERIES,), tl.float32))
-        acc = tl.where(kept, value.to(tl.float32), 0.0) + tl.zeros((QUERIES, BLOCK), tl.float32)
+        value = to_dtype(value.to(tl.float32), v.dtype, INTERPRETED)
+        top = tl.full((QUERIES,), -float("inf"), tl.float32)
+        total, acc = tl.zeros((QUERIES, KEYS), tl.float32), tl.zeros((QUERIES, BLOCK), tl.float32)
         while start < stop:
-            next_k, next_v = _places(keys, values, base, start + KEYS, stop, n, i, G, D)
-            scores = _capped(_dot(query, tl.trans(k), INTERPRETED) * scale, cap, CAP)
-            scores = tl.where((start + n < stop)[None, :], scores, -float("inf"))
+            place = n + start
+            k = tl.where((place == newest)[:, None], new, k)
+            scores = _dot(query, tl.trans(k), tl.zeros((QUERIES, KEYS), tl.float32), INTERPRETED)
+            k = _read(keys, start + KEYS, tl.minimum(stop, newest), n, i, G, D)
+            scores = tl.where((place < stop)[None, :], _scored(scores, scale, cap, CAP), -float("inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
             p = tl.exp2(scores - new_top[:, None])
             fade = tl.exp2(top - new_top)
-            total = total * fade + tl.sum(p, 1)
-            acc = acc * fade[:, None] + _dot(to_dtype(p, v.dtype, INTERPRETED), v, INTERPRETED)
-            top, k, v = new_top, next_k, next_v
+            total = total * fade[:, None] + p
+            v = tl.where((place == newest)[:, None], value, v)
+            acc = _dot(to_dtype(p, v.dtype, INTERPRETED), v, acc * fade[:, None], INTERPRETED)
+            v = _read(values, start + KEYS, tl.minimum(stop, newest), n, i, G, D)
+            top = new_top
             start += KEYS
-        heads = row * H + group * share + tl.arange(0, QUERIES)
+        heads = tl.arange(0, QUERIES) + (row * H + group * share)
         alive = tl.arange(0, QUERIES) < share
         tl.store(partial + (heads * SPLITS + split)[:, None] * D + i, acc, mask=inside)
         tl.store(tops + heads * (2 * SPLITS) + split, top, mask=alive)
-        tl.store(tops + heads * (2 * SPLITS) + SPLITS + split, total, mask=alive)
+        tl.store(tops + heads * (2 * SPLITS) + SPLITS + split, tl.sum(total, 1), mask=alive)
+        kept = i < tl.where(split == pieces - 1, D, 0)
+        at = newest.to(tl.int64) * (G * D) + i
+        tl.store(keys + at, new, mask=kept)
+        tl.store(values + at, value, mask=kept)
         tl.debug_barrier()
-        if tl.atomic_add(counters + row * G + group, 1, sem="acq_rel", scope="gpu") == pieces - 1:
-            tl.store(counters + row * G + group, 0)
-            live = tl.arange(0, SPLITS) < pieces
-            there = out + row * out_stride + group * share * D
-            if share <= 8:
-                for q in tl.static_range(share):
-                    n_q = group * share + q
-                    _joined(partial, tops, row * H + n_q, live, there + q * D, i, feed + n_q * D * FEED,
-                            fed + (n_q * FED_ROWS + row) * FEED, D, BLOCK, SPLITS, FEED, FED, INTERPRETED)  # fmt: skip
-            else:
-                for q in range(share):
-                    n_q = group * share + q
-                    _joined(partial, tops, row * H + n_q, live, there + q * D, i, feed + n_q * D * FEED,
-                            fed + (n_q * FED_ROWS + row) * FEED, D, BLOCK, SPLITS, FEED, FED, INTERPRETED)  # fmt: skip
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == pieces - 1:
+            tl.store(counter, 0)
+            _join(partial, tops, out + row * out_stride, feed, fed + row * FEED, pieces, row, group, i, H, share, D, BLOCK, SPLITS,
+                  CHUNK, HEADS, FEED, FED_ROWS, INTERPRETED)  # fmt: skip
 
 
 @triton.jit
@@ -272,17 +318,19 @@ def attend(
     """See the package."""
     spec, turns, device = heads.spec or NormSpec(), 0 if cos is None else cos.shape[1], qkv.device
     assert keys.is_contiguous() and values.is_contiguous() and (cos is None or cos.is_contiguous())
-    partial, splits, block = scratch.partial, scratch.partial.shape[2], max(triton.next_power_of_2(heads.size), 16)
+    splits, block = scratch.partial.shape[2], max(triton.next_power_of_2(heads.size), 16)
+    share, columns = heads.query // heads.kv, 0 if feed is None else feed.shape[1]
+    joined = min(triton.next_power_of_2(share), FED_HEADS)
     _attend[(qkv.shape[0] * heads.kv, splits)](
         qkv, position, qkv if heads.q_weight is None else heads.q_weight, qkv if heads.k_weight is None else heads.k_weight,
-        qkv if cos is None else cos, qkv if sin is None else sin, keys, values, partial, scratch.tops, scratch.counters, out,
-        qkv if feed is None else feed, partial if fed is None else fed,
+        qkv if cos is None else cos, qkv if sin is None else sin, keys, values, scratch.partial, scratch.tops, scratch.counters, out,
+        qkv if feed is None else feed, scratch.tops if fed is None else fed,
         qkv.stride(0), out.stride(0), keys.shape[1], turns, spec.eps, spec.offset, heads.scale, heads.cap or 1.0, heads.window or 0,
-        H=heads.query, G=heads.kv, D=heads.size, BLOCK=block, QUERIES=max(triton.next_power_of_2(heads.query // heads.kv), 16),
-        SPLITS=splits, KEYS=keys_of(block, keys.dtype), ROTATION=heads.rotation if cos is not None else "none",
-        NORM=heads.spec is not None, LAYER=spec.kind == "layer", CAP=bool(heads.cap), WINDOW=heads.window is not None,
-        FEED=0 if feed is None else feed.shape[1], FED=16 if feed is None else triton.next_power_of_2(feed.shape[1]),
-        FED_ROWS=1 if fed is None else fed.shape[1],
+        H=heads.query, G=heads.kv, D=heads.size, BLOCK=block, QUERIES=max(triton.next_power_of_2(share), 16),
+        SPLITS=splits, KEYS=keys_of(block, keys.dtype), HEADS=joined, CHUNK=min(splits, max(JOINED // (joined * block), 1)),
+        ROTATION=heads.rotation if cos is not None else "none", NORM=heads.spec is not None, LAYER=spec.kind == "layer",
+        CAP=bool(heads.cap), WINDOW=heads.window is not None, FEED=columns, FED_ROWS=1 if fed is None else fed.shape[1],
+        LINES=triton.next_power_of_2(triton.cdiv(max(share * heads.size * columns, 1), 64)),
         PDL=hopper(device), INTERPRETED=INTERPRETED, **_options(device, WARPS),
     )  # fmt: skip
 
