@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.generate.reading import Layer, Reading, tables
-from halfbyte.kernels.decode_step import Scratch, attend, fed_parts, normalise
+from halfbyte.kernels.decode_step import Scratch, attend, normalise
 from halfbyte.kernels.glu import glu
 from halfbyte.kernels.lora_linear.members import Member
 from halfbyte.kernels.packed_gemv import Pieces, Product, RmsNorm, build, feeds, multiply, pieces, programs, takes_norm
@@ -112,7 +112,7 @@ def links(reading: Reading, made: list[Products], rows: int) -> list[Links]:
         qkv_norm, qkv = (None, None) if parallel else _joined(layer.before_attention, p.qkv, feeder, rows)
         feeder = None if parallel or layer.after_attention is not None else p.out
         inputs_norm, inputs = (None, None) if parallel else _joined(layer.before_mlp, p.inputs, feeder, rows)
-        out = pieces(p.out, fed_parts(layer.heads), None) if feeds(None, p.out, rows) else None
+        out = pieces(p.out, layer.heads.query, None) if feeds(None, p.out, rows) else None
         whole = p.inputs.rows == p.down.width and feeds(p.inputs, p.down, rows)
         down = pieces(p.down, programs(p.inputs, rows), None) if whole else None
         found.append(Links(qkv_norm, inputs_norm, qkv, out, inputs, down))
@@ -193,7 +193,8 @@ def _layer(layer: Layer, weights: Products, link: Links, following: Pieces | Non
         width = heads.query * heads.size
         for norm, part in zip(layer.full_norms, (qkv[:, :width], qkv[:, width : width + heads.kv * heads.size]), strict=True):
             _norm(norm, part, part)
-    feed, fed = (None, None) if link.out is None else (link.out.at, link.out.sums)
+    launch = weights.out.launch
+    feed, fed = (None, None) if link.out is None or launch is None else (launch.a, link.out.sums)
     mixed = b.mixed[:, : heads.query * heads.size]
     attend(qkv, b.position, heads, b.cos, b.sin, cache[0], cache[1], b.scratch, mixed, feed, fed)
     # Parallel halves read the same norm, which must outlive the residual's change: it does, being another buffer.

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-from halfbyte.kernels.decode_step.reference import FED_HEADS, PIECES, Heads, Scratch, Tops
+from halfbyte.kernels.decode_step.reference import PIECES, Heads, Scratch, Tops
 from halfbyte.kernels.dequantize.fused import INTERPRETED, to_dtype
 from halfbyte.kernels.norm import NormSpec
 from halfbyte.kernels.packed_gemv.launch import hopper
@@ -26,6 +26,8 @@ WARPS = 4
 """Of a program of attention."""
 READ = 16384
 """Bytes of keys that a program reads at a time, and as many of values: in registers, the first ones before the wait."""
+HEADS = 4
+"""Heads joined at a time, at most."""
 JOINED = 8192
 """Numbers of the pieces' outputs that a program reads at a time to join them."""
 AHEAD = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
@@ -121,33 +123,30 @@ def _joined(
     HEADS: tl.constexpr,
 ):  # fmt: skip
     """The pieces of HEADS heads, summed in one order whichever of them came last: `[HEADS, BLOCK]`. alive `[HEADS]`."""
-    s = tl.arange(0, CHUNK)
-    top, total = tl.full((HEADS,), -float("inf"), tl.float32), tl.zeros((HEADS,), tl.float32)
-    acc, done = tl.zeros((HEADS, BLOCK), tl.float32), 0
-    while done < pieces:
-        live = s + done < pieces
-        both = live[:, None] & alive[None, :]
-        at = h[None, :] * SPLITS + done + s[:, None]
-        part = tl.load(partial + at[:, :, None] * D + i[None, :, :], mask=both[:, :, None] & (i < D)[None, :, :], other=0.0,
-                       cache_modifier=".cg")  # fmt: skip
-        place = h[None, :] * (2 * SPLITS) + done + s[:, None]
-        tops_here = tl.load(tops + place, mask=both, other=-float("inf"), cache_modifier=".cg")
-        totals = tl.load(tops + SPLITS + place, mask=both, other=0.0, cache_modifier=".cg")
-        new_top = tl.maximum(top, tl.max(tops_here, 0))
-        weight, fade = tl.exp2(tops_here - new_top[None, :]), tl.exp2(top - new_top)
-        acc = acc * fade[:, None] + tl.sum(part * weight[:, :, None], 0)
-        total = total * fade + tl.sum(totals * weight, 0)
-        top = new_top
-        done += CHUNK
-    return tl.where(alive[:, None] & (i < D), acc / total[:, None], 0.0)
+    s = tl.arange(0, SPLITS)[:, None]
+    both, at = (s < pieces) & alive[None, :], s + h[None, :] * (2 * SPLITS)
+    each = tl.load(tops + at, mask=both, other=-float("inf"), cache_modifier=".cg")
+    sums = tl.load(tops + SPLITS + at, mask=both, other=0.0, cache_modifier=".cg")
+    top = tl.max(each, 0)
+    times = 1 / tl.sum(sums * tl.exp2(each - top[None, :]), 0)
+    acc = tl.zeros((HEADS, BLOCK), tl.float32)
+    for done in range(0, SPLITS, CHUNK):
+        s = tl.arange(0, CHUNK)[:, None] + done
+        both = (s < pieces) & alive[None, :]
+        part = tl.load(partial + (s + h[None, :] * SPLITS)[:, :, None] * D + i[None, :, :], mask=both[:, :, None] & (i < D)[None, :, :],
+                       other=0.0, cache_modifier=".cg")  # fmt: skip
+        each = tl.load(tops + s + h[None, :] * (2 * SPLITS), mask=both, other=-float("inf"), cache_modifier=".cg")
+        weight = tl.exp2(each - top[None, :]) * times[None, :]
+        acc += tl.sum(part * weight[:, :, None], 0)
+    return tl.where(alive[:, None] & (i < D), acc, 0.0)
 
 
 @triton.jit
-def _fed(feed, r, heads, D: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, FEED: tl.constexpr):
-    """16 columns of `feed` from the r-th on, of HEADS heads one below the other, of which there are `heads`."""
-    j, r = tl.arange(0, HEADS * BLOCK)[:, None], r + tl.arange(0, 16)[None, :]
-    mask = (j // BLOCK < heads) & (j % BLOCK < D) & (r < FEED)
-    return tl.load(feed + (j // BLOCK * D + j % BLOCK) * FEED + r, mask=mask, other=0.0)
+def _lines(feed, r, h, alive, i, K: tl.constexpr, D: tl.constexpr, FEED: tl.constexpr):
+    """16 rows of `feed` from the r-th on, at the columns of some heads: `[16, HEADS, BLOCK]`."""
+    r = (tl.arange(0, 16) + r)[:, None, None]
+    mask = (r < FEED) & alive[None, :, None] & (i < D)[None, :, :]
+    return tl.load(feed + r * K + h[None, :, None] * D + i[None, :, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -156,33 +155,32 @@ def _join(
     SPLITS: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, FEED: tl.constexpr, FED_ROWS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """The SHARE heads of a key head, HEADS at a time, into `out`, and what they make of FEED columns of `feed` into `fed`."""
-    lots: tl.constexpr = (SHARE + HEADS - 1) // HEADS
-    for lot in range(lots):
-        head = tl.arange(0, HEADS) + (group * SHARE + lot * HEADS)
-        alive = tl.arange(0, HEADS) + lot * HEADS < SHARE
-        lines, left = feed + (group * SHARE + lot * HEADS) * (D * FEED), SHARE - lot * HEADS
+    """The SHARE heads of a key head, HEADS at a time, into `out`, and what each makes of FEED rows of `feed` into `fed`."""
+    for first in range(0, SHARE, HEADS):
+        head = tl.arange(0, HEADS) + (group * SHARE + first)
+        alive = tl.arange(0, HEADS) + first < SHARE
         if FEED > 0:
-            columns = _fed(lines, 0, left, D, BLOCK, HEADS, FEED)
+            lines = _lines(feed, 0, head, alive, i, H * D, D, FEED)
         y = _joined(partial, tops, pieces, alive, head + row * H, i, D, BLOCK, SPLITS, CHUNK, HEADS)
         y = to_dtype(y, out.dtype.element_ty, INTERPRETED)
         tl.store(out + head[:, None] * D + i, y, mask=alive[:, None] & (i < D))
         if FEED > 0:
-            y, r = tl.reshape(y, (HEADS * BLOCK, 1)).to(tl.float32), tl.arange(0, 16)
-            there = fed + (group * lots + lot) * (FED_ROWS * FEED)
+            r = tl.arange(0, 16)[:, None]
             for r0 in range(0, FEED, 16):
-                tl.store(there + r0 + r, tl.sum(y * columns.to(tl.float32), 0), mask=r < FEED - r0)
+                sums = tl.sum(lines.to(tl.float32) * y.to(tl.float32)[None, :, :], 2)
+                tl.store(fed + head[None, :] * (FED_ROWS * FEED) + r + r0, sums, mask=alive[None, :] & (r < FEED - r0))
                 if r0 + 16 < FEED:
-                    columns = _fed(lines, r0 + 16, left, D, BLOCK, HEADS, FEED)
+                    lines = _lines(feed, r0 + 16, head, alive, i, H * D, D, FEED)
 
 
 @triton.jit
-def _ahead(feed, counter, SIZE: tl.constexpr, LINES: tl.constexpr):
-    """What the joining piece needs, towards the L2 cache: half a gigabyte of weights has passed there since the last token."""
+def _ahead(feed, counter, group, K: tl.constexpr, WIDE: tl.constexpr, FEED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """What the joining piece needs, towards the L2 cache: gigabytes of weights have passed there since the last token."""
     tl.inline_asm_elementwise(AHEAD, "=r,l", [counter.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
-    if SIZE > 0:
-        line = tl.minimum(tl.arange(0, LINES) * 64, SIZE - 1)
-        tl.inline_asm_elementwise(AHEAD, "=r,l", [(feed + line).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+    if FEED > 0:
+        r, c = tl.minimum(tl.arange(0, ROWS)[:, None], FEED - 1), tl.minimum(tl.arange(0, COLUMNS)[None, :] * 64, WIDE - 1)
+        at = feed + r * K + c + group * WIDE
+        tl.inline_asm_elementwise(AHEAD, "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -191,8 +189,8 @@ def _attend(
     stride, out_stride, places, turns, eps, offset, scale, cap, window,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr,
     KEYS: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, ROTATION: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
-    CAP: tl.constexpr, WINDOW: tl.constexpr, FEED: tl.constexpr, FED_ROWS: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    CAP: tl.constexpr, WINDOW: tl.constexpr, FEED: tl.constexpr, FED_ROWS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One piece of the cache for the query heads of one key head; the newest place, in the last piece, comes from qkv itself.
 
@@ -230,7 +228,7 @@ def _attend(
         counter = counters + row * G + group
         if PDL:
             if split == 0:
-                _ahead(feed + group * (share * D * FEED), counter, share * D * FEED, LINES)
+                _ahead(feed, counter, group, H * D, share * D, FEED, ROWS, COLUMNS)
             cuda.gdc_wait()
         source = qkv + row * stride
         inside = (h < share) & (i < D)
@@ -319,8 +317,8 @@ def attend(
     spec, turns, device = heads.spec or NormSpec(), 0 if cos is None else cos.shape[1], qkv.device
     assert keys.is_contiguous() and values.is_contiguous() and (cos is None or cos.is_contiguous())
     splits, block = scratch.partial.shape[2], max(triton.next_power_of_2(heads.size), 16)
-    share, columns = heads.query // heads.kv, 0 if feed is None else feed.shape[1]
-    joined = min(triton.next_power_of_2(share), FED_HEADS)
+    share, columns = heads.query // heads.kv, 0 if feed is None else feed.shape[0]
+    joined = min(triton.next_power_of_2(share), HEADS)
     _attend[(qkv.shape[0] * heads.kv, splits)](
         qkv, position, qkv if heads.q_weight is None else heads.q_weight, qkv if heads.k_weight is None else heads.k_weight,
         qkv if cos is None else cos, qkv if sin is None else sin, keys, values, scratch.partial, scratch.tops, scratch.counters, out,
@@ -330,7 +328,7 @@ def attend(
         SPLITS=splits, KEYS=keys_of(block, keys.dtype), HEADS=joined, CHUNK=min(splits, max(JOINED // (joined * block), 1)),
         ROTATION=heads.rotation if cos is not None else "none", NORM=heads.spec is not None, LAYER=spec.kind == "layer",
         CAP=bool(heads.cap), WINDOW=heads.window is not None, FEED=columns, FED_ROWS=1 if fed is None else fed.shape[1],
-        LINES=triton.next_power_of_2(triton.cdiv(max(share * heads.size * columns, 1), 64)),
+        ROWS=triton.next_power_of_2(max(columns, 1)), COLUMNS=triton.next_power_of_2(triton.cdiv(share * heads.size, 64)),
         PDL=hopper(device), INTERPRETED=INTERPRETED, **_options(device, WARPS),
     )  # fmt: skip
 

@@ -31,15 +31,6 @@ class Heads:
     k_weight: Tensor | None = None
 
 
-FED_HEADS = 4
-"""Query heads of one key head that are fed on together, at most."""
-
-
-def fed_parts(heads: Heads) -> int:
-    """Sums that attention leaves of what its output is multiplied by: `[fed_parts, rows, R]`."""
-    return heads.kv * -(-(heads.query // heads.kv) // FED_HEADS)
-
-
 @dataclass(frozen=True)
 class Scratch:
     """What the pieces leave for the one that joins them. partial: fp32 `[M, H, S, d]`; tops: fp32 `[M, H, 2, S]`, maxima and sums;
@@ -120,6 +111,5 @@ def attend(
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     out.copy_(torch.einsum("mhp,mphd->mhd", scores.softmax(-1), v).flatten(1))
     if feed is not None and fed is not None:
-        by_head = torch.einsum("mhd,hdr->hmr", wide(out).unflatten(1, (heads.query, -1)), wide(feed).unflatten(0, (heads.query, -1)))  # type: ignore[no-untyped-call]
-        groups = by_head.unflatten(0, (heads.kv, -1))  # type: ignore[no-untyped-call]
-        fed[:, : len(out)] = torch.stack([part.sum(1) for part in groups.split(FED_HEADS, 1)], 1).flatten(0, 1)
+        by_head = wide(feed).unflatten(1, (heads.query, heads.size))  # type: ignore[no-untyped-call]
+        fed[:, : len(out)] = torch.einsum("mhd,rhd->hmr", wide(out).unflatten(1, (heads.query, -1)), by_head)  # type: ignore[no-untyped-call]
