@@ -118,26 +118,33 @@ def _scored(scores, scale, cap, CAP: tl.constexpr):
 
 
 @triton.jit
+def _part(partial, done, c, pieces, alive, h, i, D: tl.constexpr, SPLITS: tl.constexpr):
+    """Pieces c + done of some heads: `[CHUNK, HEADS, BLOCK]`."""
+    mask = ((c + done < pieces) & alive[None, :])[:, :, None] & (i < D)[None, :, :]
+    return tl.load(partial + (c + done + h[None, :] * SPLITS)[:, :, None] * D + i[None, :, :], mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
 def _joined(
     partial, tops, pieces, alive, h, i, D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
     HEADS: tl.constexpr,
 ):  # fmt: skip
     """The pieces of HEADS heads, summed in one order whichever of them came last: `[HEADS, BLOCK]`. alive `[HEADS]`."""
-    s = tl.arange(0, SPLITS)[:, None]
+    s, c = tl.arange(0, SPLITS)[:, None], tl.arange(0, CHUNK)[:, None]
     both, at = (s < pieces) & alive[None, :], s + h[None, :] * (2 * SPLITS)
+    part = _part(partial, 0, c, pieces, alive, h, i, D, SPLITS)
     each = tl.load(tops + at, mask=both, other=-float("inf"), cache_modifier=".cg")
     sums = tl.load(tops + SPLITS + at, mask=both, other=0.0, cache_modifier=".cg")
     top = tl.max(each, 0)
     times = 1 / tl.sum(sums * tl.exp2(each - top[None, :]), 0)
     acc = tl.zeros((HEADS, BLOCK), tl.float32)
-    for done in range(0, SPLITS, CHUNK):
-        s = tl.arange(0, CHUNK)[:, None] + done
-        both = (s < pieces) & alive[None, :]
-        part = tl.load(partial + (s + h[None, :] * SPLITS)[:, :, None] * D + i[None, :, :], mask=both[:, :, None] & (i < D)[None, :, :],
-                       other=0.0, cache_modifier=".cg")  # fmt: skip
-        each = tl.load(tops + s + h[None, :] * (2 * SPLITS), mask=both, other=-float("inf"), cache_modifier=".cg")
-        weight = tl.exp2(each - top[None, :]) * times[None, :]
-        acc += tl.sum(part * weight[:, :, None], 0)
+    for done in tl.static_range(0, SPLITS, CHUNK):
+        if CHUNK < SPLITS:
+            some = (c + done < pieces) & alive[None, :]
+            each = tl.load(tops + c + done + h[None, :] * (2 * SPLITS), mask=some, other=-float("inf"), cache_modifier=".cg")
+        acc += tl.sum(part * (tl.exp2(each - top[None, :]) * times[None, :])[:, :, None], 0)
+        if done + CHUNK < SPLITS:
+            part = _part(partial, done + CHUNK, c, pieces, alive, h, i, D, SPLITS)
     return tl.where(alive[:, None] & (i < D), acc, 0.0)
 
 
@@ -202,17 +209,17 @@ def _attend(
     share: tl.constexpr = H // G
     newest = tl.load(position + row).to(tl.int32)
     first = tl.maximum(newest + 1 - window, 0) if WINDOW else newest * 0
-    per = tl.cdiv(tl.cdiv(newest + 1 - first, SPLITS), KEYS) * KEYS
-    pieces = tl.cdiv(newest + 1 - first, per)
+    per = tl.maximum(tl.cdiv(tl.cdiv(newest - first, SPLITS), KEYS), 1) * KEYS
+    pieces = tl.maximum(tl.cdiv(newest - first, per), 1)
     if split < pieces:
         start = first + split * per
-        stop = tl.minimum(start + per, newest + 1)
+        stop = tl.minimum(start + per, newest)
         h, i, n = tl.arange(0, QUERIES)[:, None], tl.arange(0, BLOCK)[None, :], tl.arange(0, KEYS)
         base = (row.to(tl.int64) * places * G + group) * D
         keys += base
         values += base
-        k = _read(keys, start, newest, n, i, G, D)
-        v = _read(values, start, newest, n, i, G, D)
+        k = _read(keys, start, stop, n, i, G, D)
+        v = _read(values, start, stop, n, i, G, D)
         other, table, sign = i, i, tl.where(i % 2 == 0, -1.0, 1.0)
         if ROTATION == "half":
             other = tl.where(i < turns // 2, i + turns // 2, i - turns // 2)
@@ -240,21 +247,22 @@ def _attend(
         query = to_dtype(x, k.dtype, INTERPRETED)
         new = to_dtype(new, k.dtype, INTERPRETED)
         value = to_dtype(value.to(tl.float32), v.dtype, INTERPRETED)
-        top = tl.full((QUERIES,), -float("inf"), tl.float32)
-        total, acc = tl.zeros((QUERIES, KEYS), tl.float32), tl.zeros((QUERIES, BLOCK), tl.float32)
+        mine = split == pieces - 1
+        kept = i < tl.where(mine, D, 0)
+        score = _scored(tl.sum(query.to(tl.float32) * new.to(tl.float32), 1), scale, cap, CAP)
+        top = tl.where(mine, score, -float("inf"))
+        total = tl.where(n < tl.where(mine, 1, 0), 1.0, 0.0)[None, :] + tl.zeros((QUERIES, KEYS), tl.float32)
+        acc = tl.where(kept, value.to(tl.float32), 0.0) + tl.zeros((QUERIES, BLOCK), tl.float32)
         while start < stop:
-            place = n + start
-            k = tl.where((place == newest)[:, None], new, k)
             scores = _dot(query, tl.trans(k), tl.zeros((QUERIES, KEYS), tl.float32), INTERPRETED)
-            k = _read(keys, start + KEYS, tl.minimum(stop, newest), n, i, G, D)
-            scores = tl.where((place < stop)[None, :], _scored(scores, scale, cap, CAP), -float("inf"))
+            k = _read(keys, start + KEYS, stop, n, i, G, D)
+            scores = tl.where((n < stop - start)[None, :], _scored(scores, scale, cap, CAP), -float("inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
             p = tl.exp2(scores - new_top[:, None])
             fade = tl.exp2(top - new_top)
             total = total * fade[:, None] + p
-            v = tl.where((place == newest)[:, None], value, v)
             acc = _dot(to_dtype(p, v.dtype, INTERPRETED), v, acc * fade[:, None], INTERPRETED)
-            v = _read(values, start + KEYS, tl.minimum(stop, newest), n, i, G, D)
+            v = _read(values, start + KEYS, stop, n, i, G, D)
             top = new_top
             start += KEYS
         heads = tl.arange(0, QUERIES) + (row * H + group * share)
@@ -262,7 +270,6 @@ def _attend(
         tl.store(partial + (heads * SPLITS + split)[:, None] * D + i, acc, mask=inside)
         tl.store(tops + heads * (2 * SPLITS) + split, top, mask=alive)
         tl.store(tops + heads * (2 * SPLITS) + SPLITS + split, tl.sum(total, 1), mask=alive)
-        kept = i < tl.where(split == pieces - 1, D, 0)
         at = newest.to(tl.int64) * (G * D) + i
         tl.store(keys + at, new, mask=kept)
         tl.store(values + at, value, mask=kept)
