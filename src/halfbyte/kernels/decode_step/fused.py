@@ -118,10 +118,17 @@ def _scored(scores, scale, cap, CAP: tl.constexpr):
 
 
 @triton.jit
-def _part(partial, done, c, pieces, alive, h, i, D: tl.constexpr, SPLITS: tl.constexpr):
-    """Pieces c + done of some heads: `[CHUNK, HEADS, BLOCK]`."""
-    mask = ((c + done < pieces) & alive[None, :])[:, :, None] & (i < D)[None, :, :]
-    return tl.load(partial + (c + done + h[None, :] * SPLITS)[:, :, None] * D + i[None, :, :], mask=mask, other=0.0, cache_modifier=".cg")
+def _part(partial, done, s, pieces, alive, h, i, D: tl.constexpr, SPLITS: tl.constexpr):
+    """Pieces s + done of some heads: `[HEADS, CHUNK, BLOCK]`."""
+    mask = (alive[:, None] & (s + done < pieces))[:, :, None] & (i < D)[None, :, :]
+    return tl.load(partial + (h[:, None] * SPLITS + s + done)[:, :, None] * D + i[None, :, :], mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _top(tops, s, pieces, alive, h, SPLITS: tl.constexpr):
+    """The maxima of pieces s of some heads."""
+    mask = alive[:, None] & (s < pieces)
+    return tl.load(tops + h[:, None] * (2 * SPLITS) + s, mask=mask, other=-float("inf"), cache_modifier=".cg")
 
 
 @triton.jit
@@ -130,30 +137,28 @@ def _joined(
     HEADS: tl.constexpr,
 ):  # fmt: skip
     """The pieces of HEADS heads, summed in one order whichever of them came last: `[HEADS, BLOCK]`. alive `[HEADS]`."""
-    s, c = tl.arange(0, SPLITS)[:, None], tl.arange(0, CHUNK)[:, None]
-    both, at = (s < pieces) & alive[None, :], s + h[None, :] * (2 * SPLITS)
-    part = _part(partial, 0, c, pieces, alive, h, i, D, SPLITS)
-    each = tl.load(tops + at, mask=both, other=-float("inf"), cache_modifier=".cg")
-    sums = tl.load(tops + SPLITS + at, mask=both, other=0.0, cache_modifier=".cg")
-    top = tl.max(each, 0)
-    times = 1 / tl.sum(sums * tl.exp2(each - top[None, :]), 0)
+    s, some = tl.arange(0, SPLITS)[None, :], tl.arange(0, CHUNK)[None, :]
+    part = _part(partial, 0, some, pieces, alive, h, i, D, SPLITS)
+    each = _top(tops, s, pieces, alive, h, SPLITS)
+    sums = tl.load(tops + h[:, None] * (2 * SPLITS) + SPLITS + s, mask=alive[:, None] & (s < pieces), other=0.0, cache_modifier=".cg")
+    top = tl.max(each, 1)
+    times = 1 / tl.sum(sums * tl.exp2(each - top[:, None]), 1)
     acc = tl.zeros((HEADS, BLOCK), tl.float32)
     for done in tl.static_range(0, SPLITS, CHUNK):
         if CHUNK < SPLITS:
-            some = (c + done < pieces) & alive[None, :]
-            each = tl.load(tops + c + done + h[None, :] * (2 * SPLITS), mask=some, other=-float("inf"), cache_modifier=".cg")
-        acc += tl.sum(part * (tl.exp2(each - top[None, :]) * times[None, :])[:, :, None], 0)
+            each = _top(tops, some + done, pieces, alive, h, SPLITS)
+        acc += tl.sum(part * (tl.exp2(each - top[:, None]) * times[:, None])[:, :, None], 1)
         if done + CHUNK < SPLITS:
-            part = _part(partial, done + CHUNK, c, pieces, alive, h, i, D, SPLITS)
+            part = _part(partial, done + CHUNK, some, pieces, alive, h, i, D, SPLITS)
     return tl.where(alive[:, None] & (i < D), acc, 0.0)
 
 
 @triton.jit
-def _lines(feed, r, h, alive, i, K: tl.constexpr, D: tl.constexpr, FEED: tl.constexpr):
-    """16 rows of `feed` from the r-th on, at the columns of some heads: `[16, HEADS, BLOCK]`."""
-    r = (tl.arange(0, 16) + r)[:, None, None]
-    mask = (r < FEED) & alive[None, :, None] & (i < D)[None, :, :]
-    return tl.load(feed + r * K + h[None, :, None] * D + i[None, :, :], mask=mask, other=0.0)
+def _lines(feed, first, h, alive, i, K: tl.constexpr, D: tl.constexpr, FEED: tl.constexpr):
+    """16 rows of `feed` from the first on, at the columns of some heads: `[HEADS, 16, BLOCK]`."""
+    r = (tl.arange(0, 16) + first)[None, :, None]
+    mask = (r < FEED) & alive[:, None, None] & (i < D)[None, :, :]
+    return tl.load(feed + r * K + h[:, None, None] * D + i[None, :, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -172,10 +177,10 @@ def _join(
         y = to_dtype(y, out.dtype.element_ty, INTERPRETED)
         tl.store(out + head[:, None] * D + i, y, mask=alive[:, None] & (i < D))
         if FEED > 0:
-            r = tl.arange(0, 16)[:, None]
+            r = tl.arange(0, 16)[None, :]
             for r0 in range(0, FEED, 16):
-                sums = tl.sum(lines.to(tl.float32) * y.to(tl.float32)[None, :, :], 2)
-                tl.store(fed + head[None, :] * (FED_ROWS * FEED) + r + r0, sums, mask=alive[None, :] & (r < FEED - r0))
+                sums = tl.sum(lines.to(tl.float32) * y.to(tl.float32)[:, None, :], 2)
+                tl.store(fed + head[:, None] * (FED_ROWS * FEED) + r + r0, sums, mask=alive[:, None] & (r < FEED - r0))
                 if r0 + 16 < FEED:
                     lines = _lines(feed, r0 + 16, head, alive, i, H * D, D, FEED)
 

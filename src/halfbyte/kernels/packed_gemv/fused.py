@@ -299,11 +299,11 @@ def _gemv(
         tl.debug_barrier()
     xs, weights = (), ()
     for step in tl.static_range(STEPS if NORM else 0):
-        weights = weights + x_of_four(norm, 0, 8, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
+        weights = weights + x_of_four(norm, 0, 8, mine + step * WARPS * 4, g, t, K64, SLOTS, NT, INTERPRETED)
     if PDL:
         cuda.gdc_wait()
     for step in tl.static_range(STEPS if KEEP else 0):
-        xs = xs + x_of_four(x, x_stride, M, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
+        xs = xs + x_of_four(x, x_stride, M, mine + step * WARPS * 4, g, t, K64, SLOTS, NT, INTERPRETED)
     if GROUPS > 0:
         put_pieces(xa, sums_at, scratch, tid, A_ROWS, PIECES, GROUPS, WIDE, XA, ROWS, INTERPRETED)
     o, m = tl.arange(0, OUT), tl.arange(0, ROWS)
@@ -340,7 +340,7 @@ def _gemv(
             else:
                 done = 0
                 while done < STEPS:
-                    now = x_of_four(x, x_stride, M, mine + done * (WARPS * 4), g, t, K64, SLOTS, NT)
+                    now = x_of_four(x, x_stride, M, mine + done * (WARPS * 4), g, t, K64, SLOTS, NT, INTERPRETED)
                     done += 1
                     if done == STEPS:
                         lines = _next_lines(lines, segments, number + 1, g, t, K64, KIND, SEGMENTS, PAIRED, RT)

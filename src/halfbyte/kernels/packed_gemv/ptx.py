@@ -6,6 +6,7 @@ lookup     four bytes of codes to four registers of two 16-bit levels each: byte
 mma        one tensor-core product of 16 rows by 16 columns of the weight by 8 rows of x.
 quad       a value of one of the four lanes that share a row.
 words      8 or 16 bytes of a weight where a condition holds, read once: not kept in L1; the rest of their line comes into L2 along.
+x words    16 bytes of x where a condition holds, else zeros: kept in L1, since other tiles read them again.
 put, get   a number into shared memory where a condition holds, and out of it.
 prefetch   a run of bytes into the L2 cache, by the copy engine: no register waits for it.
 """
@@ -34,6 +35,10 @@ QUAD = "shfl.sync.idx.b32 $0, $1, $2, 0x1c1f, 0xffffffff;"
 MERGE = "prmt.b32 $0, $1, $2, 0x7610;"
 TWO_WORDS = "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p ld.global.nc.L1::no_allocate.L2::128B.v2.b32 {$0,$1}, [$2]; }"
 FOUR_WORDS = "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p ld.global.nc.L1::no_allocate.L2::128B.v4.b32 {$0,$1,$2,$3}, [$4]; }"
+X_WORDS = (
+    "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+    "@p ld.global.v4.b32 {$0,$1,$2,$3}, [$4]; }"
+)
 PUT = "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.shared.f32 [$1], $2; mov.u32 $0, 0; }"
 GET = "ld.shared.f32 $0, [$1];"
 PREFETCH = (
