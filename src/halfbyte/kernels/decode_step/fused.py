@@ -121,14 +121,15 @@ def _scored(scores, scale, cap, CAP: tl.constexpr):
 def _part(partial, done, s, pieces, alive, h, i, D: tl.constexpr, SPLITS: tl.constexpr):
     """Pieces s + done of some heads: `[HEADS, CHUNK, BLOCK]`."""
     mask = (alive[:, None] & (s + done < pieces))[:, :, None] & (i < D)[None, :, :]
-    return tl.load(partial + (h[:, None] * SPLITS + s + done)[:, :, None] * D + i[None, :, :], mask=mask, other=0.0, cache_modifier=".cg")
+    at = (h[:, None] * SPLITS + s + done)[:, :, None] * D + i[None, :, :]
+    return tl.load(partial + at, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def _top(tops, s, pieces, alive, h, SPLITS: tl.constexpr):
-    """The maxima of pieces s of some heads."""
+def _top(tops, s, pieces, alive, h, SPLITS: tl.constexpr, other: tl.constexpr):
+    """The maxima of pieces s of some heads; with `tops` SPLITS further on their sums."""
     mask = alive[:, None] & (s < pieces)
-    return tl.load(tops + h[:, None] * (2 * SPLITS) + s, mask=mask, other=-float("inf"), cache_modifier=".cg")
+    return tl.load(tops + h[:, None] * (2 * SPLITS) + s, mask=mask, other=other, cache_modifier=".cg")
 
 
 @triton.jit
@@ -139,14 +140,14 @@ def _joined(
     """The pieces of HEADS heads, summed in one order whichever of them came last: `[HEADS, BLOCK]`. alive `[HEADS]`."""
     s, some = tl.arange(0, SPLITS)[None, :], tl.arange(0, CHUNK)[None, :]
     part = _part(partial, 0, some, pieces, alive, h, i, D, SPLITS)
-    each = _top(tops, s, pieces, alive, h, SPLITS)
-    sums = tl.load(tops + h[:, None] * (2 * SPLITS) + SPLITS + s, mask=alive[:, None] & (s < pieces), other=0.0, cache_modifier=".cg")
+    each = _top(tops, s, pieces, alive, h, SPLITS, -float("inf"))
+    sums = _top(tops + SPLITS, s, pieces, alive, h, SPLITS, 0.0)
     top = tl.max(each, 1)
     times = 1 / tl.sum(sums * tl.exp2(each - top[:, None]), 1)
     acc = tl.zeros((HEADS, BLOCK), tl.float32)
     for done in tl.static_range(0, SPLITS, CHUNK):
         if CHUNK < SPLITS:
-            each = _top(tops, some + done, pieces, alive, h, SPLITS)
+            each = _top(tops, some + done, pieces, alive, h, SPLITS, -float("inf"))
         acc += tl.sum(part * (tl.exp2(each - top[:, None]) * times[:, None])[:, :, None], 1)
         if done + CHUNK < SPLITS:
             part = _part(partial, done + CHUNK, some, pieces, alive, h, i, D, SPLITS)
@@ -163,8 +164,9 @@ def _lines(feed, first, h, alive, i, K: tl.constexpr, D: tl.constexpr, FEED: tl.
 
 @triton.jit
 def _join(
-    partial, tops, out, feed, fed, pieces, row, group, i, H: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, CHUNK: tl.constexpr, HEADS: tl.constexpr, FEED: tl.constexpr, FED_ROWS: tl.constexpr,
+    partial, tops, out, feed, fed, pieces, row, group, i,
+    H: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr, HEADS: tl.constexpr, FEED: tl.constexpr, FED_ROWS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The SHARE heads of a key head, HEADS at a time, into `out`, and what each makes of FEED rows of `feed` into `fed`."""
@@ -186,7 +188,9 @@ def _join(
 
 
 @triton.jit
-def _ahead(feed, counter, group, K: tl.constexpr, WIDE: tl.constexpr, FEED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _ahead(
+    feed, counter, group, K: tl.constexpr, WIDE: tl.constexpr, FEED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
     """What the joining piece needs, towards the L2 cache: gigabytes of weights have passed there since the last token."""
     tl.inline_asm_elementwise(AHEAD, "=r,l", [counter.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
     if FEED > 0:
@@ -333,8 +337,8 @@ def attend(
     joined = min(triton.next_power_of_2(share), HEADS)
     _attend[(qkv.shape[0] * heads.kv, splits)](
         qkv, position, qkv if heads.q_weight is None else heads.q_weight, qkv if heads.k_weight is None else heads.k_weight,
-        qkv if cos is None else cos, qkv if sin is None else sin, keys, values, scratch.partial, scratch.tops, scratch.counters, out,
-        qkv if feed is None else feed, scratch.tops if fed is None else fed,
+        qkv if cos is None else cos, qkv if sin is None else sin, keys, values, scratch.partial, scratch.tops, scratch.counters,
+        out, qkv if feed is None else feed, scratch.tops if fed is None else fed,
         qkv.stride(0), out.stride(0), keys.shape[1], turns, spec.eps, spec.offset, heads.scale, heads.cap or 1.0, heads.window or 0,
         H=heads.query, G=heads.kv, D=heads.size, BLOCK=block, QUERIES=max(triton.next_power_of_2(share), 16),
         SPLITS=splits, KEYS=keys_of(block, keys.dtype), HEADS=joined, CHUNK=min(splits, max(JOINED // (joined * block), 1)),

@@ -313,13 +313,15 @@ def _gemv(
     while position < last:
         stop = tl.minimum(position + BATCH, last)
         tile = position + o // tall
-        s = _segment(segments, tl.minimum(tile, last - 1), SEGMENTS, PAIRED)
+        s, one = _segment(segments, tl.minimum(tile, last - 1), SEGMENTS, PAIRED), _segment(segments, position, SEGMENTS, PAIRED)
         row = (tile - field(segments, s, 10)) * tall + o % tall
         alive = (tile < stop) & (row < field(segments, s, 8))
-        side, bs = side_of(segments, s, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS)
+        side, bs = side_of(segments, s, one, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS, INTERPRETED)
         other, others = side, bs
         if PAIRED:
-            other, others = side_of(segments, s + 1, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS)
+            other, others = side_of(
+                segments, s + 1, one + 1, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS, INTERPRETED
+            )  # fmt: skip
         column = (field(segments, s, 9) + row)[:, None]
         mask = alive[:, None] & (m < M)[None, :]
         if ADD:

@@ -164,8 +164,8 @@ def _four_of_x(p, mask, WIDE: tl.constexpr):
         return two(tl.load(p, mask=mask, other=0)) + two(tl.load(p + 1, mask=mask, other=0))
     else:
         return tl.inline_asm_elementwise(
-            X_WORDS, "=&r,=&r,=&r,=&r,l,r", [p, mask.to(tl.int32)], dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32), is_pure=False,
-            pack=1,
+            X_WORDS, "=&r,=&r,=&r,=&r,l,r", [p, mask.to(tl.int32)], dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
+            is_pure=False, pack=1,
         )  # fmt: skip
 
 

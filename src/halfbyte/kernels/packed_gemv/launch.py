@@ -23,6 +23,10 @@ MOST_OUTPUTS = 256
 """Outputs (rows of the weight, for each row of x) whose sums are joined at a time."""
 
 
+MANY = (4, 2, None)
+"""Of a product with more than 8 rows of x: warps, programs a multiprocessor, registers."""
+
+
 @functools.cache
 def hopper(device: torch.device) -> bool:
     """Whether kernels may start before their predecessor ends, and fetch ahead into the L2 cache (sm_90 and newer)."""
@@ -38,7 +42,7 @@ def chosen(launch: Launch, rows: int) -> Shape:
     """The shape for a product with `rows` rows of x."""
     tiles = 2 if launch.paired else 1
     if rows > 8:
-        return Shape(tiles, 4, 2)
+        return Shape(tiles, *MANY)
     return Shape(tiles, 8, 1) if rows > 2 else Shape(tiles, 16, 1)
 
 
@@ -96,6 +100,7 @@ def multiply(
     groups = 0 if pieces is None else max(min(threads, MOST_FED) // wide, 1)
     assert pieces is None or wide <= threads, f"{wide} ranks are too many for {threads} threads"
     batch = batched(launch.kind, launch.paired, tall, shape.warps, kept(rows), -(-tiles // count), groups * wide)
+    assert batch == 1 or kept(rows) < 16, "of 16 rows a batch is one tile"
     early = hopper(x.device) and shape.early
     options: dict[str, Any] = {"num_warps": shape.warps, "num_stages": 1, "launch_pdl": early}
     if shape.registers is not None:

@@ -1,8 +1,8 @@
 """A x of a group's adapters, in a launch of its own: where no launch in front has made it.
 
-A product `[M, K]` by `[K, R]` is a few hundred KB: bound by how many reads follow each other. So the columns are cut, a program reads
-its part of 16 rows of A and of x at once and multiplies on the tensor cores; of each 16 rows of A the program that ends last adds
-the parts up, in one order.
+A product `[M, K]` by `[K, R]` is a few hundred KB: bound by how many reads follow each other. So the columns are cut, a program
+reads its part of 16 rows of A and of x at once and multiplies on the tensor cores; of each 16 rows of A the program that ends last
+adds the parts up, in one order.
 """
 
 # Kernels are typed by Triton, whose decorator is not.
@@ -31,10 +31,9 @@ def _low_rank(
     if PDL:
         cuda.gdc_wait()
     xs = tl.load(x + m[:, None] * x_stride + k[None, :], mask=(m < M)[:, None] & inside, other=0.0)
-    if INTERPRETED:
-        part = tl.dot(xs.to(tl.float32), tl.trans(w.to(tl.float32)), input_precision="ieee")
-    else:
-        part = tl.dot(xs, tl.trans(w))
+    if INTERPRETED:  # whose product (3.6) takes no bf16
+        xs, w = xs.to(tl.float32), w.to(tl.float32)
+    part = tl.dot(xs, tl.trans(w), input_precision="ieee")
     place = m[:, None] * 16 + m[None, :]
     tl.store(parts + (tile * CUTS + cut) * 256 + place, part)
     tl.debug_barrier()

@@ -185,7 +185,8 @@ def _launch(members: tuple[Member, ...], dtype: torch.dtype, paired: bool) -> La
         kind, bool(fmt and fmt.nested), (fmt.block // 64 if fmt and kind == "four" else 1), fmt.zero if fmt else "none",
         len(members), paired, rank, any(m.bias is not None for m in members), pairs(weight, dtype, str(device)),
         a, torch.empty(MOST_ROWS, max(rank * len(members), 1), device=device),
-        torch.empty(tiles, cut(width)[1], 16, 16, device=device), torch.zeros(tiles, dtype=torch.int32).to(device), tuple(keep), segments,
+        torch.empty(tiles, cut(width)[1], 16, 16, device=device), torch.zeros(tiles, dtype=torch.int32).to(device),
+        tuple(keep), segments,
     )  # fmt: skip
 
 
