@@ -3,10 +3,11 @@
     python bench/generation_engine.py --out DIR [--limit 80] [--cuts]     # gate first; JSON lines in DIR/generation_engine.jsonl
     python bench/generation_gpu.py --out DIR      # the same, and every kernel's proof in the gate
 
-The gate: attention of a token against float64, and the engine's greedy tokens equal to the model's own forward wherever that one's
-two likeliest tokens are apart, from an empty cache and from a kept one. Every setup is also run once on two layers: that compiles
-its kernels. All in parallel processes; if one is red nothing is reported and the exit code is 1. --cuts: other cuts of attention and of
-products of 16 rows, beside the usual ones, instead of the rest. What does not fit into --limit seconds is named in the last line.
+The gate: attention of a token and products of a few rows against float64, and the engine's greedy tokens equal to the model's own
+forward wherever that one's two likeliest tokens are apart, from an empty cache and from a kept one. Every setup is also run once on
+two layers: that compiles its kernels. All in parallel processes; if one is red nothing is reported and the exit code is 1. --cuts:
+other cuts of attention and of products of 16 rows, beside the usual ones, instead of the rest. What does not fit into --limit
+seconds is named in the last line.
 
 engine: `ms_at_P` a token with P places in the cache (replays), tokens a second as a caller sees them. first-token: reading prompts.
 layer: a profile folded by the position of a launch in its layer, medians over layers and tokens; `us` its own time (with early
@@ -191,7 +192,7 @@ def run(setups: list[Setup], report: Report) -> None:
             speed(engine, setup, report)
             if setup.weights == "nf4+adapter" and not setup.cut:
                 profile(engine, setup, report)
-            if setup == MAIN[3] and len(setups) == len(MAIN):
+            if setup == Setup("nf4+adapter") and len(setups) == len(MAIN):
                 first_token(bench, engine, report)
         THEIRS.clear()
         step.multiply = OURS
@@ -204,6 +205,7 @@ def jobs(setups: list[Setup]) -> dict[str, Job]:
 
     found: dict[str, Job] = {f"engine, {rows} rows": (gate_engine, (rows,)) for rows in (1, 2)}
     found |= {f"decode_step {dtype}": (checks.check_decode_step, ("cuda", (dtype,))) for dtype in (torch.bfloat16, torch.float32)}
+    found["packed_gemv"] = (checks.check_packed_gemv, ("cuda", (torch.bfloat16,), None, (1, 2, 3, 8)))
     return found | {f"warm {setup}": (warm, (setup,)) for setup in setups if setup.weights != "bitsandbytes"}
 
 

@@ -125,9 +125,10 @@ for half in ("*bf16", "*fp32"):
         build(step._attend, dict(qkv=half, position="*i64", q_weight=half, k_weight=half, cos=half, sin=half, keys=half,
               values=half, partial="*fp32", tops="*fp32", counters="*i32", out=half, eps="fp32", offset="fp32", scale="fp32",
               cap="fp32", feed=half, fed="*fp32"),
-              dict(H=32, G=8, D=128, BLOCK=128, QUERIES=16, SPLITS=splits, KEYS=32 if half == "*fp32" else 64, ROTATION="half",
+              dict(H=32, G=8, D=128, BLOCK=128, QUERIES=16, SPLITS=splits, KEYS=32 if half == "*fp32" else 64, HEADS=4,
+                   CHUNK=min(splits, 16), ROTATION="half",
                    NORM=splits > 1, LAYER=False, CAP=splits > 1, WINDOW=splits > 1,
-                   FEED=16 if splits > 1 else 0, FED=16, FED_ROWS=2) | same, 4)
+                   FEED=16 if splits > 1 else 0, FED_ROWS=2, ROWS=16 if splits > 1 else 1, COLUMNS=8) | same, 4)
 print("compiled")
 """
 

@@ -165,9 +165,8 @@ def _lines(feed, first, h, alive, i, K: tl.constexpr, D: tl.constexpr, FEED: tl.
 @triton.jit
 def _join(
     partial, tops, out, feed, fed, pieces, row, group, i,
-    H: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr, HEADS: tl.constexpr, FEED: tl.constexpr, FED_ROWS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    H: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    HEADS: tl.constexpr, FEED: tl.constexpr, FED_ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """The SHARE heads of a key head, HEADS at a time, into `out`, and what each makes of FEED rows of `feed` into `fed`."""
     for first in range(0, SHARE, HEADS):
