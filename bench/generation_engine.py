@@ -3,10 +3,11 @@
     python bench/generation_engine.py --out DIR [--limit 80] [--cuts]     # gate first; JSON lines in DIR/generation_engine.jsonl
     python bench/generation_gpu.py --out DIR      # the same, and every kernel's proof in the gate
 
-The gate: attention of a token against float64, and the engine's greedy tokens equal to the model's own forward wherever that one's
-two likeliest tokens are apart, from an empty cache and from a kept one. Every setup is also run once on two layers: that compiles
-its kernels. All in parallel processes; if one is red nothing is reported and the exit code is 1. --cuts: other cuts of attention,
-after the rest. What does not fit into --limit seconds is named in the last line.
+The gate: attention of a token and products of a few rows against float64, and the engine's greedy tokens equal to the model's own
+forward wherever that one's two likeliest tokens are apart, from an empty cache and from a kept one. Every setup is also run once on
+two layers: that compiles its kernels. All in parallel processes; if one is red nothing is reported and the exit code is 1. --cuts:
+other cuts of attention and of products of 16 rows, beside the usual ones, instead of the rest. What does not fit into --limit
+seconds is named in the last line.
 
 engine: `ms_at_P` a token with P places in the cache (replays), tokens a second as a caller sees them. first-token: reading prompts.
 layer: a profile folded by the position of a launch in its layer, medians over layers and tokens; `us` its own time (with early
@@ -47,9 +48,9 @@ MAIN = [
 ]  # fmt: skip
 CUTS = [
     Setup("nf4+adapter", rows, True, *cut)
-    for cut in ((128, None, None), (512, None, None), (512, None, 8192), (256, 8, None), (256, None, 8192), (256, 2, 8192))
+    for cut in ((128, None, None), (512, None, None), (512, None, 8192), (128, 8, None), (256, None, 8192), (256, 2, 8192))
     for rows in (1, 16)
-]
+] + [Setup("nf4+adapter", 16, many=many) for many in ((4, 3, 168), (4, 4, 128))]
 
 
 def clear_tokens(model: Any, prompt: list[int], answer: list[int]) -> None:
@@ -87,7 +88,8 @@ def gate_engine(count: int) -> None:
 def warm(setup: Setup) -> None:
     """Compiles what a setup launches, into Triton's cache on disk; of one that is about attention, only that."""
     with set_up(setup):
-        bench, setup = (Bench(1, 4096), replace(setup, weights="bf16")) if setup.cut else (Bench(2), setup)
+        attention = bool(setup.cut) and setup.many is None
+        bench, setup = (Bench(1, 4096), replace(setup, weights="bf16")) if attention else (Bench(2), setup)
         bench.engine(setup).answer([list(range(1, 17))] * setup.rows, 8, set())
         torch.cuda.synchronize()
 
@@ -190,7 +192,7 @@ def run(setups: list[Setup], report: Report) -> None:
             speed(engine, setup, report)
             if setup.weights == "nf4+adapter" and not setup.cut:
                 profile(engine, setup, report)
-            if setup == Setup("nf4+adapter"):
+            if setup == Setup("nf4+adapter") and len(setups) == len(MAIN):
                 first_token(bench, engine, report)
         THEIRS.clear()
         step.multiply = OURS
@@ -203,13 +205,14 @@ def jobs(setups: list[Setup]) -> dict[str, Job]:
 
     found: dict[str, Job] = {f"engine, {rows} rows": (gate_engine, (rows,)) for rows in (1, 2)}
     found |= {f"decode_step {dtype}": (checks.check_decode_step, ("cuda", (dtype,))) for dtype in (torch.bfloat16, torch.float32)}
+    found["packed_gemv"] = (checks.check_packed_gemv, ("cuda", (torch.bfloat16,), None, (1, 2, 3, 8)))
     return found | {f"warm {setup}": (warm, (setup,)) for setup in setups if setup.weights != "bitsandbytes"}
 
 
 def measure(out: Path, limit: float, cuts: bool, proofs: Mapping[str, Job]) -> int:
     """The exit code. proofs: more checks for the gate. Call it before anything asks for CUDA: the gate forks."""
     out.mkdir(parents=True, exist_ok=True)
-    setups = [*MAIN, *(CUTS if cuts else ())]
+    setups = [Setup("nf4+adapter"), Setup("nf4+adapter", 16), *CUTS] if cuts else MAIN
     if not passed(together({**proofs, **jobs(setups)}, limit), out / "generation_gate.json"):
         return 1
     with (out / "generation_engine.jsonl").open("w") as lines:
@@ -224,7 +227,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--limit", type=float, default=80, help="seconds after which no further setup is measured")
-    parser.add_argument("--cuts", action="store_true", help="other cuts of attention, too")
+    parser.add_argument("--cuts", action="store_true", help="other cuts of attention and of products instead")
     options = parser.parse_args()
     return measure(options.out, options.limit, options.cuts, {})
 

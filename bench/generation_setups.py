@@ -28,7 +28,7 @@ from halfbyte.generate.step import links  # noqa: E402
 from halfbyte.kernels.decode_step import fused  # noqa: E402
 from halfbyte.kernels.glu import glu  # noqa: E402
 from halfbyte.kernels.lora_linear.members import Member  # noqa: E402
-from halfbyte.kernels.packed_gemv import Product  # noqa: E402
+from halfbyte.kernels.packed_gemv import Product, launch  # noqa: E402
 from halfbyte.layers import swap  # noqa: E402
 
 PLACES = 2048
@@ -39,7 +39,10 @@ VOCABULARY = 128256
 
 @dataclass(frozen=True)
 class Setup:
-    """weights: bf16 (cuBLAS), nf4, nf4+adapter or bitsandbytes. programs, warps, read: how attention is cut; None as it is."""
+    """weights: bf16 (cuBLAS), nf4, nf4+adapter or bitsandbytes. programs, warps, read: how attention is cut; None as it is.
+
+    many: warps, programs a multiprocessor and registers of a product with more than 8 rows.
+    """
 
     weights: str
     rows: int = 1
@@ -47,28 +50,30 @@ class Setup:
     programs: int | None = None
     warps: int | None = None
     read: int | None = None
+    many: tuple[int, int, int | None] | None = None
 
     @property
     def cut(self) -> str:
-        """The cut of attention in words."""
-        return ", ".join(f"{n} {v}" for n in ("programs", "warps", "read") if (v := getattr(self, n)) is not None)
+        """What is cut otherwise, in words."""
+        return ", ".join(f"{n} {v}" for n in ("programs", "warps", "read", "many") if (v := getattr(self, n)) is not None)
 
 
 @contextmanager
 def set_up(setup: Setup) -> Iterator[None]:
     """While inside, the library's own numbers are those of `setup`."""
-    before = step.PROGRAMS, fused.WARPS, fused.READ
+    before = step.PROGRAMS, fused.WARPS, fused.READ, launch.MANY
     users = [m for name, m in list(sys.modules.items()) if name.startswith("halfbyte.") and "hopper" in vars(m)]
     asked = {m: m.hopper for m in users}
-    step.PROGRAMS, fused.WARPS, fused.READ = (
-        old if new is None else new for old, new in zip(before, (setup.programs, setup.warps, setup.read), strict=True)
+    asked_for = (setup.programs, setup.warps, setup.read, setup.many)
+    step.PROGRAMS, fused.WARPS, fused.READ, launch.MANY = (
+        old if new is None else new for old, new in zip(before, asked_for, strict=True)
     )
     try:
         for m in users if not setup.early else ():
             m.hopper = lambda device: False
         yield
     finally:
-        step.PROGRAMS, fused.WARPS, fused.READ = before
+        step.PROGRAMS, fused.WARPS, fused.READ, launch.MANY = before
         for m, old in asked.items():
             m.hopper = old
 

@@ -185,7 +185,7 @@ def _check_heads(device: str, dtype: torch.dtype, heads: Heads, turns: int, piec
     weights = (random(heads.size), random(heads.size)) if heads.spec else (None, None)
     position = torch.tensor([0, 64, 149, 329], device=device)
     scratch = Scratch.empty(rows, heads.query, heads.kv, heads.size, pieces, torch.device(device))
-    feed = random(width, 12)
+    feed = random(28, width)
     results: list[list[Tensor]] = []
     for kind in ("honest", "truth", "got", "again"):
         t = torch.float64 if kind == "truth" else dtype
@@ -195,7 +195,7 @@ def _check_heads(device: str, dtype: torch.dtype, heads: Heads, turns: int, piec
         tables = [None if c is None else c.to(t) for c in (cos, sin)]
         with poisoned():
             out = torch.empty(rows, width, dtype=t, device=device)
-            fed = torch.empty(heads.query, rows, 12, dtype=torch.float64 if kind == "truth" else torch.float32, device=device)
+            fed = torch.empty(heads.query, rows, 28, dtype=torch.float64 if kind == "truth" else torch.float32, device=device)
             if kind in ("got", "again"):
                 if device == "cuda":
                     torch.cuda.synchronize()  # an early launch reads the cache before the launch in front of it has ended

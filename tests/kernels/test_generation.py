@@ -114,7 +114,8 @@ gemv("bf16", zero="float", nested=False, m=4, warps=8, ragged=True)
 gemv("bf16", segments=2, paired=True, m=16, warps=4)
 gemv("fp16", kind="dense", nested=False, rank=0, warps=8, norm=True)
 gemv("bf16", kind="int8", nested=False, m=8, warps=8)
-build(low._low_rank, dict(x="*bf16", a="*bf16", xa="*fp32"), dict(A_ROWS=48, TALL=2, ROWS=1, SPAN=4096, PDL=hopper), 8)
+build(low._low_rank, dict(x="*bf16", a="*bf16", xa="*fp32", parts="*fp32", counters="*i32"),
+      dict(A_ROWS=48, SPAN=512, CUTS=28, WIDE=32, PDL=hopper, INTERPRETED=False), 4)
 same = dict(PDL=hopper, INTERPRETED=False)
 for half in ("*bf16", "*fp32"):
     build(step._normalise, dict(x=half, weight=half, bias=half, out=half, eps="fp32", offset="fp32"),
@@ -125,9 +126,10 @@ for half in ("*bf16", "*fp32"):
         build(step._attend, dict(qkv=half, position="*i64", q_weight=half, k_weight=half, cos=half, sin=half, keys=half,
               values=half, partial="*fp32", tops="*fp32", counters="*i32", out=half, eps="fp32", offset="fp32", scale="fp32",
               cap="fp32", feed=half, fed="*fp32"),
-              dict(H=32, G=8, D=128, BLOCK=128, QUERIES=16, SPLITS=splits, KEYS=32 if half == "*fp32" else 64, ROTATION="half",
+              dict(H=32, G=8, D=128, BLOCK=128, QUERIES=16, SPLITS=splits, KEYS=32 if half == "*fp32" else 64, HEADS=4,
+                   CHUNK=min(splits, 16), ROTATION="half",
                    NORM=splits > 1, LAYER=False, CAP=splits > 1, WINDOW=splits > 1,
-                   FEED=16 if splits > 1 else 0, FED=16, FED_ROWS=2) | same, 4)
+                   FEED=16 if splits > 1 else 0, FED_ROWS=2, ROWS=16 if splits > 1 else 1, COLUMNS=8) | same, 4)
 print("compiled")
 """
 

@@ -193,7 +193,8 @@ def _layer(layer: Layer, weights: Products, link: Links, following: Pieces | Non
         width = heads.query * heads.size
         for norm, part in zip(layer.full_norms, (qkv[:, :width], qkv[:, width : width + heads.kv * heads.size]), strict=True):
             _norm(norm, part, part)
-    feed, fed = (None, None) if link.out is None else (link.out.at, link.out.sums)
+    launch = weights.out.launch
+    feed, fed = (None, None) if link.out is None or launch is None else (launch.a, link.out.sums)
     mixed = b.mixed[:, : heads.query * heads.size]
     attend(qkv, b.position, heads, b.cos, b.sin, cache[0], cache[1], b.scratch, mixed, feed, fed)
     # Parallel halves read the same norm, which must outlive the residual's change: it does, being another buffer.

@@ -38,8 +38,8 @@ def attend(
 
     Keys and values of qkv are written into the cache at `position`. position: int64 `[M]`. cos, sin: `[P, r]`. keys, values:
     `[M, P, G, d]`, of one layer. On a GPU an early launch reads `position` and the older places: what wrote them must have ended
-    before the launch in front of this one began. feed `[H d, R]`, fed fp32 `[H, >= M, R]`: where given, what each head of `out`
-    makes of its rows of `feed` is left in `fed`; the sum over heads is `out feed`.
+    before the launch in front of this one began. feed `[R, H d]`, fed fp32 `[H, >= M, R]`: where given, what each head of `out`
+    makes of its columns of `feed` is left in `fed`; the sum over heads is `out feed^T`.
     """
     if twin(qkv.device) != "fused":
         reference.attend(qkv, position, heads, cos, sin, keys, values, out, feed, fed)

@@ -25,7 +25,12 @@ from halfbyte.kernels.packed_gemv.launch import hopper
 WARPS = 4
 """Of a program of attention."""
 READ = 16384
-"""Bytes of keys that a program reads at a time; as many of values, and the next ones meanwhile, in registers."""
+"""Bytes of keys that a program reads at a time, and as many of values: in registers, the first ones before the wait."""
+HEADS = 4
+"""Heads joined at a time, at most."""
+JOINED = 8192
+"""Numbers of the pieces' outputs that a program reads at a time to join them."""
+AHEAD = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 
 
 @triton.jit
@@ -88,55 +93,109 @@ def _turned(
 
 
 @triton.jit
-def _dot(a, b, INTERPRETED: tl.constexpr):
-    """a b in fp32; the interpreter (3.6) has no product of bf16."""
+def _dot(a, b, acc, INTERPRETED: tl.constexpr):
+    """acc + a b in fp32; the interpreter (3.6) has no product of bf16."""
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
-        return tl.dot(a, b, input_precision="ieee")
+        return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
-def _places(keys, values, base, start, stop, n, i, G: tl.constexpr, D: tl.constexpr):
-    """Keys and values `[KEYS, BLOCK]` of the places from `start` on."""
-    place = start + n
-    at = base + place[:, None] * (G * D) + i
-    mask = (place < stop)[:, None] & (i < D)
-    return tl.load(keys + at, mask=mask, other=0.0), tl.load(values + at, mask=mask, other=0.0)
+def _read(cache, start, stop, n, i, G: tl.constexpr, D: tl.constexpr):
+    """Keys or values `[KEYS, BLOCK]` of the places from `start` on."""
+    mask = (n < stop - start)[:, None] & (i < D)
+    return tl.load(cache + start.to(tl.int64) * (G * D) + n[:, None] * (G * D) + i, mask=mask, other=0.0)
 
 
 @triton.jit
-def _capped(scores, cap, CAP: tl.constexpr):
+def _scored(scores, scale, cap, CAP: tl.constexpr):
     """Scores to the base 2."""
     if CAP:
-        scores = cap * (2 / (1 + tl.exp(-2 * scores / cap)) - 1)
-    return scores * 1.4426950408889634
+        return cap * (2 / (1 + tl.exp(scores * (-2 * scale / cap))) - 1) * 1.4426950408889634
+    else:
+        return scores * (scale * 1.4426950408889634)
+
+
+@triton.jit
+def _part(partial, done, s, pieces, alive, h, i, D: tl.constexpr, SPLITS: tl.constexpr):
+    """Pieces s + done of some heads: `[HEADS, CHUNK, BLOCK]`."""
+    mask = (alive[:, None] & (s + done < pieces))[:, :, None] & (i < D)[None, :, :]
+    at = (h[:, None] * SPLITS + s + done)[:, :, None] * D + i[None, :, :]
+    return tl.load(partial + at, mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _top(tops, s, pieces, alive, h, SPLITS: tl.constexpr, other: tl.constexpr):
+    """The maxima of pieces s of some heads; with `tops` SPLITS further on their sums."""
+    mask = alive[:, None] & (s < pieces)
+    return tl.load(tops + h[:, None] * (2 * SPLITS) + s, mask=mask, other=other, cache_modifier=".cg")
 
 
 @triton.jit
 def _joined(
-    partial, tops, head, live, out, i, feed, fed,
-    D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, FEED: tl.constexpr, FED: tl.constexpr, INTERPRETED: tl.constexpr,
+    partial, tops, pieces, alive, h, i, D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
-    """The pieces of one head, summed in one order whichever of them came last. head: its number among all rows'.
+    """The pieces of HEADS heads, summed in one order whichever of them came last: `[HEADS, BLOCK]`. alive `[HEADS]`."""
+    s, some = tl.arange(0, SPLITS)[None, :], tl.arange(0, CHUNK)[None, :]
+    part = _part(partial, 0, some, pieces, alive, h, i, D, SPLITS)
+    each = _top(tops, s, pieces, alive, h, SPLITS, -float("inf"))
+    sums = _top(tops + SPLITS, s, pieces, alive, h, SPLITS, 0.0)
+    top = tl.max(each, 1)
+    times = 1 / tl.sum(sums * tl.exp2(each - top[:, None]), 1)
+    acc = tl.zeros((HEADS, BLOCK), tl.float32)
+    for done in tl.static_range(0, SPLITS, CHUNK):
+        if CHUNK < SPLITS:
+            each = _top(tops, some + done, pieces, alive, h, SPLITS, -float("inf"))
+        acc += tl.sum(part * (tl.exp2(each - top[:, None]) * times[:, None])[:, :, None], 1)
+        if done + CHUNK < SPLITS:
+            part = _part(partial, done + CHUNK, some, pieces, alive, h, i, D, SPLITS)
+    return tl.where(alive[:, None] & (i < D), acc, 0.0)
 
-    FEED: columns of `feed` `[d, FEED]`, by which the head is multiplied into `fed` `[FEED]`; FED as a power of two.
-    """
-    s = tl.arange(0, SPLITS)
+
+@triton.jit
+def _lines(feed, first, h, alive, i, K: tl.constexpr, D: tl.constexpr, FEED: tl.constexpr):
+    """16 rows of `feed` from the first on, at the columns of some heads: `[HEADS, 16, BLOCK]`."""
+    r = (tl.arange(0, 16) + first)[None, :, None]
+    mask = (r < FEED) & alive[:, None, None] & (i < D)[None, :, :]
+    return tl.load(feed + r * K + h[:, None, None] * D + i[None, :, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _join(
+    partial, tops, out, feed, fed, pieces, row, group, i,
+    H: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+    HEADS: tl.constexpr, FEED: tl.constexpr, FED_ROWS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The SHARE heads of a key head, HEADS at a time, into `out`, and what each makes of FEED rows of `feed` into `fed`."""
+    for first in range(0, SHARE, HEADS):
+        head = tl.arange(0, HEADS) + (group * SHARE + first)
+        alive = tl.arange(0, HEADS) + first < SHARE
+        if FEED > 0:
+            lines = _lines(feed, 0, head, alive, i, H * D, D, FEED)
+        y = _joined(partial, tops, pieces, alive, head + row * H, i, D, BLOCK, SPLITS, CHUNK, HEADS)
+        y = to_dtype(y, out.dtype.element_ty, INTERPRETED)
+        tl.store(out + head[:, None] * D + i, y, mask=alive[:, None] & (i < D))
+        if FEED > 0:
+            r = tl.arange(0, 16)[None, :]
+            for r0 in range(0, FEED, 16):
+                sums = tl.sum(lines.to(tl.float32) * y.to(tl.float32)[:, None, :], 2)
+                tl.store(fed + head[:, None] * (FED_ROWS * FEED) + r + r0, sums, mask=alive[:, None] & (r < FEED - r0))
+                if r0 + 16 < FEED:
+                    lines = _lines(feed, r0 + 16, head, alive, i, H * D, D, FEED)
+
+
+@triton.jit
+def _ahead(
+    feed, counter, group, K: tl.constexpr, WIDE: tl.constexpr, FEED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """What the joining piece needs, towards the L2 cache: gigabytes of weights have passed there since the last token."""
+    tl.inline_asm_elementwise(AHEAD, "=r,l", [counter.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
     if FEED > 0:
-        column, r = tl.arange(0, BLOCK)[:, None], tl.arange(0, FED)
-        mask = (column < D) & (r < FEED)[None, :]
-        lines = tl.load(feed + column * FEED + r[None, :], mask=mask, other=0.0).to(tl.float32)
-    at = partial + (head * SPLITS + s)[:, None] * D + i
-    acc = tl.load(at, mask=live[:, None] & (i < D), other=0.0, cache_modifier=".cg")
-    top = tl.load(tops + head * (2 * SPLITS) + s, mask=live, other=-float("inf"), cache_modifier=".cg")
-    total = tl.load(tops + head * (2 * SPLITS) + SPLITS + s, mask=live, other=0.0, cache_modifier=".cg")
-    weight = tl.exp2(top - tl.max(top, 0))
-    y = tl.sum(acc * weight[:, None], 0)[None, :] / tl.sum(total * weight, 0)
-    y = to_dtype(y, out.dtype.element_ty, INTERPRETED)
-    tl.store(out + i, y, mask=i < D)
-    if FEED > 0:
-        tl.store(fed + r, tl.sum(tl.trans(y).to(tl.float32) * lines, 0), mask=r < FEED)
+        r, c = tl.minimum(tl.arange(0, ROWS)[:, None], FEED - 1), tl.minimum(tl.arange(0, COLUMNS)[None, :] * 64, WIDE - 1)
+        at = feed + r * K + c + group * WIDE
+        tl.inline_asm_elementwise(AHEAD, "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -144,10 +203,11 @@ def _attend(
     qkv, position, q_weight, k_weight, cos, sin, keys, values, partial, tops, counters, out, feed, fed,
     stride, out_stride, places, turns, eps, offset, scale, cap, window,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, SPLITS: tl.constexpr,
-    KEYS: tl.constexpr, ROTATION: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
-    FEED: tl.constexpr, FED: tl.constexpr, FED_ROWS: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
+    KEYS: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, ROTATION: tl.constexpr, NORM: tl.constexpr, LAYER: tl.constexpr,
+    CAP: tl.constexpr, WINDOW: tl.constexpr, FEED: tl.constexpr, FED_ROWS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """One piece of the cache for the query heads of one key head; the last piece has the newest place too, from qkv itself.
+    """One piece of the cache for the query heads of one key head; the newest place, in the last piece, comes from qkv itself.
 
     Old places and positions were written by the tokens before: they are read before the wait for qkv.
     """
@@ -155,7 +215,7 @@ def _attend(
         cuda.gdc_launch_dependents()
     row, group, split = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
     share: tl.constexpr = H // G
-    newest = tl.load(position + row)
+    newest = tl.load(position + row).to(tl.int32)
     first = tl.maximum(newest + 1 - window, 0) if WINDOW else newest * 0
     per = tl.maximum(tl.cdiv(tl.cdiv(newest - first, SPLITS), KEYS), 1) * KEYS
     pieces = tl.maximum(tl.cdiv(newest - first, per), 1)
@@ -164,7 +224,10 @@ def _attend(
         stop = tl.minimum(start + per, newest)
         h, i, n = tl.arange(0, QUERIES)[:, None], tl.arange(0, BLOCK)[None, :], tl.arange(0, KEYS)
         base = (row.to(tl.int64) * places * G + group) * D
-        k, v = _places(keys, values, base, start, stop, n, i, G, D)
+        keys += base
+        values += base
+        k = _read(keys, start, stop, n, i, G, D)
+        v = _read(values, start, stop, n, i, G, D)
         other, table, sign = i, i, tl.where(i % 2 == 0, -1.0, 1.0)
         if ROTATION == "half":
             other = tl.where(i < turns // 2, i + turns // 2, i - turns // 2)
@@ -177,56 +240,52 @@ def _attend(
         if ROTATION != "none":
             c = tl.load(cos + newest * turns + table, mask=i < turns, other=1.0).to(tl.float32)
             s = tl.load(sin + newest * turns + table, mask=i < turns, other=0.0).to(tl.float32)
+        counter = counters + row * G + group
         if PDL:
+            if split == 0:
+                _ahead(feed, counter, group, H * D, share * D, FEED, ROWS, COLUMNS)
             cuda.gdc_wait()
         source = qkv + row * stride
         inside = (h < share) & (i < D)
-        x = _turned(source + (group * share + h) * D, i, other, sign, c, s, inside, inside & (i < turns), q_weight, eps, offset,
-                    D, ROTATION, NORM, LAYER)  # fmt: skip
+        value = tl.load(source + (H + G + group) * D + i, mask=i < D, other=0.0)
         new = _turned(source + (H + group) * D, i, other, sign, c, s, i < D, i < tl.minimum(turns, D), k_weight, eps, offset,
                       D, ROTATION, NORM, LAYER)  # fmt: skip
+        x = _turned(source + (group * share + h) * D, i, other, sign, c, s, inside, inside & (i < turns), q_weight, eps, offset,
+                    D, ROTATION, NORM, LAYER)  # fmt: skip
         query = to_dtype(x, k.dtype, INTERPRETED)
         new = to_dtype(new, k.dtype, INTERPRETED)
-        value = to_dtype(tl.load(source + (H + G + group) * D + i, mask=i < D, other=0.0).to(tl.float32), v.dtype, INTERPRETED)
+        value = to_dtype(value.to(tl.float32), v.dtype, INTERPRETED)
         mine = split == pieces - 1
         kept = i < tl.where(mine, D, 0)
-        tl.store(keys + base + newest * (G * D) + i, new, mask=kept)
-        tl.store(values + base + newest * (G * D) + i, value, mask=kept)
-        score = tl.sum(query.to(tl.float32) * new.to(tl.float32), 1) * scale
-        top = tl.where(mine, _capped(score, cap, CAP), -float("inf"))
-        total = tl.where(mine, 1.0, tl.zeros((QUERIES,), tl.float32))
+        score = _scored(tl.sum(query.to(tl.float32) * new.to(tl.float32), 1), scale, cap, CAP)
+        top = tl.where(mine, score, -float("inf"))
+        total = tl.where(n < tl.where(mine, 1, 0), 1.0, 0.0)[None, :] + tl.zeros((QUERIES, KEYS), tl.float32)
         acc = tl.where(kept, value.to(tl.float32), 0.0) + tl.zeros((QUERIES, BLOCK), tl.float32)
         while start < stop:
-            next_k, next_v = _places(keys, values, base, start + KEYS, stop, n, i, G, D)
-            scores = _capped(_dot(query, tl.trans(k), INTERPRETED) * scale, cap, CAP)
-            scores = tl.where((start + n < stop)[None, :], scores, -float("inf"))
+            scores = _dot(query, tl.trans(k), tl.zeros((QUERIES, KEYS), tl.float32), INTERPRETED)
+            k = _read(keys, start + KEYS, stop, n, i, G, D)
+            scores = tl.where((n < stop - start)[None, :], _scored(scores, scale, cap, CAP), -float("inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
             p = tl.exp2(scores - new_top[:, None])
             fade = tl.exp2(top - new_top)
-            total = total * fade + tl.sum(p, 1)
-            acc = acc * fade[:, None] + _dot(to_dtype(p, v.dtype, INTERPRETED), v, INTERPRETED)
-            top, k, v = new_top, next_k, next_v
+            total = total * fade[:, None] + p
+            acc = _dot(to_dtype(p, v.dtype, INTERPRETED), v, acc * fade[:, None], INTERPRETED)
+            v = _read(values, start + KEYS, stop, n, i, G, D)
+            top = new_top
             start += KEYS
-        heads = row * H + group * share + tl.arange(0, QUERIES)
+        heads = tl.arange(0, QUERIES) + (row * H + group * share)
         alive = tl.arange(0, QUERIES) < share
         tl.store(partial + (heads * SPLITS + split)[:, None] * D + i, acc, mask=inside)
         tl.store(tops + heads * (2 * SPLITS) + split, top, mask=alive)
-        tl.store(tops + heads * (2 * SPLITS) + SPLITS + split, total, mask=alive)
+        tl.store(tops + heads * (2 * SPLITS) + SPLITS + split, tl.sum(total, 1), mask=alive)
+        at = newest.to(tl.int64) * (G * D) + i
+        tl.store(keys + at, new, mask=kept)
+        tl.store(values + at, value, mask=kept)
         tl.debug_barrier()
-        if tl.atomic_add(counters + row * G + group, 1, sem="acq_rel", scope="gpu") == pieces - 1:
-            tl.store(counters + row * G + group, 0)
-            live = tl.arange(0, SPLITS) < pieces
-            there = out + row * out_stride + group * share * D
-            if share <= 8:
-                for q in tl.static_range(share):
-                    n_q = group * share + q
-                    _joined(partial, tops, row * H + n_q, live, there + q * D, i, feed + n_q * D * FEED,
-                            fed + (n_q * FED_ROWS + row) * FEED, D, BLOCK, SPLITS, FEED, FED, INTERPRETED)  # fmt: skip
-            else:
-                for q in range(share):
-                    n_q = group * share + q
-                    _joined(partial, tops, row * H + n_q, live, there + q * D, i, feed + n_q * D * FEED,
-                            fed + (n_q * FED_ROWS + row) * FEED, D, BLOCK, SPLITS, FEED, FED, INTERPRETED)  # fmt: skip
+        if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == pieces - 1:
+            tl.store(counter, 0)
+            _join(partial, tops, out + row * out_stride, feed, fed + row * FEED, pieces, row, group, i, H, share, D, BLOCK, SPLITS,
+                  CHUNK, HEADS, FEED, FED_ROWS, INTERPRETED)  # fmt: skip
 
 
 @triton.jit
@@ -272,17 +331,19 @@ def attend(
     """See the package."""
     spec, turns, device = heads.spec or NormSpec(), 0 if cos is None else cos.shape[1], qkv.device
     assert keys.is_contiguous() and values.is_contiguous() and (cos is None or cos.is_contiguous())
-    partial, splits, block = scratch.partial, scratch.partial.shape[2], max(triton.next_power_of_2(heads.size), 16)
+    splits, block = scratch.partial.shape[2], max(triton.next_power_of_2(heads.size), 16)
+    share, columns = heads.query // heads.kv, 0 if feed is None else feed.shape[0]
+    joined = min(triton.next_power_of_2(share), HEADS)
     _attend[(qkv.shape[0] * heads.kv, splits)](
         qkv, position, qkv if heads.q_weight is None else heads.q_weight, qkv if heads.k_weight is None else heads.k_weight,
-        qkv if cos is None else cos, qkv if sin is None else sin, keys, values, partial, scratch.tops, scratch.counters, out,
-        qkv if feed is None else feed, partial if fed is None else fed,
+        qkv if cos is None else cos, qkv if sin is None else sin, keys, values, scratch.partial, scratch.tops, scratch.counters,
+        out, qkv if feed is None else feed, scratch.tops if fed is None else fed,
         qkv.stride(0), out.stride(0), keys.shape[1], turns, spec.eps, spec.offset, heads.scale, heads.cap or 1.0, heads.window or 0,
-        H=heads.query, G=heads.kv, D=heads.size, BLOCK=block, QUERIES=max(triton.next_power_of_2(heads.query // heads.kv), 16),
-        SPLITS=splits, KEYS=keys_of(block, keys.dtype), ROTATION=heads.rotation if cos is not None else "none",
-        NORM=heads.spec is not None, LAYER=spec.kind == "layer", CAP=bool(heads.cap), WINDOW=heads.window is not None,
-        FEED=0 if feed is None else feed.shape[1], FED=16 if feed is None else triton.next_power_of_2(feed.shape[1]),
-        FED_ROWS=1 if fed is None else fed.shape[1],
+        H=heads.query, G=heads.kv, D=heads.size, BLOCK=block, QUERIES=max(triton.next_power_of_2(share), 16),
+        SPLITS=splits, KEYS=keys_of(block, keys.dtype), HEADS=joined, CHUNK=min(splits, max(JOINED // (joined * block), 1)),
+        ROTATION=heads.rotation if cos is not None else "none", NORM=heads.spec is not None, LAYER=spec.kind == "layer",
+        CAP=bool(heads.cap), WINDOW=heads.window is not None, FEED=columns, FED_ROWS=1 if fed is None else fed.shape[1],
+        ROWS=triton.next_power_of_2(max(columns, 1)), COLUMNS=triton.next_power_of_2(triton.cdiv(share * heads.size, 64)),
         PDL=hopper(device), INTERPRETED=INTERPRETED, **_options(device, WARPS),
     )  # fmt: skip
 

@@ -111,5 +111,5 @@ def attend(
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     out.copy_(torch.einsum("mhp,mphd->mhd", scores.softmax(-1), v).flatten(1))
     if feed is not None and fed is not None:
-        by_head = wide(feed).unflatten(0, (heads.query, heads.size))  # type: ignore[no-untyped-call]
-        fed[:, : len(out)] = torch.einsum("mhd,hdr->hmr", wide(out).unflatten(1, (heads.query, -1)), by_head)  # type: ignore[no-untyped-call]
+        by_head = wide(feed).unflatten(1, (heads.query, heads.size))  # type: ignore[no-untyped-call]
+        fed[:, : len(out)] = torch.einsum("mhd,rhd->hmr", wide(out).unflatten(1, (heads.query, -1)), by_head)  # type: ignore[no-untyped-call]

@@ -129,12 +129,23 @@ def keep_fed(total, fed, program, M, ROWS: tl.constexpr, FEED: tl.constexpr):
 
 
 @triton.jit
+def _times(b, ax, y, HALF: tl.constexpr, INTERPRETED: tl.constexpr):
+    """y + b ax on the tensor cores; ax, fp32, as the sum of two 16-bit numbers."""
+    if INTERPRETED:
+        return y + tl.dot(b.to(tl.float32), ax, input_precision="ieee")
+    else:
+        high = ax.to(HALF)
+        return tl.dot(b, (ax - high.to(tl.float32)).to(HALF), tl.dot(b, high, y))
+
+
+@triton.jit
 def side_of(
-    segments, s, row, alive, xa, M, A_ROWS,
+    segments, s, one, row, alive, xa, M, A_ROWS,
     BIAS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, HALF: tl.constexpr, GROUPS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """What depends on no column of W, for outputs `row` of segments s: bias + B (A x), `[OUT, ROWS]`; where A x is still in pieces,
-    the bias, and B for later: 16 ranks at a time `[OUT, 16]`."""
+    """What depends on no column of W, for outputs `row` of segments s (of segment `one` where a batch is a single tile): bias +
+    B (A x), `[OUT, ROWS]`; where A x is still in pieces, the bias, and B for later: 16 ranks at a time `[OUT, 16]`."""
     m, r = tl.arange(0, ROWS), tl.arange(0, 16)
     absolute = field(segments, s, 7) + row
     y, bs = tl.zeros((OUT, ROWS), tl.float32), ()
@@ -146,6 +157,10 @@ def side_of(
         b = tl.load(p[:, None] + r[None, :], mask=alive[:, None] & (r < 16)[None, :], other=0.0)
         if GROUPS > 0:
             bs = bs + (b,)
+        elif ROWS == 16:
+            place = (field(segments, one, 11) + r0 + r)[:, None] + (m * A_ROWS)[None, :]
+            ax = tl.load(xa + place, mask=(m < M)[None, :] & (r < 16)[:, None], other=0.0)
+            y = _times(b, ax, y, HALF, INTERPRETED)
         else:
             at = (m * A_ROWS)[None, :, None] + (field(segments, s, 11) + r0)[:, None, None] + r[None, None, :]
             ax = tl.load(xa + at, mask=alive[:, None, None] & (m < M)[None, :, None] & (r < 16)[None, None, :], other=0.0)

@@ -83,11 +83,11 @@ def _gemv(
         tl.debug_barrier()
     xs, weights = (), ()
     for step in tl.static_range(STEPS if NORM else 0):
-        weights = weights + x_of_four(norm, 0, 8, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
+        weights = weights + x_of_four(norm, 0, 8, mine + step * WARPS * 4, g, t, K64, SLOTS, NT, INTERPRETED)
     if PDL:
         cuda.gdc_wait()
     for step in tl.static_range(STEPS if KEEP else 0):
-        xs = xs + x_of_four(x, x_stride, M, mine + step * WARPS * 4, g, t, K64, SLOTS, NT)
+        xs = xs + x_of_four(x, x_stride, M, mine + step * WARPS * 4, g, t, K64, SLOTS, NT, INTERPRETED)
     if GROUPS > 0:
         put_pieces(xa, sums_at, scratch, tid, A_ROWS, PIECES, GROUPS, WIDE, XA, ROWS, INTERPRETED)
     o, m = tl.arange(0, OUT), tl.arange(0, ROWS)
@@ -98,12 +98,15 @@ def _gemv(
         stop = tl.minimum(position + BATCH, last)
         tile = position + o // tall
         s = segment_of(segments, tl.minimum(tile, last - 1), SEGMENTS, PAIRED)
+        one = segment_of(segments, position, SEGMENTS, PAIRED)
         row = (tile - field(segments, s, 10)) * tall + o % tall
         alive = (tile < stop) & (row < field(segments, s, 8))
-        side, bs = side_of(segments, s, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS)
+        side, bs = side_of(segments, s, one, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS, INTERPRETED)
         other, others = side, bs
         if PAIRED:
-            other, others = side_of(segments, s + 1, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS)
+            other, others = side_of(
+                segments, s + 1, one + 1, row, alive, xa, M, A_ROWS, BIAS, RANK, ROWS, OUT, HALF, GROUPS, INTERPRETED
+            )  # fmt: skip
         column = (field(segments, s, 9) + row)[:, None]
         mask = alive[:, None] & (m < M)[None, :]
         lines_fed = feed_lines(feed, column, alive, FEED)
@@ -125,7 +128,7 @@ def _gemv(
             else:
                 done = 0
                 while done < STEPS:
-                    now = x_of_four(x, x_stride, M, mine + done * (WARPS * 4), g, t, K64, SLOTS, NT)
+                    now = x_of_four(x, x_stride, M, mine + done * (WARPS * 4), g, t, K64, SLOTS, NT, INTERPRETED)
                     done += 1
                     if done == STEPS:
                         lines = next_lines(lines, segments, number + 1, g, t, K64, KIND, NESTED, ZERO, SEGMENTS, PAIRED, RT, SLOTS)

@@ -26,6 +26,7 @@ QUAD = tl.constexpr(ptx.QUAD)
 FLIP = tl.constexpr(ptx.FLIP)
 MERGE = tl.constexpr(ptx.MERGE)
 TWO_WORDS = tl.constexpr(ptx.TWO_WORDS)
+X_WORDS = tl.constexpr(ptx.X_WORDS)
 FOUR_WORDS = tl.constexpr(ptx.FOUR_WORDS)
 PUT = tl.constexpr(ptx.PUT)
 GET = tl.constexpr(ptx.GET)
@@ -166,14 +167,21 @@ def decode(read, base, pairs, KIND: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def columns_of_x(x, stride, k_block, m, t, mask):
-    """Row m of x at a lane's 16 columns of a block: eight registers of two."""
+def columns_of_x(x, stride, k_block, m, t, mask, WIDE: tl.constexpr):
+    """Row m of x at a lane's 16 columns of a block: eight registers of two. WIDE: by 16 bytes, at a multiple of which it starts."""
     p = x.to(tl.pointer_type(tl.uint64)) + (m * stride + k_block * 64 + t * 16) // 4
-    a, b = two(tl.load(p, mask=mask, other=0))
-    c, d = two(tl.load(p + 1, mask=mask, other=0))
-    e, f = two(tl.load(p + 2, mask=mask, other=0))
-    g, h = two(tl.load(p + 3, mask=mask, other=0))
-    return a, b, c, d, e, f, g, h
+    return _four_of_x(p, mask, WIDE) + _four_of_x(p + 2, mask, WIDE)
+
+
+@triton.jit
+def _four_of_x(p, mask, WIDE: tl.constexpr):
+    if not WIDE:
+        return two(tl.load(p, mask=mask, other=0)) + two(tl.load(p + 1, mask=mask, other=0))
+    else:
+        return tl.inline_asm_elementwise(
+            X_WORDS, "=&r,=&r,=&r,=&r,l,r", [p, mask.to(tl.int32)], dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
+            is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -192,14 +200,14 @@ def both(low, high, HALF: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def x_of_four(
-    x, stride, M, four, g, t, K64: tl.constexpr, SLOTS: tl.constexpr, NT: tl.constexpr,
+    x, stride, M, four, g, t, K64: tl.constexpr, SLOTS: tl.constexpr, NT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """x for four blocks: SLOTS blocks at a time, for each eight rows of x."""
     xs = ()
     for j in tl.static_range(4 // SLOTS):
         for n in tl.static_range(NT):
             m, b = g // SLOTS + 8 * n, four + j * SLOTS + g % SLOTS
-            xs = xs + (columns_of_x(x, stride, b, m, t, (m < M) & (b < K64)),)
+            xs = xs + (columns_of_x(x, stride, b, m, t, (m < M) & (b < K64), SLOTS == 1 and not INTERPRETED),)
     return xs
 
 

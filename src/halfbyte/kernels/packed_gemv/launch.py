@@ -13,7 +13,7 @@ from torch import Tensor
 from halfbyte.kernels.dequantize.fused import INTERPRETED
 from halfbyte.kernels.dequantize.levels import nested_levels
 from halfbyte.kernels.packed_gemv import fused, low, ptx
-from halfbyte.kernels.packed_gemv.product import FED_ROWS, MOST_FED, Launch, Pieces, Product, RmsNorm, Shape
+from halfbyte.kernels.packed_gemv.product import FED_ROWS, MOST_FED, Launch, Pieces, Product, RmsNorm, Shape, cut
 
 BITS = {"four": 4, "int8": 8, "dense": 16}
 HALVES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -21,6 +21,10 @@ KEPT = {4: 112, 8: 64, 16: 40}
 """Registers a thread that x may stay in, by warps of a program."""
 MOST_OUTPUTS = 256
 """Outputs (rows of the weight, for each row of x) whose sums are joined at a time."""
+
+
+MANY = (4, 2, None)
+"""Of a product with more than 8 rows of x: warps, programs a multiprocessor, registers."""
 
 
 @functools.cache
@@ -38,7 +42,7 @@ def chosen(launch: Launch, rows: int) -> Shape:
     """The shape for a product with `rows` rows of x."""
     tiles = 2 if launch.paired else 1
     if rows > 8:
-        return Shape(tiles, 4, 2)
+        return Shape(tiles, *MANY)
     return Shape(tiles, 8, 1) if rows > 2 else Shape(tiles, 16, 1)
 
 
@@ -66,13 +70,12 @@ def kept(rows: int) -> int:
 
 def low_rank(launch: Launch, x: Tensor) -> None:
     """A x of the group into `launch.xa`."""
-    rank, rows = launch.a.shape[0], triton.next_power_of_2(x.shape[0])
-    early = hopper(x.device)
-    options: dict[str, Any] = {} if INTERPRETED else {"num_warps": 8, "launch_pdl": early}
-    tall = 2 if rows <= 2 else 1
-    low._low_rank[(rank // tall,)](
-        x, launch.a, launch.xa, x.shape[0], x.shape[1], x.stride(0),
-        A_ROWS=rank, TALL=tall, ROWS=rows, SPAN=4096 // rows, PDL=early, **options,
+    rank, width, early = launch.a.shape[0], x.shape[1], hopper(x.device)
+    options: dict[str, Any] = {} if INTERPRETED else {"num_warps": 4, "launch_pdl": early}
+    span, cuts = cut(width)
+    low._low_rank[(rank // 16, cuts)](
+        x, launch.a, launch.xa, launch.parts, launch.counters, x.shape[0], width, x.stride(0),
+        A_ROWS=rank, SPAN=span, CUTS=cuts, WIDE=triton.next_power_of_2(cuts), PDL=early, INTERPRETED=INTERPRETED, **options,
     )  # fmt: skip
 
 
@@ -97,6 +100,7 @@ def multiply(
     groups = 0 if pieces is None else max(min(threads, MOST_FED) // wide, 1)
     assert pieces is None or wide <= threads, f"{wide} ranks are too many for {threads} threads"
     batch = batched(launch.kind, launch.paired, tall, shape.warps, kept(rows), -(-tiles // count), groups * wide)
+    assert batch == 1 or kept(rows) < 16, "of 16 rows a batch is one tile"
     early = hopper(x.device) and shape.early
     options: dict[str, Any] = {"num_warps": shape.warps, "num_stages": 1, "launch_pdl": early}
     if shape.registers is not None:

@@ -1,4 +1,9 @@
-"""A x of a group's adapters, in a launch of its own: where no launch in front has made it."""
+"""A x of a group's adapters, in a launch of its own: where no launch in front has made it.
+
+A product `[M, K]` by `[K, R]` is a few hundred KB: bound by how many reads follow each other. So the columns are cut, a program
+reads its part of 16 rows of A and of x at once and multiplies on the tensor cores; of each 16 rows of A the program that ends last
+adds the parts up, in one order.
+"""
 
 # Kernels are typed by Triton, whose decorator is not.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
@@ -11,20 +16,30 @@ from triton.language.extra import cuda
 
 @triton.jit(do_not_specialize=["M"])
 def _low_rank(
-    x, a, xa, M, K, x_stride,
-    A_ROWS: tl.constexpr, TALL: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr,
+    x, a, xa, parts, counters, M, K, x_stride,
+    A_ROWS: tl.constexpr, SPAN: tl.constexpr, CUTS: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """xa `[M, A_ROWS]` = x A^T, fp32; TALL rows of A a program."""
+    """xa `[M, A_ROWS]` = x A^T, fp32, by CUTS programs (WIDE as a power of two) for each 16 rows of A, SPAN columns each."""
     if PDL:
         cuda.gdc_launch_dependents()
+    tile, cut = tl.program_id(0), tl.program_id(1)
+    m, k = tl.arange(0, 16), cut * SPAN + tl.arange(0, SPAN)
+    inside = (k < K)[None, :]
+    r = tile * 16 + m
+    # The weights are nobody's output: they are read before the wait.
+    w = tl.load(a + r[:, None].to(tl.int64) * K + k[None, :], mask=(r < A_ROWS)[:, None] & inside, other=0.0)
+    if PDL:
         cuda.gdc_wait()
-    r, m, k = tl.program_id(0) * TALL + tl.arange(0, TALL), tl.arange(0, ROWS), tl.arange(0, SPAN)
-    acc = tl.zeros((TALL, ROWS, SPAN), tl.float32)
-    start = 0
-    while start < K:
-        inside = start + k < K
-        w = tl.load(a + r[:, None].to(tl.int64) * K + start + k[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-        xs = tl.load(x + m[:, None] * x_stride + start + k[None, :], mask=(m < M)[:, None] & inside[None, :], other=0.0)
-        acc += w[:, None, :] * xs.to(tl.float32)[None, :, :]
-        start += SPAN
-    tl.store(xa + m[None, :] * A_ROWS + r[:, None], tl.sum(acc, 2), mask=(m < M)[None, :] & (r < A_ROWS)[:, None])
+    xs = tl.load(x + m[:, None] * x_stride + k[None, :], mask=(m < M)[:, None] & inside, other=0.0)
+    if INTERPRETED:  # whose product (3.6) takes no bf16
+        xs, w = xs.to(tl.float32), w.to(tl.float32)
+    part = tl.dot(xs, tl.trans(w), input_precision="ieee")
+    place = m[:, None] * 16 + m[None, :]
+    tl.store(parts + (tile * CUTS + cut) * 256 + place, part)
+    tl.debug_barrier()
+    if tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == CUTS - 1:
+        tl.store(counters + tile, 0)
+        c, i = tl.arange(0, WIDE)[:, None], tl.arange(0, 256)[None, :]
+        of = tl.load(parts + (tile * CUTS + c) * 256 + i, mask=(c < CUTS) & (i < 256), other=0.0, cache_modifier=".cg")
+        i = tl.arange(0, 256)
+        tl.store(xa + i // 16 * A_ROWS + tile * 16 + i % 16, tl.sum(of, 0), mask=(i // 16 < M) & (tile * 16 + i % 16 < A_ROWS))

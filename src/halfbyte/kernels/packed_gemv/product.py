@@ -83,7 +83,8 @@ class Product:
 class Launch:
     """segments: by `Shape.tiles`, int64 `[S, FIELDS]` on the device (see the kernel), number of tiles, whether one is not whole.
 
-    keep: tensors whose addresses stand in there. a `[R, K]`: the adapters' A; xa: A x, fp32 `[MOST_ROWS, R]`.
+    keep: tensors whose addresses stand in there. a `[R, K]`: the adapters' A; xa: A x, fp32 `[MOST_ROWS, R]`. parts, fp32
+    `[R / 16, cuts, 16, 16]`, and counters, int32 `[R / 16]`: scratch of the launch that makes it, the latter zero outside.
     """
 
     kind: Literal["four", "int8", "dense"]
@@ -97,6 +98,8 @@ class Launch:
     pairs: Tensor
     a: Tensor
     xa: Tensor
+    parts: Tensor
+    counters: Tensor
     keep: tuple[Tensor, ...]
     segments: dict[int, tuple[Tensor, int, bool]]
 
@@ -175,13 +178,24 @@ def _launch(members: tuple[Member, ...], dtype: torch.dtype, paired: bool) -> La
         keep += [*stored, b, *([] if bias is None else [bias])]
         output += rows
     # Copied from the host: an early launch may read before what a kernel wrote last is there.
-    cut = {tiles: _with_tiles(table, 16 if paired else 16 * tiles, 1 if paired else len(table)) for tiles in (1, 2, 3)}
-    segments = {tiles: (t.to(device), count, ragged) for tiles, (t, count, ragged) in cut.items()}
+    tables = {tiles: _with_tiles(table, 16 if paired else 16 * tiles, 1 if paired else len(table)) for tiles in (1, 2, 3)}
+    segments = {tiles: (t.to(device), count, ragged) for tiles, (t, count, ragged) in tables.items()}
+    tiles = rank * len(members) // 16
     return Launch(
         kind, bool(fmt and fmt.nested), (fmt.block // 64 if fmt and kind == "four" else 1), fmt.zero if fmt else "none",
         len(members), paired, rank, any(m.bias is not None for m in members), pairs(weight, dtype, str(device)),
-        a, torch.empty(MOST_ROWS, max(rank * len(members), 1), device=device), tuple(keep), segments,
+        a, torch.empty(MOST_ROWS, max(rank * len(members), 1), device=device),
+        torch.empty(tiles, cut(width)[1], 16, 16, device=device), torch.zeros(tiles, dtype=torch.int32).to(device),
+        tuple(keep), segments,
     )  # fmt: skip
+
+
+def cut(width: int) -> tuple[int, int]:
+    """How columns are cut where A x is made: columns a part, and parts (at most 32, which one program adds up)."""
+    span = 256
+    while -(-width // span) > 32:
+        span *= 2
+    return span, -(-width // span)
 
 
 def _with_tiles(table: list[list[int]], rows: int, counted: int) -> tuple[Tensor, int, bool]:

@@ -10,6 +10,7 @@ quad       a value of one of the four lanes that share a row. flip: of the lane 
 words      8 or 16 bytes of a weight where a condition holds, read once: not kept in L1; the rest of their line comes into L2 along.
 asked      no load from before it is issued after it. Left alone, the assembler gathers all loads of a tile behind its last product,
            where registers are plenty, and every warp then waits for memory.
+x words    16 bytes of x where a condition holds, else zeros: kept in L1, since other tiles read them again.
 put, get   a number into shared memory where a condition holds, and out of it.
 prefetch   a run of bytes into the L2 cache, by the copy engine: no register waits for it.
 """
@@ -37,6 +38,10 @@ MERGE = "prmt.b32 $0, $1, $2, 0x7610;"
 TWO_WORDS = "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p ld.global.L1::no_allocate.L2::128B.v2.b32 {$0,$1}, [$2]; }"
 FOUR_WORDS = "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p ld.global.L1::no_allocate.L2::128B.v4.b32 {$0,$1,$2,$3}, [$4]; }"
 ASKED = "bar.warp.sync 0xffffffff; mov.u32 $0, 0;"
+X_WORDS = (
+    "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+    "@p ld.global.v4.b32 {$0,$1,$2,$3}, [$4]; }"
+)
 PUT = "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.shared.f32 [$1], $2; mov.u32 $0, 0; }"
 GET = "ld.shared.f32 $0, [$1];"
 PREFETCH = (
