@@ -47,6 +47,7 @@ TRANSPOSED = (
     Shape(quads=64, spans=2, transposed_warps=8),
     Shape(quads=32, spans=4, transposed_warps=8),
 )
+RUNS = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16), (8192, 32))
 RANK, E4M3 = 16, torch.float8_e4m3fn
 Report = Callable[..., None]
 
@@ -214,13 +215,14 @@ def bench_elementwise(report: Report) -> None:
         "glu_backward": lambda: fp8.quantize_rows(both[:, : 2 * features], large.main, large.scale),
     }
     fused_ = {
-        "add_norm": lambda w: elementwise.add_norm(x, delta, spec, weight, None, out, small, w),
-        "glu": lambda w: elementwise.glu(gate, up, "silu", h, middle, w),
-        "glu_backward": lambda w: elementwise.glu_backward(h, gate, up, "silu", large, w),
+        "add_norm": lambda run: elementwise.add_norm(x, delta, spec, weight, None, out, small, run[1]),
+        "glu": lambda run: elementwise.glu(gate, up, "silu", h, middle, run),
+        "glu_backward": lambda run: elementwise.glu_backward(h, gate, up, "silu", large, run),
     }
     for name in plain:
         run: dict[str, Callable[[], Any]] = {"plain": plain[name], "quantize": after[name]}
-        run |= {f"one pass, {w} warps": partial(fused_[name], w) for w in ((4, 8) if name == "add_norm" else (8, 16, 32))}
+        shapes = ((hidden, 4), (hidden, 8)) if name == "add_norm" else RUNS
+        run |= {f"one launch, {s[0]} at a time, {s[1]} warps": partial(fused_[name], s) for s in shapes}
         report(what="elementwise", kernel=name, us={k: round(1e3 * v, 1) for k, v in times(run).items()})
 
 
