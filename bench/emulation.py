@@ -168,10 +168,6 @@ class Watched:
         return self.inner.padded_to
 
     @property
-    def adds(self) -> bool:
-        return self.inner.adds
-
-    @property
     def holds(self) -> bool:
         return self.inner.holds
 

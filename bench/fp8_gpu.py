@@ -28,7 +28,7 @@ from torch import Tensor  # noqa: E402
 
 from halfbyte.formats.packed import Format, Packed  # noqa: E402
 from halfbyte.formats.quantize import quantize  # noqa: E402
-from halfbyte.kernels import fp8, glu, norm  # noqa: E402
+from halfbyte.kernels import fp8, gemm, glu, norm  # noqa: E402
 from halfbyte.kernels.augmented import Group  # noqa: E402
 from halfbyte.kernels.fp8 import decode, elementwise, fused, plan  # noqa: E402
 from halfbyte.kernels.fp8.decode import Shape  # noqa: E402
@@ -175,22 +175,20 @@ def _pieces(g: Group, name: str, way: str, tokens: int) -> dict[str, Callable[[]
     decoded(g, plan.of(g), weight, small)
     # The kernel in front has quantised these already; only the adapter's columns are left to write.
     ready = (name, way) in (("qkv", "forward"), ("gate+up", "forward"), ("down", "forward"), ("gate+up", "back"))
-    residual = torch.randn(tokens, outputs, device="cuda", dtype=bf16) if (name, way) == ("down", "forward") else None
+    residual = torch.randn(tokens, outputs, device="cuda", dtype=bf16) if name in ("o", "down") and way == "forward" else None
     pieces: dict[str, Callable[[], Any]] = {
         "decode": lambda: decoded(g, plan.of(g), weight, small),
         "rank product": lambda: matmul(x[:, :inner], right, x[:, inner:]),
         "tail" if ready else "quantise": (lambda: fp8.fill_tail(rows, x[:, inner:]))
         if ready
         else (lambda: fp8.quantize_both(x[:, :inner], x[:, inner:], rows)),
-        "product": lambda: fp8.product(rows, weight, None, None, out),
+        "product": lambda: fp8.product(rows, weight, None, None, out, residual),
         "bf16 decode": lambda: g.matrix(bf16),
         "bf16 rank product": lambda: matmul(x[:, :inner], right, x[:, inner:]),
     }
     matrix = g.matrix(bf16)
     whole = matrix[:, : g.width] if back else matrix[: g.rows].T
     pieces["bf16 product"] = lambda: matmul(x, whole, out, c=residual, beta=0.0 if residual is None else 1.0)
-    if residual is not None:
-        pieces["residual"] = lambda: out.add_(residual)
     return pieces
 
 
@@ -253,6 +251,7 @@ def _gemms(tokens: int, inner: int, outputs: int, rank: int) -> dict[str, float]
     plain_x, plain_w = rows.main.contiguous(), weight.data[:, :inner].contiguous()
     tight_x, tight_w = rows.data.contiguous(), weight.data.contiguous()
     one = torch.full((), 1e-3, device="cuda")
+    residual = torch.randn(tokens, outputs, device="cuda", dtype=torch.bfloat16)
     small, sb = torch.randn(tokens, rank, device="cuda", dtype=torch.bfloat16), w[:, inner:]
 
     def scaled(a: Tensor, b: Tensor, sa: Tensor, sw: Tensor, fast: bool = True) -> None:
@@ -272,6 +271,10 @@ def _gemms(tokens: int, inner: int, outputs: int, rank: int) -> dict[str, float]
             "(b) the same, rows in no whole lines": lambda: scaled(tight_x, tight_w, rows.scale, weight.scale),
             "(b) tensorwise, adapter inside": lambda: scaled(rows.data, weight.data, one, one),
             "(b) rowwise, adapter inside": lambda: scaled(rows.data, weight.data, rows.scale, weight.scale),
+            "the same, chosen": lambda: gemm.scaled(rows.data, weight.data.t(), rows.scale, weight.scale, out),
+            "the same, chosen, with a residual": lambda: gemm.scaled(
+                rows.data, weight.data.t(), rows.scale, weight.scale, out, c=residual
+            ),
         },
         repeats=5,
         warm=1,

@@ -9,6 +9,7 @@ itself costs is bounded against float64 on the unrounded operands: a relative er
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import traceback
@@ -222,22 +223,27 @@ def check_fp8_elementwise(device: str) -> None:
 
 
 def check_fp8_product(device: str) -> None:
-    """Into rows of a wider matrix, with a bias, with and without the adapter's columns."""
-    for tokens, inner, outputs, rank in ((33, 96, 144, 16), (64, 256, 80, 0), (5, 64, 16, 16)):
+    """Into rows of a wider matrix, with a bias and a residual, with and without the adapter's columns; the last one is measured."""
+    shapes = [(33, 96, 144, 16), (64, 256, 80, 0), (5, 64, 16, 16), *([(8192, 4096, 4096, 16)] if device != "cpu" else [])]
+    for tokens, inner, outputs, rank in shapes:
         rows, weight = Rows(tokens, inner, rank, torch.device(device)), Weight(outputs, inner, rank, torch.device(device))
         for t, seed in ((rows.data, 1), (weight.data, 2)):
             t.copy_(reference.e4m3(normal(*t.shape, seed=seed, device=device, scale=60)))
         rows.scale.copy_(normal(tokens, 1, seed=3, device=device).abs() * 0.01)
         weight.scale.copy_(normal(1, outputs, seed=4, device=device).abs() * 0.01)
         for columns in (None, inner):
-            for bias in (None, normal(outputs, seed=5, device=device).bfloat16()):
+            for bias, residual in itertools.product(
+                (None, normal(outputs, seed=5, device=device).bfloat16()),
+                (None, normal(tokens, outputs, seed=6, device=device).bfloat16()),
+            ):
                 wide = torch.full((tokens, outputs + 16), float("nan"), dtype=torch.bfloat16, device=device)
-                fp8.product(rows, weight, bias, columns, wide[:, :outputs])
+                fp8.product(rows, weight, bias, columns, wide[:, :outputs], residual)
                 left, right = rows.data[:, :columns].double(), weight.data[:, :columns].double()
                 truth = (left @ right.T) * rows.scale.double() * weight.scale.double()
                 truth = truth if bias is None else truth + bias.double()
+                truth = truth if residual is None else truth + residual.double()
                 honest = torch.empty(tokens, outputs, dtype=torch.bfloat16, device=device)
-                reference.product(rows, weight, bias, columns, honest)
+                reference.product(rows, weight, bias, columns, honest, residual)
                 as_wrong_as_honest(f"product {tokens} {inner} {outputs} {columns}", wide[:, :outputs], honest, truth)
                 assert wide[:, outputs:].isnan().all(), "wrote behind the row"
 

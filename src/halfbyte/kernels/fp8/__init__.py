@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from halfbyte.kernels import gemm, norm
 from halfbyte.kernels import glu as glu_plain
-from halfbyte.kernels import norm
 from halfbyte.kernels.dispatch import twin
 from halfbyte.kernels.fp8 import plan, reference
 from halfbyte.kernels.fp8.parts import E4M3, Rows, Weight
@@ -185,15 +185,15 @@ def forward_adapter(group: Group, dtype: torch.dtype) -> Tensor:
     return reference.adapters(group)[1].to(dtype)
 
 
-def product(rows: Rows, weight: Weight, bias: Tensor | None, columns: int | None, out: Tensor) -> None:
-    """out `[T, outputs]` (rows strided) = rows · weightᵀ + bias; `columns`: how many of the inner ones, all by default."""
+def product(
+    rows: Rows, weight: Weight, bias: Tensor | None, columns: int | None, out: Tensor, residual: Tensor | None = None
+) -> None:
+    """out `[T, outputs]` (rows strided) = rows · weightᵀ + bias + residual; `columns`: of the inner ones, all by default."""
     if out.is_cuda and twin(out.device) == "fused":
         left, right = rows.data[:, :columns], weight.data[:, :columns]
-        torch.ops.aten._scaled_mm.out(
-            left, right.t(), rows.scale, weight.scale, bias, None, out.dtype, use_fast_accum=True, out=out
-        )
+        gemm.scaled(left, right.t(), rows.scale, weight.scale, out, bias, residual)
     else:
-        reference.product(rows, weight, bias, columns, out)
+        reference.product(rows, weight, bias, columns, out, residual)
 
 
 def can_compute(device: torch.device) -> str | None:

@@ -1,11 +1,10 @@
 """Elementwise kernels of a layer that write their result in e4m3 as well: the pass that would only quantise falls away.
 
-The same numbers as `kernels.norm` and `kernels.glu` followed by `quantize_rows`: what is quantised is the result as it is stored. The
-scale of a row is known at its end. A norm's program holds the whole row (rows beyond `LONGEST` take the two steps). A GLU's row is
-long and its operands are three: held, they would leave room for one program a multiprocessor, which then loads, computes and stores
-by turns; so it goes through the row in short runs and reads what it stored again, from cache.
+The same numbers as `kernels.norm` and `kernels.glu` followed by `quantize_rows`: what is quantised is the result as it is stored.
+The scale of a row is known at its end. A norm holds the row (rows beyond `LONGEST` take the two steps). A GLU has longer rows of
+three operands: held, they leave room for one program a multiprocessor, which then loads, computes and stores by turns; so it goes
+through the row in short runs, and reads again what it stored, from cache.
 
-Letters: T tokens, H hidden, F features.
 """
 
 # Kernels are typed by Triton, whose decorator is not.
@@ -237,9 +236,7 @@ def glu(gate: Tensor, up: Tensor | None, activation: Activation, out: Tensor, ro
         )  # fmt: skip
 
 
-def glu_backward(
-    dh: Tensor, gate: Tensor, up: Tensor | None, activation: Activation, rows: Rows, run: Tile | None = None
-) -> None:
+def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, activation: Activation, rows: Rows, run: Tile | None = None) -> None:
     """`kernels.glu.glu_backward`, with [d gate | d up] `[T, 2F]` in `rows` too; without `up`, d gate. run: measured otherwise.
 
     gate and up lie behind each other, as the group of gate and up has its outputs.
