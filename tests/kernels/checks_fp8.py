@@ -148,6 +148,32 @@ def check_fp8_weights(device: str) -> None:
             same_bits(f"{name} back={back} adapter", cast, small)
 
 
+def check_fp8_held(device: str) -> None:
+    """Weights that are kept from call to call: the bits of fresh ones, where the adapter moves a little, and where it outgrows
+    the scales of some rows and spans."""
+    for name in ("nested", "one, no adapter", "large blocks", "unlike"):
+        kept, fresh = group_of(name, device), group_of(name, device)
+        kept.float8_held = True
+        seen = set()
+        for growth in (None, 1.01, 300.0, 1.0, 1e-4):
+            for group in (kept, fresh):
+                for m in group.members:
+                    if growth is not None and m.lora is not None:
+                        m.lora.b[1:].mul_(growth)
+                        m.lora.a[:, 3:].mul_(growth)
+            for back in (False, True):
+                (got, cast), (want, other) = (
+                    (fp8.backward_weight if back else fp8.forward_weight)(g, torch.bfloat16) for g in (kept, fresh)
+                )
+                same_bits(f"{name} back={back} {growth}", got.data, want.data)
+                same_bits(f"{name} back={back} {growth} scale", got.scale, want.scale)
+                same_bits(f"{name} back={back} {growth} adapter", cast, other)
+                seen.add(got.data.data_ptr())
+        assert len(seen) == 2 or not all(plan.of(kept).fast), f"{name}: not held"
+        kept.release()
+        assert kept.float8 is None and not kept.float8_held
+
+
 def check_fp8_weight_error(device: str) -> None:
     """Decoded to e4m3, a weight is within half a step (2^-4) of itself, or of its row's smallest step."""
     for name in GROUPS:

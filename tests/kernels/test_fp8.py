@@ -20,7 +20,7 @@ from halfbyte.kernels.products import Augmented, Float8
 from kernels import checks_fp8
 
 SOURCE = Path(__file__).parents[2] / "src"
-INTERPRETED = ("fp8_rows", "fp8_rows_not_finite", "fp8_tail", "fp8_both", "fp8_elementwise", "fp8_weights", "fp8_moved")
+INTERPRETED = ("fp8_rows", "fp8_rows_not_finite", "fp8_tail", "fp8_both", "fp8_elementwise", "fp8_weights", "fp8_held", "fp8_moved")
 """What Triton does; the products are torch's in both twins of a CPU."""
 
 

@@ -27,8 +27,7 @@ log = logging.getLogger("halfbyte")
 
 class Products(Protocol):
     """How a group multiplies. error: about the relative error that a product has beyond its dtype's. padded_to: what R is a
-    multiple of. holds: whether the matrices of `kernels.augmented` are what it multiplies by, so that holding them saves making
-    them."""
+    multiple of. holds: whether the matrices of `kernels.augmented` are what it multiplies by, and weights may live in them."""
 
     error: float
     padded_to: int

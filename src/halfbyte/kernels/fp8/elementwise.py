@@ -4,7 +4,6 @@ The same numbers as `kernels.norm` and `kernels.glu` followed by `quantize_rows`
 The scale of a row is known at its end. A norm holds the row (rows beyond `LONGEST` take the two steps). A GLU has longer rows of
 three operands: held, they leave room for one program a multiprocessor, which then loads, computes and stores by turns; so it goes
 through the row in short runs, and reads again what it stored, from cache.
-
 """
 
 # Kernels are typed by Triton, whose decorator is not.
