@@ -94,7 +94,8 @@ def prepare(
     for path in built.keys() - left.keys():
         layers[path].fused = built[path]
         layers[path].gradient_checkpointing = False
-        built[path].hold(packed=decoded)
+        if products.holds or decoded:
+            built[path].hold(packed=decoded)
     norm = _final(model, layers, dtype, room) if len(left) < len(layers) else ""
     done = Preparation(len(layers) - len(left), left, norm)
     log.info("decoder layers: %s", done.summary())
