@@ -29,7 +29,7 @@ from torch import Tensor  # noqa: E402
 
 from halfbyte.formats.packed import Format, Packed  # noqa: E402
 from halfbyte.formats.quantize import quantize  # noqa: E402
-from halfbyte.kernels import fp8, glu, norm  # noqa: E402
+from halfbyte.kernels import fp8, gemm, glu, norm  # noqa: E402
 from halfbyte.kernels.augmented import Group  # noqa: E402
 from halfbyte.kernels.fp8 import decode, elementwise, fused, plan  # noqa: E402
 from halfbyte.kernels.fp8.decode import Shape  # noqa: E402
@@ -48,6 +48,7 @@ TRANSPOSED = (
     Shape(quads=64, spans=2, transposed_warps=8),
     Shape(quads=32, spans=4, transposed_warps=8),
 )
+RUNS = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16), (8192, 32))
 RANK, E4M3 = 16, torch.float8_e4m3fn
 
 
@@ -111,9 +112,8 @@ def bench_decode(report: Report, copy: float) -> None:
 
             def beside(back: bool = back, groups: Any = groups, weights: Any = weights, small: Tensor = small) -> None:
                 for x, w in zip(groups, weights, strict=True):
-                    inverse = torch.empty(x.rows, device="cuda")
                     table = decode._tables(x, plan.of(x), decode.SHAPE).adapters
-                    fused.adapters(x, plan.of(x), w, inverse, small, table, back)
+                    fused.adapters(x, plan.of(x), w, small, table, back)
 
             ms = times({"adapters": beside} | {str(s): partial(run, s) for s in shapes})
             extra = ms["adapters"] / rounds
@@ -155,7 +155,7 @@ def bench_parts(report: Report, tokens: int = 8192) -> None:
             for part, value in us.items():
                 total[part] = total.get(part, 0.0) + value
         torch.cuda.empty_cache()
-    ours = sum(v for k, v in total.items() if not k.startswith("bf16"))
+    ours = sum(v for k, v in total.items() if not k.startswith("bf16") and k != "decode, held")
     theirs = sum(v for k, v in total.items() if k.startswith("bf16"))
     report(what="part", tokens=tokens, group="a layer", us={k: round(v, 1) for k, v in total.items()}, fp8_us=round(ours, 1),
            bf16_us=round(theirs, 1), of_step_ms={k: round(32e-3 * v, 2) for k, v in total.items()})  # fmt: skip
@@ -172,24 +172,25 @@ def _pieces(g: Group, name: str, way: str, tokens: int) -> dict[str, Callable[[]
     right = small if back else small.T
     fp8.quantize_both(x[:, :inner], x[:, inner:], rows)
     decoded(g, plan.of(g), weight, small)
+    held = group(name)[0]
+    held.float8_held = True
     # The kernel in front has quantised these already; only the adapter's columns are left to write.
     ready = (name, way) in (("qkv", "forward"), ("gate+up", "forward"), ("down", "forward"), ("gate+up", "back"))
-    residual = torch.randn(tokens, outputs, device="cuda", dtype=bf16) if (name, way) == ("down", "forward") else None
+    residual = torch.randn(tokens, outputs, device="cuda", dtype=bf16) if name in ("o", "down") and way == "forward" else None
     pieces: dict[str, Callable[[], Any]] = {
         "decode": lambda: decoded(g, plan.of(g), weight, small),
+        "decode, held": lambda: (fp8.backward_weight if back else fp8.forward_weight)(held, bf16),
         "rank product": lambda: matmul(x[:, :inner], right, x[:, inner:]),
         "tail" if ready else "quantise": (lambda: fp8.fill_tail(rows, x[:, inner:]))
         if ready
         else (lambda: fp8.quantize_both(x[:, :inner], x[:, inner:], rows)),
-        "product": lambda: fp8.product(rows, weight, None, None, out),
+        "product": lambda: fp8.product(rows, weight, None, None, out, residual),
         "bf16 decode": lambda: g.matrix(bf16),
         "bf16 rank product": lambda: matmul(x[:, :inner], right, x[:, inner:]),
     }
     matrix = g.matrix(bf16)
     whole = matrix[:, : g.width] if back else matrix[: g.rows].T
     pieces["bf16 product"] = lambda: matmul(x, whole, out, c=residual, beta=0.0 if residual is None else 1.0)
-    if residual is not None:
-        pieces["residual"] = lambda: out.add_(residual)
     return pieces
 
 
@@ -214,13 +215,14 @@ def bench_elementwise(report: Report) -> None:
         "glu_backward": lambda: fp8.quantize_rows(both[:, : 2 * features], large.main, large.scale),
     }
     fused_ = {
-        "add_norm": lambda w: elementwise.add_norm(x, delta, spec, weight, None, out, small, w),
-        "glu": lambda w: elementwise.glu(gate, up, "silu", h, middle, w),
-        "glu_backward": lambda w: elementwise.glu_backward(h, gate, up, "silu", large, w),
+        "add_norm": lambda run: elementwise.add_norm(x, delta, spec, weight, None, out, small, run[1]),
+        "glu": lambda run: elementwise.glu(gate, up, "silu", h, middle, run),
+        "glu_backward": lambda run: elementwise.glu_backward(h, gate, up, "silu", large, run),
     }
     for name in plain:
         run: dict[str, Callable[[], Any]] = {"plain": plain[name], "quantize": after[name]}
-        run |= {f"one pass, {w} warps": partial(fused_[name], w) for w in ((4, 8) if name == "add_norm" else (8, 16, 32))}
+        shapes = ((hidden, 4), (hidden, 8)) if name == "add_norm" else RUNS
+        run |= {f"one launch, {s[0]} at a time, {s[1]} warps": partial(fused_[name], s) for s in shapes}
         report(what="elementwise", kernel=name, us={k: round(1e3 * v, 1) for k, v in times(run).items()})
 
 
@@ -251,6 +253,7 @@ def _gemms(tokens: int, inner: int, outputs: int, rank: int) -> dict[str, float]
     plain_x, plain_w = rows.main.contiguous(), weight.data[:, :inner].contiguous()
     tight_x, tight_w = rows.data.contiguous(), weight.data.contiguous()
     one = torch.full((), 1e-3, device="cuda")
+    residual = torch.randn(tokens, outputs, device="cuda", dtype=torch.bfloat16)
     small, sb = torch.randn(tokens, rank, device="cuda", dtype=torch.bfloat16), w[:, inner:]
 
     def scaled(a: Tensor, b: Tensor, sa: Tensor, sw: Tensor, fast: bool = True) -> None:
@@ -270,6 +273,10 @@ def _gemms(tokens: int, inner: int, outputs: int, rank: int) -> dict[str, float]
             "(b) the same, rows in no whole lines": lambda: scaled(tight_x, tight_w, rows.scale, weight.scale),
             "(b) tensorwise, adapter inside": lambda: scaled(rows.data, weight.data, one, one),
             "(b) rowwise, adapter inside": lambda: scaled(rows.data, weight.data, rows.scale, weight.scale),
+            "the same, chosen": lambda: gemm.scaled(rows.data, weight.data.t(), rows.scale, weight.scale, out),
+            "the same, chosen, with a residual": lambda: gemm.scaled(
+                rows.data, weight.data.t(), rows.scale, weight.scale, out, c=residual
+            ),
         },
         repeats=5,
         warm=1,

@@ -59,34 +59,34 @@ def test_what_is_stated_is_green(step: SimpleNamespace) -> None:
     assert max(found["honest"].values()) < 0.1 and found["shares"]["product"] < 0.5
 
 
-def _scaled(rows: Any, weight: Any, bias: Any, columns: Any, out: Tensor) -> None:
-    HONEST(rows, weight, bias, columns, out)
+def _scaled(rows: Any, weight: Any, bias: Any, columns: Any, out: Tensor, residual: Any = None) -> None:
+    HONEST(rows, weight, bias, columns, out, residual)
     out.mul_(1.03)
 
 
-def _other_scales(rows: Any, weight: Any, bias: Any, columns: Any, out: Tensor) -> None:
-    HONEST(rows, SimpleNamespace(data=weight.data, scale=weight.scale.flip(1)), bias, columns, out)
+def _other_scales(rows: Any, weight: Any, bias: Any, columns: Any, out: Tensor, residual: Any = None) -> None:
+    HONEST(rows, SimpleNamespace(data=weight.data, scale=weight.scale.flip(1)), bias, columns, out, residual)
 
 
-def _scales_of_neighbours(rows: Any, weight: Any, bias: Any, columns: Any, out: Tensor) -> None:
-    HONEST(SimpleNamespace(data=rows.data, scale=rows.scale.roll(1, 0)), weight, bias, columns, out)
+def _scales_of_neighbours(rows: Any, weight: Any, bias: Any, columns: Any, out: Tensor, residual: Any = None) -> None:
+    HONEST(SimpleNamespace(data=rows.data, scale=rows.scale.roll(1, 0)), weight, bias, columns, out, residual)
 
 
-def _no_adapter(rows: Any, weight: Any, bias: Any, columns: Any, out: Tensor) -> None:
-    HONEST(rows, weight, bias, rows.main.shape[1], out)
+def _no_adapter(rows: Any, weight: Any, bias: Any, columns: Any, out: Tensor, residual: Any = None) -> None:
+    HONEST(rows, weight, bias, rows.main.shape[1], out, residual)
 
 
-def _zeros(rows: Any, weight: Any, bias: Any, columns: Any, out: Tensor) -> None:
+def _zeros(rows: Any, weight: Any, bias: Any, columns: Any, out: Tensor, residual: Any = None) -> None:
     out.zero_()
 
 
-def _noise(rows: Any, weight: Any, bias: Any, columns: Any, out: Tensor) -> None:
-    HONEST(rows, weight, bias, columns, out)
+def _noise(rows: Any, weight: Any, bias: Any, columns: Any, out: Tensor, residual: Any = None) -> None:
+    HONEST(rows, weight, bias, columns, out, residual)
     out.copy_(torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out) * out.float().std())
 
 
-def _not_a_number(rows: Any, weight: Any, bias: Any, columns: Any, out: Tensor) -> None:
-    HONEST(rows, weight, bias, columns, out)
+def _not_a_number(rows: Any, weight: Any, bias: Any, columns: Any, out: Tensor, residual: Any = None) -> None:
+    HONEST(rows, weight, bias, columns, out, residual)
     out[0, 0] = float("nan")
 
 

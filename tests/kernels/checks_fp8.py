@@ -9,6 +9,7 @@ itself costs is bounded against float64 on the unrounded operands: a relative er
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import torch
@@ -145,6 +146,32 @@ def check_fp8_weights(device: str) -> None:
             same_bits(f"{name} back={back} adapter", cast, small)
 
 
+def check_fp8_held(device: str) -> None:
+    """Weights that are kept from call to call: the bits of fresh ones, where the adapter moves a little, and where it outgrows
+    the scales of some rows and spans."""
+    for name in ("nested", "one, no adapter", "large blocks", "unlike"):
+        kept, fresh = group_of(name, device), group_of(name, device)
+        kept.float8_held = True
+        seen = set()
+        for growth in (None, 1.01, 300.0, 1.0, 1e-4):
+            for group in (kept, fresh):
+                for m in group.members:
+                    if growth is not None and m.lora is not None:
+                        m.lora.b[1:].mul_(growth)
+                        m.lora.a[:, 3:].mul_(growth)
+            for back in (False, True):
+                (got, cast), (want, other) = (
+                    (fp8.backward_weight if back else fp8.forward_weight)(g, torch.bfloat16) for g in (kept, fresh)
+                )
+                same_bits(f"{name} back={back} {growth}", got.data, want.data)
+                same_bits(f"{name} back={back} {growth} scale", got.scale, want.scale)
+                same_bits(f"{name} back={back} {growth} adapter", cast, other)
+                seen.add(got.data.data_ptr())
+        assert len(seen) == 2 or not all(plan.of(kept).fast), f"{name}: not held"
+        kept.release()
+        assert kept.float8 is None and not kept.float8_held
+
+
 def check_fp8_weight_error(device: str) -> None:
     """Decoded to e4m3, a weight is within half a step (2^-4) of itself, or of its row's smallest step."""
     for name in GROUPS:
@@ -220,22 +247,27 @@ def check_fp8_elementwise(device: str) -> None:
 
 
 def check_fp8_product(device: str) -> None:
-    """Into rows of a wider matrix, with a bias, with and without the adapter's columns."""
-    for tokens, inner, outputs, rank in ((33, 96, 144, 16), (64, 256, 80, 0), (5, 64, 16, 16)):
+    """Into rows of a wider matrix, with a bias and a residual, with and without the adapter's columns; the last one is measured."""
+    shapes = [(33, 96, 144, 16), (64, 256, 80, 0), (5, 64, 16, 16), *([(8192, 4096, 4096, 16)] if device != "cpu" else [])]
+    for tokens, inner, outputs, rank in shapes:
         rows, weight = Rows(tokens, inner, rank, torch.device(device)), Weight(outputs, inner, rank, torch.device(device))
         for t, seed in ((rows.data, 1), (weight.data, 2)):
             t.copy_(reference.e4m3(normal(*t.shape, seed=seed, device=device, scale=60)))
         rows.scale.copy_(normal(tokens, 1, seed=3, device=device).abs() * 0.01)
         weight.scale.copy_(normal(1, outputs, seed=4, device=device).abs() * 0.01)
         for columns in (None, inner):
-            for bias in (None, normal(outputs, seed=5, device=device).bfloat16()):
+            for bias, residual in itertools.product(
+                (None, normal(outputs, seed=5, device=device).bfloat16()),
+                (None, normal(tokens, outputs, seed=6, device=device).bfloat16()),
+            ):
                 wide = torch.full((tokens, outputs + 16), float("nan"), dtype=torch.bfloat16, device=device)
-                fp8.product(rows, weight, bias, columns, wide[:, :outputs])
+                fp8.product(rows, weight, bias, columns, wide[:, :outputs], residual)
                 left, right = rows.data[:, :columns].double(), weight.data[:, :columns].double()
                 truth = (left @ right.T) * rows.scale.double() * weight.scale.double()
                 truth = truth if bias is None else truth + bias.double()
+                truth = truth if residual is None else truth + residual.double()
                 honest = torch.empty(tokens, outputs, dtype=torch.bfloat16, device=device)
-                reference.product(rows, weight, bias, columns, honest)
+                reference.product(rows, weight, bias, columns, honest, residual)
                 as_wrong_as_honest(f"product {tokens} {inner} {outputs} {columns}", wide[:, :outputs], honest, truth)
                 assert wide[:, outputs:].isnan().all(), "wrote behind the row"
 

@@ -16,7 +16,7 @@ from halfbyte.kernels.products import Augmented, Float8
 from kernels import checks_fp8, runner
 
 SOURCE = Path(__file__).parents[2] / "src"
-INTERPRETED = ("fp8_rows", "fp8_rows_not_finite", "fp8_tail", "fp8_both", "fp8_elementwise", "fp8_weights", "fp8_moved")
+INTERPRETED = ("fp8_rows", "fp8_rows_not_finite", "fp8_tail", "fp8_both", "fp8_elementwise", "fp8_weights", "fp8_held", "fp8_moved")
 """What Triton does; the products are torch's in both twins of a CPU."""
 
 
@@ -51,13 +51,13 @@ def build(kernel, signature, constants):
     types = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
     triton.compile(ASTSource(kernel, types, constants), target=target, options={"enable_fp_fusion": False})
 
-words = dict(out="*i32", inverse="*fp32", where="*i64", nested_levels="*fp32", table="*fp32")
+words = dict(out="*i32", inverse="*fp32", changed="*i32", where="*i64", nested_levels="*fp32", table="*fp32")
 for kind, nested in (("nf4", True), ("fp4", False)):
     shape = dict(COUNT=2, FIELDS=8, SPAN=64, BLOCK=128, NESTED=nested, NESTED_BLOCK=256, INTERPRETED=False)
-    shape |= dict(TABLE=decode.table_asm(kind))
+    shape |= dict(TABLE=decode.table_asm(kind)) | ({} if nested else dict(changed=None))
     build(decode._stored, words, shape | dict(UNITS=64))
     build(decode._transposed, words, shape | dict(QUADS=32, SPANS=2))
-beside = dict(out="*u8", scale="*fp32", inverse="*fp32", bound="*fp32", plain="*bf16", where="*i64")
+beside = dict(out="*u8", scale="*fp32", inverse="*fp32", changed="*i32", bound="*fp32", plain="*bf16", where="*i64")
 numbers = dict(LARGEST=448.0, TINY=1e-30, INTERPRETED=False)
 for back in (False, True):
     build(fused._adapters, beside, dict(BACK=back, SPAN=64, ROWS=16, COLUMNS=32, COUNT=2, HEADROOM=16.0) | numbers)
@@ -66,10 +66,10 @@ rows = dict(out="*u8", scale="*fp32", small="*bf16", x="*bf16")
 for columns in (0, 32):
     build(fused._quantize, rows, dict(LOOPS=2, BLOCK=4096, COLUMNS=columns, HEADROOM=16.0) | numbers)
 build(fused._tail, rows, dict(ROWS=64, COLUMNS=32, HEADROOM=16.0, INTERPRETED=False))
-act = dict(ACTIVATION="silu", K=0.8, C=0.04, F=1000, BLOCK=1024) | numbers
+act = dict(ACTIVATION="silu", K=0.8, C=0.04, F=2000, BLOCK=1024) | numbers
 both = dict(gate="*bf16", up="*bf16", out="*bf16", dh="*bf16", out8="*u8", scale="*fp32")
-build(elementwise._glu, both, act)
-build(elementwise._glu_backward, both, act)
+build(elementwise._glu, both, act | dict(LOOPS=2))
+build(elementwise._glu_backward, both, act | dict(LOOPS=2))
 norm = {name: "*bf16" for name in ("x", "delta", "residual", "out", "weight")}
 norm |= dict(rstd="*fp32", out8="*u8", scale="*fp32", eps="fp32", offset="fp32")
 build(elementwise._add_norm, norm, dict(mean=None, bias=None, H=1000, BLOCK=1024) | numbers)

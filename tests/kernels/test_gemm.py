@@ -25,7 +25,7 @@ from halfbyte.kernels.products import Augmented
 from kernels import checks_gemm as checks
 
 TESTS = Path(__file__).parents[1]
-DTYPES = {0: torch.float32, 2: torch.float16, 14: torch.bfloat16}
+DTYPES = {0: torch.float32, 2: torch.float16, 14: torch.bfloat16, 28: torch.float8_e4m3fn}
 
 
 class Stand:
@@ -89,18 +89,25 @@ class Stand:
         size = ((columns - 1) * ld + rows) * torch.empty(0, dtype=dtype).element_size()
         return torch.frombuffer((c.c_char * size).from_address(address), dtype=dtype).as_strided((rows, columns), (1, ld))
 
+    def _vector(self, address: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+        room = (c.c_char * (length * dtype.itemsize)).from_address(address)
+        return torch.frombuffer(room, dtype=dtype).double()
+
     def cublasLtMatmul(self, handle: Any, description: Any, alpha: Any, *rest: Any) -> int:
         a, for_a, b, for_b, beta, source, for_c, out, for_out, *_ = rest
         d = self.objects[description.value]
         left, right = (self._matrix(*pair) for pair in ((a, for_a), (b, for_b)))
         left, right = left.T if d[3] else left, right.T if d[4] else right
         y = alpha._obj.value * (left.double() @ right.double())
+        if d.get(31) == 3:
+            assert d[25] == 1 and d[32] == 3 and d[3] and not d[4], "Hopper multiplies e4m3 along contiguous dimensions only"
+            y *= self._vector(d[17], y.shape[0], torch.float32)[:, None] * self._vector(d[18], y.shape[1], torch.float32)
         if beta._obj.value:
             y += beta._obj.value * self._matrix(source, for_c).double()
         target = self._matrix(out, for_out)
         if d.get(7) == 4:
-            bias = (c.c_char * (y.shape[0] * target.element_size())).from_address(d[8])
-            y += torch.frombuffer(bias, dtype=target.dtype).double()[:, None]
+            assert DTYPES[d[26]] == target.dtype
+            y += self._vector(d[8], y.shape[0], target.dtype)[:, None]
         target.copy_(y)
         return 0
 
@@ -127,6 +134,32 @@ def test_layouts_of_the_library(dtype: torch.dtype, wide: bool) -> None:
             assert problem.in_place == (addend != "other")
     del plan, call
     assert all(one == "handle" for one in stand.objects.values()), "descriptors are left"
+
+
+def test_scaled_products_of_the_library() -> None:
+    """e4m3 with a scale a row and a column, which lie elsewhere in every call."""
+    e4m3, (m, n, k) = torch.float8_e4m3fn, (5, 7, 32)
+    a, w = (checks.matrix(rows, k, torch.float32, "cpu", False, i).to(e4m3) for i, rows in enumerate((m, n)))
+    out, other = (checks.matrix(m, n, torch.bfloat16, "cpu", False, i) for i in (3, 4))
+    bias = checks.matrix(1, n, torch.bfloat16, "cpu", False, 5)[0]
+    for source, with_bias in itertools.product((out, other), (False, True)):
+        beta = 0.0 if source is out else 1.0
+        problem = Problem.of(a, w.T, out, bias if with_bias else None, source, beta, 256)
+        assert problem.name.startswith("5x7x32 float8_e4m3fn>bfloat16 NT")
+        plan = Plan(Library(Stand()), 0, problem, bias.data_ptr() if with_bias else 0, (1, 2))
+        call = plan.bound(plan.algorithms(16)[0], 1.0, beta, 0, 0)
+        for seed in (6, 7):
+            by_row, by_column = (
+                checks.matrix(m, 1, torch.float32, "cpu", True, seed),
+                checks.matrix(1, n, torch.float32, "cpu", False, 8),
+            )
+            addresses = [t.data_ptr() for t in (a, w, source, out, by_row, by_column)]
+            assert call(*addresses) == 0
+            truth = (a.double() @ w.T.double()) * by_row.double() * by_column.double() + beta * other.double()
+            truth = truth + bias.double() if with_bias else truth
+            torch.testing.assert_close(out, truth.bfloat16(), rtol=1e-2, atol=0.0)
+    with pytest.raises(Refused):
+        Problem.of(a, w.T, out.to(e4m3), None, out.to(e4m3), 0.0, 256)
 
 
 def test_how_a_matrix_is_stored() -> None:

@@ -13,7 +13,7 @@ from halfbyte.adapters import lora
 from halfbyte.adapters.config import AdapterConfig
 from halfbyte.formats.packed import Format
 from halfbyte.kernels.augmented import Group
-from halfbyte.kernels.products import Augmented
+from halfbyte.kernels.products import Augmented, Float8
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused.layer import Fused
 from halfbyte.layers.fused.prepare import prepare, remove
@@ -29,6 +29,20 @@ def _model(family: str, fmt: Format | None, config: AdapterConfig | None = None)
 def _groups(model: nn.Module) -> list[Group]:
     found = [m.fused for m in model.modules() if isinstance(m, DecoderLayer)]
     return [p.group for f in found if isinstance(f, Fused) for p in (f.parts.qkv, f.parts.out, f.parts.inputs, f.parts.down)]
+
+
+def test_held_in_e4m3_the_same_bits_as_without() -> None:
+    model, adapter = _model("llama", NF4)
+    prepare(model, products=Float8())
+    assert not any(g.float8_held for g in _groups(model))
+    hidden, expected = gradients_of(model, adapter)
+    prepare(model, products=Float8(), decoded=True)
+    groups = _groups(model)
+    assert all(g.float8_held and not g.held for g in groups)
+    got_hidden, got = gradients_of(model, adapter)
+    assert torch.equal(got_hidden, hidden) and all(torch.equal(got[name], grad) for name, grad in expected.items())
+    assert all(g.float8 is not None for g in groups)
+    remove(model)
 
 
 @pytest.mark.parametrize("fmt", [pytest.param(NF4, id="nf4"), NONE])

@@ -27,12 +27,10 @@ log = logging.getLogger("halfbyte")
 
 class Products(Protocol):
     """How a group multiplies. error: about the relative error that a product has beyond its dtype's. padded_to: what R is a
-    multiple of. adds: whether a product adds a residual on its way out, without a pass of its own. holds: whether the matrices of
-    `kernels.augmented` are what it multiplies by, so that holding them saves making them."""
+    multiple of. holds: whether the matrices of `kernels.augmented` are what it multiplies by, and weights may live in them."""
 
     error: float
     padded_to: int
-    adds: bool
     holds: bool
 
     def rows(self, group: Group, tokens: int, back: bool = False) -> Rows | None:
@@ -94,7 +92,6 @@ class Augmented:
     """In the dtype of the activations: one matrix holds the weights and the adapters (`kernels.augmented`)."""
 
     error = 0.0
-    adds = True
     holds = True
 
     def __init__(self, padded_to: int = PADDED_TO) -> None:
@@ -157,7 +154,6 @@ class Float8:
 
     error = 0.04
     padded_to = PADDED_TO
-    adds = False
     holds = False
 
     def __init__(self) -> None:
@@ -181,9 +177,7 @@ class Float8:
         weight, a = fp8.forward_weight(group, x.dtype)
         xa = _project_small(group, x, a, mask) if group.rank else None
         rows = _quantized(x[:, : group.width], xa, rows)
-        fp8.product(rows, weight, bias, None, out)
-        if residual is not None:
-            out.add_(residual)
+        fp8.product(rows, weight, bias, None, out, residual)
         return xa
 
     def project_back(self, group: Group, dy: Tensor, out: Tensor | None, mask: Dropout | None, rows: Rows | None = None) -> None:

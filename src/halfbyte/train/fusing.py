@@ -59,8 +59,6 @@ def place(
         return _modules(compute, offload, device, decoded, why)
     layers = sum(isinstance(m, DecoderLayer) for m in model.modules())
     products: Products = Float8() if compute == "fp8" else Augmented()
-    if device.type == "cuda" and not products.holds:
-        decoded = Choice("off", "auto: the products are made in fp8")
     # Elsewhere the modules hold them (`layers.decoded`).
     done = prepare(model, rung.keeps(layers), products, in_place=True, decoded=device.type == "cuda" and decoded.value == "on")
     for line in done.reasons():

@@ -42,7 +42,7 @@ class Group:
     The members' tensors may be written in place (an optimizer's update); when one moves to other memory, that is noticed.
     """
 
-    __slots__ = ("_held", "float8", "members", "plan", "rank", "rank_slices", "row_slices", "rows", "width")
+    __slots__ = ("_held", "float8", "float8_held", "members", "plan", "rank", "rank_slices", "row_slices", "rows", "width")
 
     def __init__(self, members: Sequence[Member], padded_to: int = PADDED_TO) -> None:
         assert padded_to % 16 == 0, "kernels count ranks by 16"
@@ -60,6 +60,7 @@ class Group:
         self._held: Tensor | None = None
         self.plan: object = None
         self.float8: object = None  # the plan of `kernels.fp8`
+        self.float8_held = False  # whether `kernels.fp8` keeps the decoded weights of a call for the next
 
     @property
     def device(self) -> torch.device:
@@ -129,5 +130,6 @@ class Group:
         return [self._held[rows, : self.width] for rows in self.row_slices]
 
     def release(self) -> None:
-        """Forgets the held S; its memory is free once no dense member's view of it is left."""
-        self._held = None
+        """Forgets the held S, and what is held in e4m3; its memory is free once no dense member's view of it is left."""
+        self._held = self.float8 = None
+        self.float8_held = False

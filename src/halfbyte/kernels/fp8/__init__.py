@@ -9,7 +9,8 @@ to two. Activations and gradients take one scale a row (token), found on the fly
 product XA is made in bf16, and enters the large one as pairs of e4m3, high + low, in three columns a rank.
 Why e4m3 for gradients too: with a scale a row the range of e5m2 is not needed, and its error is twice as large (docs/LOG.md).
 Cost: a relative error of some 3 % an operand, which averages out over the inner dimension; a pass over X and dY unless the kernel
-in front writes `Rows` itself. (N + R)-like scratch of one byte a weight.
+in front writes `Rows` itself. (N + R)-like scratch of one byte a weight, or that for good in both layouts where a group holds them
+(`Group.float8_held`): then a call writes the adapter's columns, and decodes only where the adapter has outgrown the weight's scale.
 
 Twins: Triton on CUDA; the reference elsewhere, which emulates the arithmetic in fp32 (tests only: `compute: fp8` needs a GPU).
 """
@@ -21,11 +22,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from halfbyte.kernels import gemm, norm
 from halfbyte.kernels import glu as glu_plain
-from halfbyte.kernels import norm
 from halfbyte.kernels.dispatch import twin
 from halfbyte.kernels.fp8 import plan, reference
-from halfbyte.kernels.fp8.parts import E4M3, Rows, Weight
+from halfbyte.kernels.fp8.parts import E4M3, Plan, Rows, Weight
 from halfbyte.kernels.glu import Activation
 from halfbyte.kernels.norm import NormSpec
 
@@ -155,7 +156,7 @@ def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, activation: Activa
 def forward_weight(group: Group, dtype: torch.dtype) -> tuple[Weight, Tensor]:
     """`[W | s*B]` in e4m3, `[N, K + 3R]`, and A `[R, K]` in `dtype`."""
     found, device = plan.of(group), group.device
-    weight = Weight(group.rows, group.width, group.rank, device)
+    weight = _weight(group, found, back=False)
     a = torch.empty(group.rank, group.width, dtype=dtype, device=device)
     if twin(device) == "fused":
         from halfbyte.kernels.fp8 import decode
@@ -169,7 +170,7 @@ def forward_weight(group: Group, dtype: torch.dtype) -> tuple[Weight, Tensor]:
 def backward_weight(group: Group, dtype: torch.dtype) -> tuple[Weight, Tensor]:
     """`[W ; A]` transposed in e4m3, `[K, N + 3R]`, and s*B `[N, R]` in `dtype`."""
     found, device = plan.of(group), group.device
-    weight = Weight(group.width, group.rows, group.rank, device)
+    weight = _weight(group, found, back=True)
     sb = torch.empty(group.rows, group.rank, dtype=dtype, device=device)
     if twin(device) == "fused":
         from halfbyte.kernels.fp8 import decode
@@ -180,20 +181,32 @@ def backward_weight(group: Group, dtype: torch.dtype) -> tuple[Weight, Tensor]:
     return weight, sb
 
 
+def _weight(group: Group, found: Plan, back: bool) -> Weight:
+    """Room for a decoded weight: the one of the last call where the group holds it, and all of it decodes straight to e4m3."""
+    outputs, inner = (group.width, group.rows) if back else (group.rows, group.width)
+    if not (group.float8_held and all(found.fast)):
+        return Weight(outputs, inner, group.rank, group.device)
+    name = f"held, back={back}"
+    kept = found.tables.get(name)
+    if not isinstance(kept, Weight):
+        kept = found.tables[name] = Weight(outputs, inner, group.rank, group.device, held=True)
+    return kept
+
+
 def forward_adapter(group: Group, dtype: torch.dtype) -> Tensor:
     """A `[R, K]` alone."""
     return reference.adapters(group)[1].to(dtype)
 
 
-def product(rows: Rows, weight: Weight, bias: Tensor | None, columns: int | None, out: Tensor) -> None:
-    """out `[T, outputs]` (rows strided) = rows · weightᵀ + bias; `columns`: how many of the inner ones, all by default."""
+def product(
+    rows: Rows, weight: Weight, bias: Tensor | None, columns: int | None, out: Tensor, residual: Tensor | None = None
+) -> None:
+    """out `[T, outputs]` (rows strided) = rows · weightᵀ + bias + residual; `columns`: of the inner ones, all by default."""
     if out.is_cuda and twin(out.device) == "fused":
         left, right = rows.data[:, :columns], weight.data[:, :columns]
-        torch.ops.aten._scaled_mm.out(
-            left, right.t(), rows.scale, weight.scale, bias, None, out.dtype, use_fast_accum=True, out=out
-        )
+        gemm.scaled(left, right.t(), rows.scale, weight.scale, out, bias, residual)
     else:
-        reference.product(rows, weight, bias, columns, out)
+        reference.product(rows, weight, bias, columns, out, residual)
 
 
 def can_compute(device: torch.device) -> str | None:

@@ -160,11 +160,12 @@ def _member(where, pid, COUNT: tl.constexpr, FIELDS: tl.constexpr):
 
 @triton.jit
 def _stored(
-    out, inverse, where, nested_levels, table, stride16, spans,
+    out, inverse, changed, where, nested_levels, table, stride16, spans,
     COUNT: tl.constexpr, FIELDS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
     NESTED_BLOCK: tl.constexpr, UNITS: tl.constexpr, TABLE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """UNITS spans of a member to e4m3 rows. out: words; stride16: row length in 16 bytes; spans: of a row."""
+    """UNITS spans of a member to e4m3 rows. out: words; changed: None, or rows that are there already are 0; stride16: row length
+    in 16 bytes; spans: of a row."""
     pid = tl.program_id(0)
     entry = _member(where, pid, COUNT, FIELDS)
     first = tl.load(entry + 1).to(tl.int32) * 16
@@ -173,6 +174,9 @@ def _stored(
     unit = (pid - tl.load(entry).to(tl.int32)) * UNITS + tl.arange(0, UNITS)
     row = unit // spans
     alive = row < rows
+    if changed is not None:  # noqa: SIM102 (the first `if` is the compiler's)
+        if tl.max(tl.load(changed + first + row, mask=alive, other=0), 0) == 0:
+            return
     s = _scale(
         tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6), nested_levels, unit // (BLOCK // SPAN), alive,
         NESTED, NESTED_BLOCK,
@@ -203,7 +207,7 @@ def _row(
 
 @triton.jit
 def _transposed(
-    out, inverse, where, nested_levels, table, stride16, spans, tiles,
+    out, inverse, changed, where, nested_levels, table, stride16, spans, tiles,
     COUNT: tl.constexpr, FIELDS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr,
     NESTED_BLOCK: tl.constexpr, QUADS: tl.constexpr, SPANS: tl.constexpr, TABLE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -211,12 +215,15 @@ def _transposed(
     pid = tl.program_id(0)
     entry = _member(where, pid, COUNT, FIELDS)
     local = pid - tl.load(entry).to(tl.int32)
+    span = local % tiles * SPANS + tl.arange(0, SPANS)
+    if changed is not None:  # noqa: SIM102
+        if tl.max(tl.load(changed + span, mask=span < spans, other=0), 0) == 0:
+            return
     first = tl.load(entry + 1).to(tl.int32) * 4
     rows = tl.load(entry + 2).to(tl.int32) * 16
     codes = tl.multiple_of(tl.load(entry + 3).to(tl.pointer_type(tl.int32)), 16)
     scales, nested_scales, nested_offset = tl.load(entry + 4), tl.load(entry + 5), tl.load(entry + 6)
     quad = local // tiles * QUADS + tl.arange(0, QUADS)
-    span = local % tiles * SPANS + tl.arange(0, SPANS)
     by = tl.load(inverse + span, mask=span < spans, other=0.0)
 
     low0, high0 = _row(codes, scales, nested_scales, nested_offset, nested_levels, table, by, quad * 4, rows, span, spans,
@@ -308,32 +315,32 @@ def _tables(group: Group, plan: Plan, shape: Shape) -> Tables:
 def forward_weight(group: Group, plan: Plan, weight: Weight, a: Tensor, shape: Shape = SHAPE) -> None:
     """See `reference.forward_weight`."""
     tables = _tables(group, plan, shape)
-    inverse = torch.empty(group.rows, dtype=torch.float32, device=weight.data.device)
-    fused.adapters(group, plan, weight, inverse, a, tables.adapters, back=False)
+    fused.adapters(group, plan, weight, a, tables.adapters, back=False)
     if plan.book is not None:
         device = str(weight.data.device)
         _stored[(tables.programs[0],)](
-            weight.data.view(torch.int32), inverse, tables.stored, nested_levels(device), levels(plan.book.kind, device),
+            weight.data.view(torch.int32), weight.inverse, weight.changed, tables.stored, nested_levels(device),
+            levels(plan.book.kind, device),
             weight.data.stride(0) // 16, group.width // plan.span, **_constants(plan),
             UNITS=shape.tile // plan.span, num_warps=shape.stored_warps, enable_fp_fusion=False,
         )  # fmt: skip
-    _others(group, plan, weight, inverse, back=False)
+    _others(group, plan, weight, back=False)
 
 
 def backward_weight(group: Group, plan: Plan, weight: Weight, sb: Tensor, shape: Shape = SHAPE) -> None:
     """See `reference.backward_weight`."""
     tables = _tables(group, plan, shape)
     spans = group.width // plan.span
-    inverse = torch.empty(spans, dtype=torch.float32, device=weight.data.device)
-    fused.adapters(group, plan, weight, inverse, sb, tables.adapters, back=True)
+    fused.adapters(group, plan, weight, sb, tables.adapters, back=True)
     if plan.book is not None:
         device = str(weight.data.device)
         _transposed[(tables.programs[1],)](
-            weight.data.view(torch.int32), inverse, tables.transposed, nested_levels(device), levels(plan.book.kind, device),
+            weight.data.view(torch.int32), weight.inverse, weight.changed, tables.transposed, nested_levels(device),
+            levels(plan.book.kind, device),
             weight.data.stride(0) // 16, spans, -(-spans // shape.spans), **_constants(plan),
             QUADS=shape.quads, SPANS=shape.spans, num_warps=shape.transposed_warps, enable_fp_fusion=False,
         )  # fmt: skip
-    _others(group, plan, weight, inverse, back=True)
+    _others(group, plan, weight, back=True)
 
 
 def _constants(plan: Plan) -> dict[str, object]:
@@ -345,13 +352,14 @@ def _constants(plan: Plan) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _others(group: Group, plan: Plan, weight: Weight, inverse: Tensor, back: bool) -> None:
+def _others(group: Group, plan: Plan, weight: Weight, back: bool) -> None:
     """Members of other formats, one by one by way of bf16."""
     for m, rows, is_fast in zip(group.members, group.row_slices, plan.fast, strict=True):
         if not is_fast:
             dense = decode_any(m.weight, torch.bfloat16) if isinstance(m.weight, Packed) else m.weight.detach()
             height, width = dense.shape
             _dense[(triton.cdiv(height, DENSE), triton.cdiv(width, DENSE))](
-                weight.data.view(torch.uint8), dense, inverse, height, width, rows.start, weight.data.stride(0), dense.stride(0),
+                weight.data.view(torch.uint8), dense, weight.inverse, height, width, rows.start,
+                weight.data.stride(0), dense.stride(0),
                 BACK=back, SPAN=plan.span, BLOCK=DENSE, INTERPRETED=INTERPRETED, enable_fp_fusion=False,
             )  # fmt: skip

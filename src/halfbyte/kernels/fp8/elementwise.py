@@ -1,9 +1,9 @@
 """Elementwise kernels of a layer that write their result in e4m3 as well: the pass that would only quantise falls away.
 
-The same numbers as `kernels.norm` and `kernels.glu` followed by `quantize_rows`: what is quantised is the result as it is stored. A
-program holds whole rows, for the scale is known at their end; rows beyond `LONGEST` take the two steps.
-
-Letters: T tokens, H hidden, F features.
+The same numbers as `kernels.norm` and `kernels.glu` followed by `quantize_rows`: what is quantised is the result as it is stored.
+The scale of a row is known at its end. A norm holds the row (rows beyond `LONGEST` take the two steps). A GLU has longer rows of
+three operands: held, they leave room for one program a multiprocessor, which then loads, computes and stores by turns; so it goes
+through the row in short runs, and reads again what it stored, from cache.
 """
 
 # Kernels are typed by Triton, whose decorator is not.
@@ -19,14 +19,15 @@ from halfbyte.kernels.dequantize.fused import INTERPRETED, to_dtype
 from halfbyte.kernels.fp8.fused import quantize_rows
 from halfbyte.kernels.fp8.parts import LARGEST, TINY, Rows
 from halfbyte.kernels.fp8.rounding import to_bits
-from halfbyte.kernels.glu import fused as glu_kernels
-from halfbyte.kernels.glu.fused import _value_and_slope
+from halfbyte.kernels.glu.fused import Tile, _value_and_slope
 from halfbyte.kernels.glu.reference import CUBIC, ROOT_2_OVER_PI, Activation
 from halfbyte.kernels.norm import fused as norm_kernels
 from halfbyte.kernels.norm.reference import NormSpec
 
 LONGEST = 16384
-"""Features whose rows stay in registers."""
+"""Features of a norm whose rows stay in registers."""
+RUN = 2048
+"""Features of a GLU that a program takes at a time."""
 NUMBERS = {"LARGEST": LARGEST, "TINY": TINY, "INTERPRETED": INTERPRETED}
 
 
@@ -70,58 +71,84 @@ def _add_norm(
 
 
 @triton.jit
+def _again(x, out8, column, F, inverse, INTERPRETED: tl.constexpr):
+    """A run of what this program stored in x, read again, in e4m3."""
+    y = tl.load(x + column, mask=column < F, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    tl.store(out8 + column, to_bits(y * inverse, INTERPRETED), mask=column < F)
+
+
+@triton.jit
 def _glu(
     gate, up, out, out8, scale, gate_stride, up_stride, out_stride, out8_stride,
-    ACTIVATION: tl.constexpr, K: tl.constexpr, C: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, K: tl.constexpr, C: tl.constexpr, F: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
     LARGEST: tl.constexpr, TINY: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """A row a program. up: None without it."""
+    """A row a program, BLOCK features at a time, twice: what is stored, then the same in e4m3. up: None without it."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < F
-    g = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if up is not None:
-        u = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    value, _ = _value_and_slope(g, ACTIVATION, K, C)
-    if up is not None:
-        value = value * u
-    stored = to_dtype(value, out.dtype.element_ty, INTERPRETED)
-    tl.store(out + row * out_stride + column, stored, mask=inside)
-    y = stored.to(tl.float32)
-    _write(out8, scale, row, column, y, inside, tl.maximum(tl.max(tl.abs(y), 0), TINY), out8_stride, LARGEST, INTERPRETED)
+    gate += row * gate_stride
+    out += row * out_stride
+    tops = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, LOOPS):
+        column = i * BLOCK + tl.arange(0, BLOCK)
+        g = tl.load(gate + column, mask=column < F, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if up is not None:
+            at = up + row * up_stride + column
+            u = tl.load(at, mask=column < F, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        value, _ = _value_and_slope(g, ACTIVATION, K, C)
+        if up is not None:
+            value = value * u
+        stored = to_dtype(value, out.dtype.element_ty, INTERPRETED)
+        tl.store(out + column, stored, mask=column < F)
+        tops = tl.maximum(tops, tl.abs(stored.to(tl.float32)))
+    top = tl.maximum(tl.max(tops, 0), TINY)
+    tl.store(scale + row, top * (1.0 / LARGEST))
+    inverse = tl.div_rn(LARGEST, top)
+    tl.debug_barrier()
+    for i in range(0, LOOPS):
+        _again(out, out8 + row * out8_stride, i * BLOCK + tl.arange(0, BLOCK), F, inverse, INTERPRETED)
 
 
 @triton.jit
 def _glu_backward(
     dh, gate, up, out8, scale, dh_stride, gate_stride, up_stride, out8_stride,
-    ACTIVATION: tl.constexpr, K: tl.constexpr, C: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, K: tl.constexpr, C: tl.constexpr, F: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
     LARGEST: tl.constexpr, TINY: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """In place, a row a program; [d gate | d up] in e4m3 under one scale. up: None without it."""
+    """In place, as `_glu` goes; [d gate | d up] in e4m3 under one scale. up: None without it."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < F
+    dh += row * dh_stride
+    gate += row * gate_stride
+    out8 += row * out8_stride
     dtype: tl.constexpr = dh.dtype.element_ty
-    d_at, gate_at = dh + row * dh_stride + column, gate + row * gate_stride + column
-    d = tl.load(d_at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
-    if up is not None:
-        u = tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
-    value, slope = _value_and_slope(g, ACTIVATION, K, C)
-    top = TINY
-    if up is not None:
-        d_up = to_dtype(d * value, dtype, INTERPRETED)
-        tl.store(up + row * up_stride + column, d_up, mask=inside)
-        value = value * u
-        slope = slope * u
-        top = tl.maximum(tl.max(tl.abs(d_up.to(tl.float32)), 0), TINY)
-    tl.store(d_at, to_dtype(value, dtype, INTERPRETED), mask=inside)
-    d_gate = to_dtype(d * slope, dtype, INTERPRETED)
-    tl.store(gate_at, d_gate, mask=inside)
-    top = tl.maximum(tl.max(tl.abs(d_gate.to(tl.float32)), 0), top)
-    if up is not None:
-        _write(out8 + F, scale, row, column, d_up.to(tl.float32), inside, top, out8_stride, LARGEST, INTERPRETED)
-    _write(out8, scale, row, column, d_gate.to(tl.float32), inside, top, out8_stride, LARGEST, INTERPRETED)
+    tops = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, LOOPS):
+        column = i * BLOCK + tl.arange(0, BLOCK)
+        d = tl.load(dh + column, mask=column < F, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        g = tl.load(gate + column, mask=column < F, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if up is not None:
+            up_at = up + row * up_stride + column
+            u = tl.load(up_at, mask=column < F, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        value, slope = _value_and_slope(g, ACTIVATION, K, C)
+        if up is not None:
+            d_up = to_dtype(d * value, dtype, INTERPRETED)
+            tl.store(up_at, d_up, mask=column < F)
+            tops = tl.maximum(tops, tl.abs(d_up.to(tl.float32)))
+            value = value * u
+            slope = slope * u
+        tl.store(dh + column, to_dtype(value, dtype, INTERPRETED), mask=column < F, eviction_policy="evict_first")
+        d_gate = to_dtype(d * slope, dtype, INTERPRETED)
+        tl.store(gate + column, d_gate, mask=column < F)
+        tops = tl.maximum(tops, tl.abs(d_gate.to(tl.float32)))
+    top = tl.maximum(tl.max(tops, 0), TINY)
+    tl.store(scale + row, top * (1.0 / LARGEST))
+    inverse = tl.div_rn(LARGEST, top)
+    # What other threads of this program stored is read from here on.
+    tl.debug_barrier()
+    for i in range(0, LOOPS):
+        column = i * BLOCK + tl.arange(0, BLOCK)
+        _again(gate, out8, column, F, inverse, INTERPRETED)
+        if up is not None:
+            _again(up + row * up_stride, out8 + F, column, F, inverse, INTERPRETED)
 
 
 @triton.jit
@@ -188,38 +215,39 @@ def add_norm(
     return residual, rstd, mean
 
 
-def glu(gate: Tensor, up: Tensor | None, activation: Activation, out: Tensor, rows: Rows, warps: int = 0) -> None:
-    """`kernels.glu.glu`, with h in `rows` too."""
+def _run(width: int, run: Tile | None) -> Tile:
+    """Features at a time and warps: 8 features a thread, 16 bytes of bf16."""
+    if run is not None:
+        return run
+    block = min(max(triton.next_power_of_2(width), 16), RUN)
+    return block, max(block // 256, 1)
+
+
+def glu(gate: Tensor, up: Tensor | None, activation: Activation, out: Tensor, rows: Rows, run: Tile | None = None) -> None:
+    """`kernels.glu.glu`, with h in `rows` too. run: measured otherwise."""
     length, width = gate.shape
-    block = triton.next_power_of_2(width)
-    if block > LONGEST or not length:
-        glu_kernels.glu(gate, up, activation, out)
-        quantize_rows(out, rows.main, rows.scale)
-        return
-    _glu[(length,)](
-        gate, up, out, rows.main.view(torch.uint8), rows.scale, gate.stride(0), 0 if up is None else up.stride(0), out.stride(0),
-        rows.main.stride(0), ACTIVATION=activation, K=ROOT_2_OVER_PI, C=CUBIC, F=width, BLOCK=block, **NUMBERS,
-        num_warps=warps or _warps(block),
-    )  # fmt: skip
+    block, warps = _run(width, run)
+    if length:
+        _glu[(length,)](
+            gate, up, out, rows.main.view(torch.uint8), rows.scale, gate.stride(0), 0 if up is None else up.stride(0),
+            out.stride(0), rows.main.stride(0), ACTIVATION=activation, K=ROOT_2_OVER_PI, C=CUBIC, F=width,
+            LOOPS=triton.cdiv(width, block), BLOCK=block, **NUMBERS, num_warps=warps,
+        )  # fmt: skip
 
 
-def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, activation: Activation, rows: Rows, warps: int = 0) -> None:
-    """`kernels.glu.glu_backward`, with [d gate | d up] `[T, 2F]` in `rows` too; without `up`, d gate.
+def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, activation: Activation, rows: Rows, run: Tile | None = None) -> None:
+    """`kernels.glu.glu_backward`, with [d gate | d up] `[T, 2F]` in `rows` too; without `up`, d gate. run: measured otherwise.
 
     gate and up lie behind each other, as the group of gate and up has its outputs.
     """
     length, width = gate.shape
-    block = triton.next_power_of_2(width)
-    if block > LONGEST or not length:
-        glu_kernels.glu_backward(dh, gate, up, activation)
-        both = gate if up is None else gate.as_strided((length, 2 * width), gate.stride())
-        quantize_rows(both, rows.main, rows.scale)
-        return
-    _glu_backward[(length,)](
-        dh, gate, up, rows.main.view(torch.uint8), rows.scale, dh.stride(0), gate.stride(0), 0 if up is None else up.stride(0),
-        rows.main.stride(0), ACTIVATION=activation, K=ROOT_2_OVER_PI, C=CUBIC, F=width, BLOCK=block, **NUMBERS,
-        num_warps=warps or _warps(block),
-    )  # fmt: skip
+    block, warps = _run(width, run)
+    if length:
+        _glu_backward[(length,)](
+            dh, gate, up, rows.main.view(torch.uint8), rows.scale, dh.stride(0), gate.stride(0), 0 if up is None else up.stride(0),
+            rows.main.stride(0), ACTIVATION=activation, K=ROOT_2_OVER_PI, C=CUBIC, F=width, LOOPS=triton.cdiv(width, block),
+            BLOCK=block, **NUMBERS, num_warps=warps,
+        )  # fmt: skip
 
 
 def norm_backward(

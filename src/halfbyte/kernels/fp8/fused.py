@@ -146,12 +146,13 @@ def _store_pairs(at, v, mask, R, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _adapters(
-    out, scale, inverse, bound, plain, where, N, K, R, stride, row_programs,
+    out, scale, inverse, changed, bound, plain, where, N, K, R, stride, row_programs,
     BACK: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COUNT: tl.constexpr,
     LARGEST: tl.constexpr, TINY: tl.constexpr, HEADROOM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """First programs: ROWS rows of s*B; the others: SPAN columns of A. One of the two goes beside the weight in pairs, with the
-    scales of the weight (forward s*B, BACK A), the other is only cast into `plain`."""
+    scales of the weight (forward s*B, BACK A), the other is only cast into `plain`. changed: None, or where to say which of the
+    inverse scales are not what they were."""
     pid = tl.program_id(0)
     c = tl.arange(0, COLUMNS)[None, :]
     if pid < row_programs:
@@ -163,6 +164,8 @@ def _adapters(
         else:
             top = tl.maximum(tl.maximum(tl.load(bound + n), HEADROOM * tl.max(tl.abs(sb), 1)), TINY)
             inverse_n = tl.div_rn(LARGEST, top)
+            if changed is not None:
+                tl.store(changed + n, (tl.load(inverse + n) != inverse_n).to(tl.int32))
             tl.store(inverse + n, inverse_n)
             tl.store(scale + n, top * (1.0 / LARGEST))
             _store_pairs(out + n[:, None] * stride + K + c, sb * (HEADROOM * inverse_n)[:, None], c < R, R, INTERPRETED)
@@ -174,6 +177,8 @@ def _adapters(
             most = tl.max(tl.max(tl.abs(a), 1), 0)
             top = tl.maximum(tl.maximum(tl.load(bound + span * SPAN), HEADROOM * most), TINY)
             inverse_k = tl.div_rn(LARGEST, top)
+            if changed is not None:
+                tl.store(changed + span, (tl.load(inverse + span) != inverse_k).to(tl.int32))
             tl.store(inverse + span, inverse_k)
             tl.store(scale + k, tl.zeros([SPAN], tl.float32) + top * (1.0 / LARGEST))
             _store_pairs(out + k[:, None] * stride + N + c, a * (HEADROOM * inverse_k), c < R, R, INTERPRETED)
@@ -185,11 +190,12 @@ ROWS = 16
 """Rows of s*B a program: every member's rows are a multiple of it."""
 
 
-def adapters(group: Group, plan: Plan, weight: Weight, inverse: Tensor, plain: Tensor, table: Tensor, back: bool) -> None:
-    """Writes the adapter's columns and the scales of `weight`, the inverse scales (of rows; back: of spans), and `plain`."""
+def adapters(group: Group, plan: Plan, weight: Weight, plain: Tensor, table: Tensor, back: bool) -> None:
+    """Writes the adapter's columns, the scales and the inverse scales of `weight`, and `plain`."""
     rows, spans = group.rows // ROWS, group.width // plan.span
     _adapters[(rows + spans,)](
-        weight.data.view(torch.uint8), weight.scale, inverse, plan.bound_K if back else plan.bound_N, plain, table,
+        weight.data.view(torch.uint8), weight.scale, weight.inverse, weight.changed, 
+        plan.bound_K if back else plan.bound_N, plain, table,
         group.rows, group.width, group.rank, weight.data.stride(0), rows,
         BACK=back, SPAN=plan.span, ROWS=ROWS, COLUMNS=max(triton.next_power_of_2(group.rank), 4), COUNT=len(group.members),
         **NUMBERS, enable_fp_fusion=False,

@@ -52,13 +52,19 @@ class Rows:
 
 
 class Weight:
-    """A scaled weight, one output a row: data e4m3 `[outputs, inner + 3R]`, rows in whole lines, scale fp32 `[1, outputs]`."""
+    """A scaled weight, one output a row: data e4m3 `[outputs, inner + 3R]`, rows in whole lines, scale fp32 `[1, outputs]`.
 
-    __slots__ = ("data", "scale")
+    inverse fp32 `[outputs]`: 1 / scale of rows (transposed: of spans, the rest is unused). changed int32 `[outputs]`, for a weight
+    that is used again, else None: which of them the adapter beside the weight has changed since the last call.
+    """
 
-    def __init__(self, outputs: int, inner: int, rank: int, device: torch.device) -> None:
+    __slots__ = ("changed", "data", "inverse", "scale")
+
+    def __init__(self, outputs: int, inner: int, rank: int, device: torch.device, held: bool = False) -> None:
         self.data = _lines(outputs, inner + COLUMNS * rank, device)
         self.scale = torch.empty(1, outputs, dtype=torch.float32, device=device)
+        self.inverse = torch.full((outputs,), float("nan"), device=device) if held else torch.empty(outputs, device=device)
+        self.changed = torch.ones(outputs, dtype=torch.int32, device=device) if held else None
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,11 @@ def backward_weight(group: Group, plan: Plan, weight: Weight, sb: Tensor) -> Non
     sb.copy_(wide_sb)
 
 
-def product(rows: Rows, weight: Weight, bias: Tensor | None, columns: int | None, out: Tensor) -> None:
-    """out = rows · weightᵀ with both scales, in fp32 and one rounding; `columns`: of the operands, all by default."""
+def product(
+    rows: Rows, weight: Weight, bias: Tensor | None, columns: int | None, out: Tensor, residual: Tensor | None = None
+) -> None:
+    """out = rows · weightᵀ with both scales + bias + residual, in fp32 and one rounding; `columns`: of the operands."""
     left, right = rows.data[:, :columns].float(), weight.data[:, :columns].float()
     y = (left @ right.T) * rows.scale * weight.scale
-    out.copy_(y if bias is None else y + bias.float())
+    y = y if bias is None else y + bias.float()
+    out.copy_(y if residual is None else y + residual.float())

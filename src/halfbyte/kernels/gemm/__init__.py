@@ -7,7 +7,8 @@ Why not torch.mm: it takes the first algorithm that cuBLAS guesses, and the best
 only by copying it first.
 Cost: a measurement at the first sight of a large shape (`choice.BUDGET`), remembered on disk; 32 MiB a stream.
 
-CUDA: 16-bit operands through cuBLASLt (`vendor`), everything else through torch, like all CPUs (`reference`).
+CUDA: 16-bit operands, and e4m3 ones with their scales, through cuBLASLt (`vendor`), everything else through torch, like all CPUs
+(`reference`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from halfbyte.kernels.gemm import reference
 
-__all__ = ["matmul", "report"]
+__all__ = ["matmul", "report", "scaled"]
 
 
 def matmul(
@@ -40,6 +41,20 @@ def matmul(
         if vendor.matmul(a, b, out, bias, c, beta, alpha):
             return
     reference.matmul(a, b, out, bias, c, beta, alpha)
+
+
+def scaled(
+    a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: Tensor, bias: Tensor | None = None, c: Tensor | None = None
+) -> None:
+    """out = (a b) · scale_a · scale_b + bias + c. CUDA only.
+
+    a e4m3 `[M, K]`, b e4m3 `[K, N]`, the transposed view of a matrix by rows; scale_a fp32 `[M, 1]`, scale_b fp32 `[1, N]`; out
+    `[M, N]` 16-bit, rows may be strided; c: like out. Where torch does it, c is added by a pass of its own.
+    """
+    from halfbyte.kernels.gemm import vendor
+
+    if not vendor.matmul(a, b, out, bias, c, 0.0 if c is None else 1.0, 1.0, (scale_a, scale_b)):
+        reference.scaled(a, b, scale_a, scale_b, out, bias, c)
 
 
 def report() -> None:

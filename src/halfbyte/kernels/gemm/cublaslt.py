@@ -23,8 +23,11 @@ from torch import Tensor
 
 # From cublasLt.h and library_types.h, which do not change between versions.
 COMPUTE_32F = 68
-TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14}
+E4M3 = torch.float8_e4m3fn
+TYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 14, E4M3: 28}
 TRANSA, TRANSB, EPILOGUE, BIAS_POINTER = 3, 4, 7, 8
+SCALE_POINTERS, SCALE_MODES, FAST_ACCUMULATION, BIAS_TYPE = (17, 18), (31, 32), 25, 26
+SCALE_A_ROW = 3
 EPILOGUE_BIAS = 4
 MAX_WORKSPACE, REDUCTIONS, ALIGNMENTS = 1, 3, (5, 6, 7, 8)
 REDUCED_IN_FP32 = 2
@@ -33,8 +36,8 @@ WORKSPACE = 32 << 20
 ALIGNED = 256
 """More alignment than this is of no use to any algorithm."""
 
-Call = Callable[[int, int, int, int], int]
-"""Addresses of a, b, c and out; returns the library's status, 0 for success."""
+Call = Callable[..., int]
+"""Addresses of a, b, c and out, and for e4m3 of both scales; returns the library's status, 0 for success."""
 
 
 class Refused(RuntimeError):
@@ -85,7 +88,10 @@ def stored(t: Tensor) -> Stored | None:
 
 @dataclass(frozen=True)
 class Problem:
-    """D [m, n] = alpha · a [m, k] b [k, n] + beta · C + bias. accumulate: beta is not 0. in_place: C is D. aligned: bytes."""
+    """D [m, n] = alpha · a [m, k] b [k, n] + beta · C + bias. accumulate: beta is not 0. in_place: C is D. aligned: bytes.
+
+    Where dtype is e4m3, every row of a and every column of b has an fp32 scale.
+    """
 
     m: int
     n: int
@@ -109,7 +115,8 @@ class Problem:
             raise Refused("an operand has no contiguous dimension")
         if target is None or target.transposed or added is None or added.transposed:
             raise Refused("the rows of the output are not contiguous")
-        if b.dtype != a.dtype or source.dtype != out.dtype or out.dtype not in (a.dtype, torch.float32):
+        outs = (torch.bfloat16, torch.float16, torch.float32) if a.dtype == E4M3 else (a.dtype, torch.float32)
+        if b.dtype != a.dtype or source.dtype != out.dtype or out.dtype not in outs:
             raise Refused(f"{a.dtype} times {b.dtype} plus {source.dtype} to {out.dtype}")
         if bias is not None and (bias.dtype != out.dtype or bias.stride(0) != 1):
             raise Refused(f"a bias of {bias.dtype} under {out.dtype}, or strided")
@@ -174,9 +181,12 @@ def load() -> Library:
 
 
 class Plan:
-    """The library's descriptors of a problem; freed with this object. Raises Refused."""
+    """The library's descriptors of a problem; freed with this object. Raises Refused.
 
-    def __init__(self, library: Library, device: int, problem: Problem, bias: int) -> None:
+    bias, scales (of a and of b): addresses; those of scales are given anew with every call.
+    """
+
+    def __init__(self, library: Library, device: int, problem: Problem, bias: int, scales: tuple[int, int] = (0, 0)) -> None:
         self.library, self.lib, self.problem, self.device = library, library.lib, problem, device
         self.handle = library.handle(device)
         self._layouts: list[c.c_void_p] = []
@@ -188,6 +198,12 @@ class Plan:
         if p.bias:
             self._set(EPILOGUE, c.c_int32(EPILOGUE_BIAS))
             self._set(BIAS_POINTER, c.c_void_p(bias))
+            self._set(BIAS_TYPE, c.c_int32(TYPES[p.out]))
+        if p.dtype == E4M3:
+            self._set(FAST_ACCUMULATION, c.c_int8(1))
+            for mode, pointer, scale in zip(SCALE_MODES, SCALE_POINTERS, reversed(scales), strict=True):
+                self._set(mode, c.c_int32(SCALE_A_ROW))
+                self._set(pointer, c.c_void_p(scale))
         for dtype, rows, columns, transposed, ld in (
             (p.dtype, p.k, p.n, *p.b),
             (p.dtype, p.m, p.k, *p.a),
@@ -255,4 +271,16 @@ class Plan:
             )
             return status
 
-        return call
+        if self.problem.dtype != E4M3:
+            return call
+        change, size_of_one = self.lib.cublasLtMatmulDescSetAttribute, c.c_size_t(c.sizeof(c.c_void_p))
+        first, second = c.c_void_p(), c.c_void_p()
+        for_first, for_second = c.byref(first), c.byref(second)
+
+        def scaled(a: int, b: int, source: int, out: int, scale_a: int, scale_b: int) -> int:
+            first.value, second.value = scale_b, scale_a
+            status: int = change(description, SCALE_POINTERS[0], for_first, size_of_one)
+            status = status or change(description, SCALE_POINTERS[1], for_second, size_of_one)
+            return status or call(a, b, source, out)
+
+        return scaled

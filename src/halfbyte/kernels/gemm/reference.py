@@ -39,3 +39,10 @@ def _widened(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, c: Tensor |
         torch.add(c if beta == 1.0 else c * beta, a.float() @ b.float(), alpha=alpha, out=out)
     if bias is not None:
         out.add_(bias)
+
+
+def scaled(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: Tensor, bias: Tensor | None, c: Tensor | None) -> None:
+    """out = (a b) · scale_a · scale_b + bias + c."""
+    torch.ops.aten._scaled_mm.out(a, b, scale_a, scale_b, bias, None, out.dtype, use_fast_accum=True, out=out)
+    if c is not None:
+        out.add_(c)

@@ -33,8 +33,8 @@ SIMILAR = 1.25
 KEPT = 4096
 """Prepared calls."""
 
-Operands = tuple[Tensor, Tensor, Tensor, Tensor]
-"""a, b, C and out."""
+Operands = tuple[Tensor, ...]
+"""a, b, C and out, and for e4m3 the scales of a and b."""
 
 _calls: dict[tuple[object, ...], Call] = {}
 _workspaces: dict[tuple[int, int], Tensor] = {}
@@ -45,13 +45,22 @@ _lock = threading.RLock()
 stream_of: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0)
 
 
-def refused(a: int, b: int, source: int, out: int) -> int:
+def refused(*addresses: int) -> int:
     """Stands for a product that is torch's."""
     return -1
 
 
-def matmul(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, c: Tensor | None, beta: float, alpha: float) -> bool:
-    """out = alpha · a b + beta · c + bias; False where it is torch's to do."""
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    c: Tensor | None,
+    beta: float,
+    alpha: float,
+    scales: tuple[Tensor, Tensor] | tuple[()] = (),
+) -> bool:
+    """out = alpha · a b + beta · c + bias; False where it is torch's to do. scales: of the rows of a and the columns of b."""
     source = out if c is None else c
     pa, pb, pc, pd = a.data_ptr(), b.data_ptr(), source.data_ptr(), out.data_ptr()
     device = a.get_device()
@@ -62,20 +71,19 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, c: Tensor | N
     )  # fmt: skip
     call = _calls.get(key)
     if call is None:
-        call = _prepare(key, a, b, out, bias, source, beta, alpha)
+        call = _prepare(key, (a, b, source, out, *scales), bias, beta, alpha)
     if call is refused:
         return False
-    status = call(pa, pb, pc, pd)
+    status = call(pa, pb, pc, pd, *[t.data_ptr() for t in scales])
     if status:
         log.warning("gemm: a product of %s and %s is torch's: cuBLASLt status %d", tuple(a.shape), tuple(b.shape), status)
         _calls[key] = refused
     return not status
 
 
-def _prepare(
-    key: tuple[object, ...], a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, source: Tensor, beta: float, alpha: float
-) -> Call:
+def _prepare(key: tuple[object, ...], operands: Operands, bias: Tensor | None, beta: float, alpha: float) -> Call:
     """The call for operands like these."""
+    a, b, source, out, *scales = operands
     m, n = a.shape[0], b.shape[1]
     assert a.shape[1] == b.shape[0] and out.shape == (m, n) and source.shape == (m, n), "shapes do not fit"
     assert bias is None or bias.shape == (n,), "shapes do not fit"
@@ -88,7 +96,8 @@ def _prepare(
         try:
             low = a.data_ptr() | b.data_ptr() | source.data_ptr() | out.data_ptr() | ALIGNED
             problem = Problem.of(a, b, out, bias, source, beta, low & -low)
-            plan = Plan(_library(), device, problem, 0 if bias is None else bias.data_ptr())
+            by = (scales[0].data_ptr(), scales[1].data_ptr()) if scales else (0, 0)
+            plan = Plan(_library(), device, problem, 0 if bias is None else bias.data_ptr(), by)
             room = _workspace(device, stream)
 
             def bind(algorithm: Algorithm) -> Call:
@@ -97,7 +106,7 @@ def _prepare(
             if capturing or problem.m * problem.n * problem.k < MEASURED_FROM or torch.are_deterministic_algorithms_enabled():
                 algorithm = plan.algorithms(1)[0]
             else:
-                algorithm = _chosen(plan, bind, (a, b, source, out))
+                algorithm = _chosen(plan, bind, operands)
             call = _guarded(bind(algorithm), device)
         except Refused as error:
             call = refused
@@ -116,9 +125,9 @@ def _guarded(call: Call, device: int) -> Call:
     if torch.cuda.device_count() == 1:
         return call
 
-    def guarded(a: int, b: int, source: int, out: int) -> int:
+    def guarded(*addresses: int) -> int:
         with torch.cuda.device(device):
-            return call(a, b, source, out)
+            return call(*addresses)
 
     return guarded
 
@@ -184,7 +193,7 @@ def _measure(
 ) -> tuple[int, list[float]]:
     """The number of the algorithm to take, and what was measured. Writes `out` many times; where that is C too, a scratch."""
     problem = plan.problem
-    a, b, source, out = operands
+    a, b, source, out, *scales = operands
     try:
         target = out
         if problem.accumulate and problem.in_place:
@@ -194,7 +203,8 @@ def _measure(
     except torch.OutOfMemoryError:
         log.info("gemm: %s is not measured: no memory for it", problem.name)
         return 0, []
-    calls = [functools.partial(bind(algorithm), *(t.data_ptr() for t in (a, b, source, target))) for algorithm in algorithms]
+    addresses = [t.data_ptr() for t in (a, b, source, target, *scales)]
+    calls = [functools.partial(bind(algorithm), *addresses) for algorithm in algorithms]
     for call in calls:  # the driver loads a kernel when it is first asked for
         call()
     return fastest(calls, functools.partial(on_device, scratch))

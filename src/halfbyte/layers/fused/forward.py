@@ -253,8 +253,8 @@ def _mid(call: Call, a: Activations) -> None:
     p, s = call.parts, call.parts.structure
     assert a.x is not None and a.attended is not None
     delta = torch.empty_like(a.x)
-    # With nothing between the product and the sum, the product adds; or else the norm does, and not a pass of its own.
-    plain = p.after_attention is None and s.residual_multiplier == 1.0 and call.products.adds
+    # With nothing between the product and the sum, the product adds; or else the norm does.
+    plain = p.after_attention is None and s.residual_multiplier == 1.0
     a.xa_out = project(call, p.out, a.attended, delta, residual=a.x if plain else None)
     if p.after_attention is not None:
         a.attended_raw = delta

@@ -4,7 +4,7 @@
     a format     decoded once and kept beside the codes, where memory allows: a product decodes nothing
 
 Either way a step only writes A and s*B afresh, and the numbers are the same bits. Cost: (N + K + R) R numbers a group for weights
-in 16 bits, all of the matrix for the others.
+in 16 bits, all of the matrix for the others; in fp8 two layouts of one byte a weight instead.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ def hold(projections: Iterable[Projection], dtype: torch.dtype, *, packed: bool)
             assert owner is not None
             parameter, turned = owner
             parameter.data = view.T if turned else view
+
+
+def hold_float8(projections: Iterable[Projection]) -> None:
+    """Weights in a format are decoded to e4m3 once a direction (`kernels.fp8`), from the next product on."""
+    for group in (p.group for p in projections):
+        group.float8_held = True
 
 
 def as_if_alone(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -73,8 +73,8 @@ class Fused:
 
     def hold(self, *, packed: bool) -> None:
         """Weights in the compute dtype live inside the matrices of their groups from now on: the modules' parameters become views
-        (`holding`). packed: weights in a format are decoded once, and kept beside their codes."""
-        self._holding = "all" if packed else "dense"
+        (`holding`), if those are what products read. packed: weights in a format are decoded once, and kept beside their codes."""
+        self._holding = "all" if packed else "dense" if self.products.holds else "nothing"
         self._hook = self._hook or self._layer.register_state_dict_post_hook(holding.as_if_alone)  # type: ignore[no-untyped-call]
         self._read()
 
@@ -98,7 +98,10 @@ class Fused:
         if self._holding != "nothing":
             for other in self._known.values():
                 holding.drop_decoded(other)
-            holding.hold(built, self.dtype, packed=self._holding == "all")
+            if self.products.holds:
+                holding.hold(built, self.dtype, packed=self._holding == "all")
+            else:
+                holding.hold_float8(built)
             # Parameters may have moved into the matrices.
             groups = [reading.operands(group) for group in modules]
             key = reading.key_of(groups)

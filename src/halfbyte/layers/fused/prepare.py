@@ -94,7 +94,7 @@ def prepare(
     for path in built.keys() - left.keys():
         layers[path].fused = built[path]
         layers[path].gradient_checkpointing = False
-        if products.holds:
+        if products.holds or decoded:
             built[path].hold(packed=decoded)
     norm = _final(model, layers, dtype, room) if len(left) < len(layers) else ""
     done = Preparation(len(layers) - len(left), left, norm)
