@@ -53,7 +53,7 @@ COLOURS = {
 def draw(
     path: Path, heading: str, plan: Curve, real: Curve | None = None, levels: Mapping[str, int] | None = None, room: int = 0
 ) -> None:
-    """Writes the picture. levels: measured bytes by name, drawn as level lines. room: bytes of the budget, shown where they are near."""
+    """Writes the picture. levels: measured bytes by name, drawn as level lines. room: of the budget, shown where it is near."""
     from matplotlib.figure import Figure
 
     split = real is not None and len(real.parts) > 1 and any(name in PASSING for name in real.parts)
@@ -98,7 +98,7 @@ def room(chooser: Chooser, rung: Rung) -> int:
 
 
 def merged(curve: Curve) -> dict[str, tuple[int, ...]]:
-    """Parts from the bottom up: those that are there all the time, then what comes and goes; the small ones of the former as one."""
+    """Parts from the bottom up: those that are there all the time, the small ones of them as one; then what comes and goes."""
     peak = max(curve.peak, 1)
     large = {n: s for n, s in curve.parts.items() if max(s) >= SMALL * peak or n in (*PASSING, UPDATE)}
     small = [s for n, s in curve.parts.items() if n not in large]

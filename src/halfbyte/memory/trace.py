@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -67,7 +68,7 @@ class History:
 
 
 def last_microbatch(marks: Sequence[Mark]) -> dict[str, float]:
-    """Where the phases of the last microbatch begin, and `end`: a step may have many, and begin anew. Empty where one is missing."""
+    """Where the phases of the last microbatch begin, and `end`: a step has many, and may begin anew. Empty where one is missing."""
     first = max((i for i, (phase, _) in enumerate(marks) if phase == "forward"), default=len(marks))
     found = dict(marks[first:])
     return found if list(found) == [*PHASES, "end"] else {}
@@ -156,7 +157,7 @@ class Samples:
 def _placed(samples: Sequence[tuple[float, int]], marks: Mapping[str, float]) -> Iterator[tuple[float, int]]:
     """Samples on the axis of the phases; the first one stands for what was before it."""
     times = list(marks.items())
-    for (phase, begin), (_, end) in zip(times, times[1:], strict=False):
+    for (phase, begin), (_, end) in pairwise(times):
         inside = [(t, size) for t, size in samples if begin <= t < end]
         for t, size in inside:
             yield begins(phase) + PHASES[phase] * (t - begin) / max(end - begin, 1e-9), size

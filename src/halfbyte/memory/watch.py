@@ -1,8 +1,8 @@
 """What a run uses while it goes on, beside what was planned for it; and one step of it recorded, where that is asked for.
 
-On a GPU three figures: what tensors take (`allocated`), what the allocator holds for them (`reserved`), what the device has given to
-this run and everybody else (`driver`). All are counters on the host, read when a log line is written: no step waits for them. On a
-CPU the process's resident memory.
+On a GPU three figures: what tensors take (`allocated`), what the allocator holds for them (`reserved`), what the device has given
+to this run and everybody else (`driver`). All are counters on the host, read when a log line is written: no step waits for them. On
+a CPU the process's resident memory.
 """
 
 from __future__ import annotations

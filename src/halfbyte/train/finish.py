@@ -130,13 +130,14 @@ def _fields(result: Result) -> dict[str, Any]:
 
 def summary(recipe: Recipe, result: Result, cut: str = "") -> str:
     """What was trained, how well, where it is, what to do next. cut: why the run ended before its last step, if it did."""
+    memory = result.memory
     what = "all weights" if recipe.adapter.kind == "none" else f"a LoRA adapter of rank {recipe.adapter.rank}"
     lines = [
         "",
         f"Trained {what} ({result.trained_parameters:,} parameters) on {recipe.model.name} in {recipe.format.kind}",
         f"  {result.steps} steps, {result.trained_tokens:,} learned tokens, {clock(result.seconds)} of training, "
-        f"{result.tokens_per_s:,.0f} tokens/s, peak {result.memory.peak / 2**30:.2f} GiB (planned {result.memory.planned_peak / 2**30:.2f})",
-        *result.memory.lines(),
+        f"{result.tokens_per_s:,.0f} tokens/s, peak {memory.peak / 2**30:.2f} GiB (planned {memory.planned_peak / 2**30:.2f})",
+        *memory.lines(),
     ]
     if cut:
         lines.append(f"  ended early by {cut}; raise it and run the same command again to go on")
