@@ -89,7 +89,7 @@ def test_memory_is_told_beside_its_plan_and_drawn(files: Path, tmp_path: Path) -
     events: list[dict[str, Any]] = []
     result = run(files, tmp_path / "run", "train.max_steps=4", on_event=events.append, memory_timeline=True)
     found = [e for e in events if e["kind"] == "train"]
-    assert all(0 < e["planned_mib"] and 0 < e["resident_mib"] <= 1.01 * e["memory_mib"] for e in found)
+    assert all(e["planned_mib"] > 0 and 0 < e["resident_mib"] <= 1.01 * e["memory_mib"] for e in found)
     memory = result.memory
     for name in ("packed weights", "other weights", "adapter", "gradients"):
         # The packed bytes of a tiny model are counted to the byte, 256 numbers of padding included.
