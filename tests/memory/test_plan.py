@@ -31,11 +31,19 @@ def recipe_of(*overrides: str) -> Recipe:
     return recipe_from({"model": "m", "data": {"train": "a.jsonl"}}, list(overrides))
 
 
+def test_products_in_fp8_hold_no_decoded_weights() -> None:
+    found = plan(recipe_of("compute=fp8"), "h200", config=QWEN3_8B)
+    assert not any(rung.decoded for rung in found.rungs)
+
+
 def test_8b_on_cards() -> None:
     """An 8B fits a 12 GB card with something computed again or away, a 141 GiB one keeps everything, and a 4 GB one is refused."""
     small, large = (plan(recipe_of(), card, config=QWEN3_8B) for card in ("rtx3060", "h200"))
     assert small.fits and (small.recompute != "none" or small.offloaded)
     assert large.fits and large.recompute == "none" and not large.offloaded
+    assert large.rung.decoded and not small.rung.decoded, "decoded weights are held where there is room"
+    sizes = {p.name: p.bytes for p in large.parts}
+    assert sizes["decoded weights"] > 13 << 30 and "decode scratch" not in sizes and sum(sizes.values()) == large.bytes
     none = plan(recipe_of(), "4GiB", config=QWEN3_8B)
     assert not none.fits and none.advice and none.spare < 0
     with pytest.raises(MemoryPlanError, match=r"needs .* GiB and 4GiB has 3.88 GiB") as caught:

@@ -64,7 +64,7 @@ def made(moments: Sequence[tuple[float, Mapping[str, int]]], always: Mapping[str
 
 
 def planned(chooser: Chooser, rung: Rung, decoded: int = 0) -> Curve:
-    """Of a rung. decoded: bytes of decoded weights that are held besides; fused layers then decode none for a product."""
+    """Of a rung. decoded: bytes of decoded weights that modules hold on a CPU, where no rung says so."""
     parts = chooser.parts(rung)
     hidden = {"context"} if chooser.budget.kind == "cuda" else set()
     # Held weights answer the fixed prompts too.
@@ -72,15 +72,15 @@ def planned(chooser: Chooser, rung: Rung, decoded: int = 0) -> Curve:
     always = {p.name: p.bytes for p in parts if p.name not in (*PASSING, *hidden)}
     if decoded:
         always[DECODED] = decoded
-    found = _fused(chooser, rung, decoded > 0) if chooser.layer is not None else _modules(chooser.s.layers, parts)
+    found = _fused(chooser, rung) if chooser.layer is not None else _modules(chooser.s.layers, parts)
     return made([*found, (begins("update"), {})], always)
 
 
-def _fused(chooser: Chooser, rung: Rung, held: bool) -> Iterator[tuple[float, dict[str, int]]]:
+def _fused(chooser: Chooser, rung: Rung) -> Iterator[tuple[float, dict[str, int]]]:
     """Each layer's largest moment, and the loss."""
     layer, tokens = chooser.layer, rung.microbatch * chooser.recipe.data.tokens
     assert layer is not None
-    w = Work(layer, tokens, chooser.dtype.itemsize, held)
+    w = Work(layer, tokens, chooser.dtype.itemsize, rung.decoded)
     keeps = rung.keeps(chooser.s.layers)
     stages = {keep: timeline.stage(w, keep) for keep in set(keeps)}
     outside = ends(chooser.s, tokens, layer.head_size, chooser.dtype, rung.chunks)

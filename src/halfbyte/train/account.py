@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from halfbyte.formats.packed import SLOTS
 from halfbyte.layers.linear import Linear4bit
@@ -23,6 +24,7 @@ from halfbyte.memory.rungs import Rung
 from halfbyte.memory.table import size
 from halfbyte.memory.watch import Watch
 from halfbyte.optim.adamw import AdamW
+from halfbyte.train import fusing
 
 PICTURE = "memory.png"
 RECORDED = 3
@@ -59,11 +61,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Account:
-    """chooser: of the run's plan. decoded: bytes of decoded weights that are held. started: resident bytes of the process before
-    anything was loaded. full: all weights learn."""
+    """chooser: of the run's plan. decoded: bytes of decoded weights that modules hold on a CPU. started: resident bytes of the
+    process before anything was loaded. full: all weights learn."""
 
     chooser: Chooser
-    model: nn.Module
+    model: PreTrainedModel
     optimizer: AdamW
     decoded: int
     started: int
@@ -88,8 +90,7 @@ class Account:
             found["other weights"] = other
         else:
             found |= {"packed weights": packed, "other weights": other}
-        if self.decoded:
-            found[DECODED] = self.decoded
+        found[DECODED] = fusing.decoded_bytes(self.model) if self.chooser.budget.kind == "cuda" else self.decoded
         if self.chooser.budget.kind == "cpu":
             found["context"] = self.started
         return {name: count for name, count in found.items() if count}

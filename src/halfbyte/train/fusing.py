@@ -59,8 +59,6 @@ def place(
         return _modules(compute, offload, device, decoded, why)
     layers = sum(isinstance(m, DecoderLayer) for m in model.modules())
     products: Products = Float8() if compute == "fp8" else Augmented()
-    if device.type == "cuda" and not products.holds:
-        decoded = Choice("off", "auto: the products are made in fp8")
     # Elsewhere the modules hold them (`layers.decoded`).
     done = prepare(model, rung.keeps(layers), products, in_place=True, decoded=device.type == "cuda" and decoded.value == "on")
     for line in done.reasons():
@@ -116,7 +114,13 @@ def use(model: PreTrainedModel, rung: Rung) -> None:
     for layer, keep in zip(layers, rung.keeps(len(layers)), strict=True):
         if isinstance(layer.fused, Fused):
             layer.fused.keep = keep
+            layer.fused.decode(rung.decoded)
             layer.gradient_checkpointing = False
+
+
+def decoded_bytes(model: PreTrainedModel) -> int:
+    """Of weights that fused layers hold decoded."""
+    return sum(fused.decoded_bytes for _, fused in _fused(model))
 
 
 def forget(model: PreTrainedModel) -> None:

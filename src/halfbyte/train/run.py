@@ -116,8 +116,9 @@ def compose(
     report.tell(f"base: {base.name}, {base.report.summary()}")
     chosen["attention"] = choosing.settle("attention", "auto", kept, lambda: Choice(_attention(base), "what the layers allow"))
     adapter = _adapter(recipe, base, report)
-    size = decoded.size if device.type == "cpu" else decoded.size_fused
-    chosen["decoded weights"] = choosing.decoded(device, size(base.model, base.compute), plan.spare)
+    wanted = decoded.size(base.model, base.compute) if device.type == "cpu" else 0
+    by_plan = Choice("on" if rung.decoded else "off", chooser.decoded_reason(rung))
+    chosen["decoded weights"] = choosing.decoded(wanted, plan.spare) if device.type == "cpu" else by_plan
     embedding = base.model.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
     checks.embeddings(prepared.train, base.tokenizer, embedding, trainable=embedding.requires_grad)
@@ -135,11 +136,13 @@ def compose(
     )
     for name in TOLD:
         report.tell(f"{name}: {chosen[name]}")
-    rung = replace(rung, offload=chosen["offload"].value == "on")
+    on = {name: chosen[name].value == "on" for name in ("offload", "decoded weights")}
+    rung = replace(rung, offload=on["offload"], decoded=on["decoded weights"] and device.type == "cuda")
     optimizer = AdamW(flat, recipe.optim, paged=rung.paged)
     steps = _ladder(plan, rung, base, optimizer, device)
-    held = size(base.model, base.compute) if chosen["decoded weights"].value == "on" else 0
-    account = Account(chooser, base.model, optimizer, held, started, recipe.adapter.kind == "none")
+    account = Account(
+        chooser, base.model, optimizer, wanted if on["decoded weights"] else 0, started, recipe.adapter.kind == "none"
+    )
     watch = account.watch(device, accounting.RECORDED if memory_timeline else None)
     parts = _parts(recipe, report, device, compute, base, adapter, optimizer, prepared, chosen, steps, watch)
     if stored is not None:
