@@ -166,7 +166,8 @@ def test_modules_are_planned_where_the_layers_run_so(monkeypatch: pytest.MonkeyP
     for kernels in ("fused", "reference"):
         monkeypatch.setattr("halfbyte.memory.choose.twin", lambda device, kernels=kernels: kernels)
         found[kernels] = plan(recipe_of("memory.microbatch=2", "memory.recompute=off"), here, config=QWEN3_8B)
-    assert found["reference"].bytes > found["fused"].bytes
+    held = sum(p.bytes for p in found["fused"].parts if p.name == "decoded weights")
+    assert found["reference"].bytes > found["fused"].bytes - held
     assert found["reference"].offload == "auto: only fused layers can"
 
 
