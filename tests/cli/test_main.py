@@ -123,6 +123,9 @@ def test_plan(cli: Cli, place: Path) -> None:
     assert said.code == 0 and "yes, it fits" in said.out and said.err == ""
     assert json.loads(cli("plan", "recipe.yaml", "--gpu", "24GiB", "--json").out)["fits"] is True
     assert json.loads(cli("plan", "--model", "model", "--gpu", "t4", "--json").out)["model"] == "model"
+    assert cli("plan", "recipe.yaml", "--gpu", "24GiB", "--timeline", str(place / "plan.png")).code == 0
+    assert (place / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert "is no picture" in cli("plan", "recipe.yaml", "--gpu", "24GiB", "--timeline", "plan.txt").err
     said = cli("plan", "recipe.yaml", "--gpu", "1MiB")
     assert said.code == 1 and "no, it does not fit" in said.out
     assert json.loads(cli("plan", "--json-schema").out)["title"] == "Plan"

@@ -31,6 +31,7 @@ def test_train_leaves_an_adapter(trained: Path, cli: Cli) -> None:
         "adapter/recipe.yaml",
         "metrics.jsonl",
         "loss.png",
+        "memory.png",
     ):
         assert (trained / "run" / name).is_file(), name
     again = cli("train", "recipe.yaml")

@@ -137,6 +137,22 @@ def test_decoded_weights_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(written) == 2 * 8 and not any(written)
 
 
+def test_decoded_weights_are_dropped_and_held_again_as_the_plan_counts_them() -> None:
+    model, adapter = _model("llama", NF4)
+    prepare(model, decoded=True)
+    hidden, expected = gradients_of(model, adapter)
+    layers = [m.fused for m in model.modules() if isinstance(m, DecoderLayer)]
+    for on in (False, True, True):
+        for one in layers:
+            assert isinstance(one, Fused)
+            one.decode(on)
+            groups = [p.group for p in (one.parts.qkv, one.parts.out, one.parts.inputs, one.parts.down)]
+            assert one.decoded_bytes == on * sum(4 * (g.rows + g.rank) * (g.width + g.rank) for g in groups)
+        assert all(g.held == on for g in _groups(model))
+        got_hidden, got = gradients_of(model, adapter)
+        assert torch.equal(got_hidden, hidden) and all(torch.equal(got[name], grad) for name, grad in expected.items())
+
+
 def test_what_changes_between_calls_is_noticed() -> None:
     model, adapter = _model("llama", NF4)
     prepare(model)

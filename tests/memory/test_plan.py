@@ -31,11 +31,19 @@ def recipe_of(*overrides: str) -> Recipe:
     return recipe_from({"model": "m", "data": {"train": "a.jsonl"}}, list(overrides))
 
 
+def test_products_in_fp8_hold_no_decoded_weights() -> None:
+    found = plan(recipe_of("compute=fp8"), "h200", config=QWEN3_8B)
+    assert not any(rung.decoded for rung in found.rungs)
+
+
 def test_8b_on_cards() -> None:
     """An 8B fits a 12 GB card with something computed again or away, a 141 GiB one keeps everything, and a 4 GB one is refused."""
     small, large = (plan(recipe_of(), card, config=QWEN3_8B) for card in ("rtx3060", "h200"))
     assert small.fits and (small.recompute != "none" or small.offloaded)
     assert large.fits and large.recompute == "none" and not large.offloaded
+    assert large.rung.decoded and not small.rung.decoded, "decoded weights are held where there is room"
+    sizes = {p.name: p.bytes for p in large.parts}
+    assert sizes["decoded weights"] > 13 << 30 and "decode scratch" not in sizes and sum(sizes.values()) == large.bytes
     none = plan(recipe_of(), "4GiB", config=QWEN3_8B)
     assert not none.fits and none.advice and none.spare < 0
     with pytest.raises(MemoryPlanError, match=r"needs .* GiB and 4GiB has 3.88 GiB") as caught:
@@ -158,14 +166,19 @@ def test_modules_are_planned_where_the_layers_run_so(monkeypatch: pytest.MonkeyP
     for kernels in ("fused", "reference"):
         monkeypatch.setattr("halfbyte.memory.choose.twin", lambda device, kernels=kernels: kernels)
         found[kernels] = plan(recipe_of("memory.microbatch=2", "memory.recompute=off"), here, config=QWEN3_8B)
-    assert found["reference"].bytes > found["fused"].bytes
+    assert found["reference"].bytes > plain(found["fused"])
     assert found["reference"].offload == "auto: only fused layers can"
 
 
+def plain(found: Plan) -> int:
+    """Bytes without decoded weights, which are held only because there is room."""
+    return found.bytes - sum(p.bytes for p in found.parts if p.name == "decoded weights")
+
+
 def test_format_and_length_change_the_bytes() -> None:
-    base = plan(recipe_of("memory.microbatch=1"), "80GiB", config=QWEN3_8B).bytes
-    assert plan(recipe_of("memory.microbatch=1", "format=none"), "80GiB", config=QWEN3_8B).bytes > base + 9 * GIB
-    assert plan(recipe_of("memory.microbatch=1", "data.tokens=4096"), "80GiB", config=QWEN3_8B).bytes > base
+    base = plain(plan(recipe_of("memory.microbatch=1"), "80GiB", config=QWEN3_8B))
+    assert plain(plan(recipe_of("memory.microbatch=1", "format=none"), "80GiB", config=QWEN3_8B)) > base + 9 * GIB
+    assert plain(plan(recipe_of("memory.microbatch=1", "data.tokens=4096"), "80GiB", config=QWEN3_8B)) > base
 
 
 def test_json_is_what_the_schema_says() -> None:

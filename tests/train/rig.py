@@ -15,6 +15,7 @@ import torch
 from halfbyte.checkpoints import resume
 from halfbyte.kernels.cross_entropy import Head
 from halfbyte.memory.rungs import Rung
+from halfbyte.memory.watch import Watch
 from halfbyte.objectives.config import LossConfig
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.config import OptimConfig
@@ -131,6 +132,7 @@ def build(
         device=torch.device("cpu"),
         autocast=None if compute == torch.float32 else compute,
         ladder=Ladder(Rung(microbatch, False), torch.device("cpu")),
+        watch=Watch(torch.device("cpu")),
         row_tokens=TOKENS,
         total_steps=steps,
         checkpoints=output / "checkpoints",

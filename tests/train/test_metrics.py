@@ -15,7 +15,7 @@ from rich.console import Console
 
 from halfbyte.train import metrics
 from halfbyte.train.metrics import JsonLines
-from halfbyte.train.progress import Display, clock
+from halfbyte.train.progress import Display, clock, memory
 from halfbyte.train.report import Report
 from halfbyte.train.state import State
 
@@ -123,10 +123,17 @@ def test_progress_is_plain_lines_where_there_is_no_terminal() -> None:
     display.tell("[red]not markup")
     display.end()
     first, last, scores, words = out.getvalue().splitlines()
-    assert first.startswith("step 1/10  loss 1.0000  lr 1.00e-04  1,234 tok/s  2.0 GiB  left 1:01")
+    assert first.startswith("step 1/10  loss 1.0000  lr 1.00e-04  1,234 tok/s  2.00 GiB  left 1:01")
     assert last.startswith("step 10/10  loss skipped")
     assert scores == "step 10: held-out loss 2.0000, perplexity 7.39, token accuracy 50.0% (chats, 99 tokens)"
     assert words == "[red]not markup"
+
+
+def test_progress_has_the_plan_beside_the_truth() -> None:
+    cpu = {"memory_mib": 512.4, "planned_mib": 500.0, "resident_mib": 510.0}
+    assert memory(cpu) == "512 MiB (plan 500)"
+    gpu = {"memory_mib": 2048.0, "planned_mib": 2000.0, "allocated_mib": 900.0, "reserved_mib": 2150.4, "driver_mib": 3072.0}
+    assert memory(gpu) == "2.00 GiB (plan 1.95, reserved 2.10, driver 3.00)"
 
 
 def test_clock() -> None:

@@ -29,7 +29,7 @@ from support import write_jsonl
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("cache")]
 
 
-def run(files: Path, output: Path, *overrides: str, on_event: Any = None) -> Result:
+def run(files: Path, output: Path, *overrides: str, on_event: Any = None, memory_timeline: bool = False) -> Result:
     data = {
         "model": str(files / "model"),
         "compute": "fp32",
@@ -37,7 +37,7 @@ def run(files: Path, output: Path, *overrides: str, on_event: Any = None) -> Res
         "train": {"batch": 4, "max_steps": 8, "lr": 1e-2, "eval_every": 3, "save_every": 2},
         "output": str(output),
     }
-    return train(recipe_from(data, list(overrides)), on_event=on_event)
+    return train(recipe_from(data, list(overrides)), on_event=on_event, memory_timeline=memory_timeline)
 
 
 def newest(output: Path) -> Contents:
@@ -70,6 +70,23 @@ def test_qlora_leaves_what_the_summary_says(files: Path, tmp_path: Path) -> None
     again = load_recipe(result.adapter / peft.RECIPE)
     assert again.train.lr == 1e-2
     assert "<|im_start|>" in (result.adapter / peft.TEMPLATE).read_text()
+
+
+def test_memory_is_told_beside_its_plan_and_drawn(files: Path, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    result = run(files, tmp_path / "run", "train.max_steps=4", on_event=events.append, memory_timeline=True)
+    found = [e for e in events if e["kind"] == "train"]
+    assert all(e["planned_mib"] > 0 and 0 < e["resident_mib"] <= 1.01 * e["memory_mib"] for e in found)
+    memory = result.memory
+    for name in ("packed weights", "adapter", "gradients", "optimizer"):
+        assert memory.planned[name] == memory.actual[name] > 0, name
+    # Rotary frequencies are no weights.
+    assert memory.planned["other weights"] == pytest.approx(memory.actual["other weights"], rel=0.01)
+    assert sum(memory.planned.values()) == memory.planned_peak and sum(memory.actual.values()) >= memory.peak > 0
+    for text in ("memory by part", "packed weights", "the step", "in all", f"(planned {memory.planned_peak / 2**30:.2f})"):
+        assert text in result.summary
+    assert (tmp_path / "run" / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["memory"]["planned_peak"] == memory.planned_peak
 
 
 def test_the_exported_adapter_is_the_trained_one(files: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import typer
 
 
@@ -11,6 +13,7 @@ def plan(
     model: str | None = typer.Option(None, "--model", "-m", help="Plan the default recipe of this model instead of a file."),
     gpu: str | None = typer.Option(None, "--gpu", help="Budget: a card such as rtx4090, or a size such as 24GiB."),
     as_json: bool = typer.Option(False, "--json", help="Print the plan as JSON."),
+    timeline: Path | None = typer.Option(None, "--timeline", help="Draw the parts over one step into this .png, .svg or .pdf."),
     json_schema: bool = typer.Option(False, "--json-schema", help="Print the JSON schema of --json and stop."),
 ) -> None:
     """Print the bytes of every part of a run, and say yes or no: does it fit? Loads no weights.
@@ -20,8 +23,9 @@ def plan(
     """
     from halfbyte.cli import recipes
     from halfbyte.cli.console import console, emit
+    from halfbyte.memory import picture
+    from halfbyte.memory.plan import chooser, settled
     from halfbyte.memory.plan import json_schema as schema
-    from halfbyte.memory.plan import plan as make
     from halfbyte.memory.table import render
 
     if json_schema:
@@ -29,7 +33,10 @@ def plan(
         return
     data = ["python-docs"] if model and recipe is None else None
     chosen = recipes.resolve(recipe, overrides or [], model=model, data=data)
-    found = make(chosen, gpu)
+    made = chooser(chosen, gpu)
+    found = settled(made)
+    if timeline is not None:
+        picture.of_plan(timeline, made, found)
     if as_json:
         emit(found.as_dict())
     else:

@@ -18,6 +18,9 @@ def train(
     data: list[str] = typer.Option(None, "--data", "-d", help="Training data: file, directory, Hub id or python-docs."),
     show: bool = typer.Option(False, "--show", help="Print the resolved recipe and stop."),
     as_json: bool = typer.Option(False, "--json", help="Print events as JSON, one a line, instead of words."),
+    memory_timeline: bool = typer.Option(
+        False, "--memory-timeline", help="Record the memory of one step, and draw it over the plan's in memory.png."
+    ),
 ) -> None:
     """Train an adapter. Run the same command again to resume a stopped run.
 
@@ -31,10 +34,10 @@ def train(
     if show:
         recipes.show(chosen)
     else:
-        _train(chosen, as_json)
+        _train(chosen, as_json, memory_timeline)
 
 
-def _train(recipe: Recipe, as_json: bool) -> None:
+def _train(recipe: Recipe, as_json: bool, memory_timeline: bool) -> None:
     # Segments that grow leave no holes between blocks: reserved memory stays near allocated. Read before the first allocation,
     # under its new name or the old one; what the user has set under either stays all there is.
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -45,6 +48,6 @@ def _train(recipe: Recipe, as_json: bool) -> None:
     from halfbyte.cli.console import emit_line
     from halfbyte.train.run import train as run
 
-    result = run(recipe, on_event=emit_line if as_json else None)
+    result = run(recipe, on_event=emit_line if as_json else None, memory_timeline=memory_timeline)
     if as_json:
         emit_line({"kind": "done", **asdict(result)})

@@ -18,7 +18,6 @@ from torch import nn
 
 from halfbyte import machine
 from halfbyte.kernels.dequantize import dequantize
-from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.linear import Linear4bit
 
 log = logging.getLogger("halfbyte")
@@ -51,14 +50,6 @@ def held(model: nn.Module, dtype: torch.dtype, *, limit: int | None = None) -> I
 def size(model: nn.Module, dtype: torch.dtype) -> int:
     """Bytes that `held` would take for what it does not hold yet."""
     return sum(layer.packed.numel for layer in _layers(model)) * dtype.itemsize
-
-
-def size_fused(model: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes that the weights of all decoder layers take decoded, with the adapters beside them."""
-    inside = {id(m): m for layer in model.modules() if isinstance(layer, DecoderLayer) for m in layer.modules()}
-    numbers = sum(m.packed.numel for m in inside.values() if isinstance(m, Linear4bit))
-    ranks = sum(p.numel() for m in inside.values() for name, p in m.named_parameters(recurse=False) if name.startswith("lora_"))
-    return (numbers + ranks) * dtype.itemsize
 
 
 def _layers(model: nn.Module) -> list[Linear4bit]:

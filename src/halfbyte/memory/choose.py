@@ -87,7 +87,7 @@ class Chooser:
         """Predicted for a step of fused layers."""
         assert self.layer is not None
         task = self._task(rung.microbatch)
-        w = Work(self.layer, task.tokens, self.dtype.itemsize)
+        w = Work(self.layer, task.tokens, self.dtype.itemsize, rung.decoded)
         return search.seconds(task, w, self.rates, rung.keeps(self.s.layers), rung.paged, rung.chunks)
 
     def _ladder(self, rungs: list[Rung]) -> list[Rung]:
@@ -122,11 +122,30 @@ class Chooser:
             room=self.budget.bytes,
             fixed=sum(p.bytes for p in fixed) + s.layers * self.layer.beside(self.dtype.itemsize),
             moments={paged: paging.moments(s.padded, bits, paged).bytes for paged in self.paging()[0]},
+            decoded=self.decoded(),
             logits={n: end.logits for n, end in marks.items()},
             tables=marks[1].tables,
             numbers=s.padded,
             bits=bits,
         )
+
+    def decoded(self) -> dict[bool, int]:
+        """Bytes of decoded weights, by whether they are held: what may be. Products in fp8 read others (`Products.holds`)."""
+        assert self.layer is not None
+        size = self.s.layers * self.layer.decoded(self.dtype.itemsize)
+        return {False: 0} if self.compute == "fp8" or not self.s.report.packed else {False: 0, True: size}
+
+    def decoded_reason(self, rung: Rung) -> str:
+        """Whether fused layers hold decoded weights, and why."""
+        if self.layer is None:
+            return "auto: on a GPU only fused layers hold them"
+        if self.compute == "fp8":
+            return "auto: the products are made in fp8"
+        size = self.decoded().get(True, 0)
+        if not size:
+            return "auto: there is nothing to decode"
+        why = "no product decodes" if rung.decoded else "the fastest plan that fits does without"
+        return f"auto: they take {gib(size)}; {why}"
 
     def host(self) -> int | None:
         """Bytes of host memory that layers may pin; None where the recipe insists."""

@@ -72,6 +72,10 @@ class Layer:
         """Numbers of a token's keys, and as many of its values."""
         return self.kv_heads * self.head_size
 
+    def decoded(self, c: int) -> int:
+        """Bytes of the matrices that are not held yet, if they were: weights in a format, decoded."""
+        return sum(group.matrix(c) for group in (self.qkv, self.out, self.inputs, self.down))
+
     def beside(self, c: int) -> int:
         """Bytes of adapters in the compute dtype beside held weights."""
         return sum(group.beside(c) for group in (self.qkv, self.out, self.inputs, self.down))

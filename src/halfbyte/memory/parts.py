@@ -164,7 +164,7 @@ def ends(s: Shapes, tokens: int, head_size: int, dtype: torch.dtype, chunks: int
 
 def fused_activations(s: Shapes, layer: fused.Layer, tokens: int, rung: Rung, dtype: torch.dtype) -> list[Part]:
     """Fused layers on a GPU at the largest moment of a microbatch: what waits for backward, and what comes and goes."""
-    w = Work(layer, tokens, dtype.itemsize)
+    w = Work(layer, tokens, dtype.itemsize, rung.decoded)
     keeps = rung.keeps(s.layers)
     stages = {keep: timeline.stage(w, keep) for keep in set(keeps)}
     top = timeline.peak([stages[keep] for keep in keeps], ends(s, tokens, layer.head_size, dtype, rung.chunks))
@@ -181,6 +181,7 @@ def fused_activations(s: Shapes, layer: fused.Layer, tokens: int, rung: Rung, dt
         Part(top.name, passing, notes[top.name], grows=True),
         Part("decode scratch", top.scratch, "the weights of one product, decoded, with the adapters beside them"),
         Part("attention workspace", top.library, "of the library's backward", grows=True),
+        Part("decoded weights", s.layers * layer.decoded(dtype.itemsize) * rung.decoded, "held with the adapters beside them"),
         Part("matrices", s.layers * layer.beside(dtype.itemsize), "adapters in the compute dtype beside the weights in 16 bits"),
     ]
 

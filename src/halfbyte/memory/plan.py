@@ -29,7 +29,7 @@ from halfbyte.memory.rungs import Rung, below
 from halfbyte.memory.shapes import shapes, skeleton
 from halfbyte.memory.speed import Rates
 
-__all__ = ["ASKED", "Neighbour", "Parameters", "Plan", "compute_of", "json_schema", "plan"]
+__all__ = ["ASKED", "Neighbour", "Parameters", "Plan", "chooser", "compute_of", "json_schema", "plan", "settled"]
 
 VERSION = 3
 MORE = 2 << 30
@@ -131,14 +131,25 @@ def plan(recipe: Recipe, budget: str | Budget | None = None, *, config: dict[str
 
     Raises RecipeError for a budget that is not understood; a plan that does not fit is returned, not raised (see `Plan.require`).
     """
+    return settled(chooser(recipe, budget, config=config))
+
+
+def chooser(
+    recipe: Recipe, budget: str | Budget | None = None, *, config: dict[str, Any] | PretrainedConfig | None = None
+) -> Chooser:
+    """What `plan` chooses with; for who also wants the plan's curve (`memory.curve`)."""
     given = budget if isinstance(budget, Budget) else budget_of(budget or recipe.memory.gpu)
     if config is None:
         config = description.config_of(hub.locate(recipe.model, weights=False).path)
     compute = compute_of(recipe, given)
     s = shapes(skeleton(config, DTYPES[compute]), recipe.format, recipe.adapter)
-    chooser = Chooser(s, recipe, given, compute, rates_of(recipe, given, DTYPES[compute]))
+    return Chooser(s, recipe, given, compute, rates_of(recipe, given, DTYPES[compute]))
+
+
+def settled(chooser: Chooser) -> Plan:
+    """The plan of a recipe on a device."""
     rungs = chooser.rungs()
-    best = next((rung for rung in rungs if rung.bytes <= given.bytes), None)
+    best = next((rung for rung in rungs if rung.bytes <= chooser.budget.bytes), None)
     return _plan(chooser, rungs, best or min(rungs, key=lambda rung: rung.bytes))
 
 

@@ -22,7 +22,8 @@ class Rung:
     """microbatch: rows at once. recompute: of anything in any layer. offload: something that layers keep waits in host memory.
     paged: the optimizer's moments do. chunks: how many times smaller than usual the chunks of the loss are. bytes: planned, in
     all. lean, rest: what `lean_layers` fused layers keep, and what the others do (`Keep.spec`); "" where recompute and offload say
-    all: every layer then keeps everything or its input. seconds: predicted for a step, 0 where it is not."""
+    all: every layer then keeps everything or its input. seconds: predicted for a step, 0 where it is not. decoded: fused layers
+    hold their weights decoded too."""
 
     microbatch: int
     recompute: bool
@@ -34,6 +35,7 @@ class Rung:
     lean_layers: int = 0
     rest: str = ""
     seconds: float = 0.0
+    decoded: bool = False
 
     def keeps(self, layers: int) -> list[Keep]:
         """What each of so many fused layers keeps.
@@ -54,6 +56,8 @@ class Rung:
             found.append(f"the loss in chunks {self.chunks} times smaller")
         if self.paged:
             found.append("AdamW's moments are in host memory")
+        if self.decoded:
+            found.append("decoded weights are held")
         return ", ".join(found)
 
     def kept(self) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,8 @@ BESIDE = 0.05
 class Task:
     """layers: how many. tokens: of a microbatch; document: of a usual one. recompute, offload: what the recipe asks for. host:
     bytes of host memory that may be pinned for layers, None for any. room: bytes of the budget. fixed: bytes that are always there;
-    moments: bytes of AdamW's on the device, by whether they are paged. logits: bytes of the loss's chunk, by how many times smaller
+    moments: bytes of AdamW's on the device, by whether they are paged. decoded: bytes of decoded weights, by whether they are held.
+    logits: bytes of the loss's chunk, by how many times smaller
     it is than usual. tables: see `timeline.Ends`. numbers, bits: of the optimizer."""
 
     layers: int
@@ -56,6 +57,7 @@ class Task:
     room: int
     fixed: int
     moments: dict[bool, int]
+    decoded: dict[bool, int]
     logits: dict[int, int]
     tables: int
     numbers: int
@@ -92,7 +94,7 @@ class Option:
 
 def options(task: Task, w: Work, rates: Rates) -> list[Option]:
     """The choices for one layer, less those that another one beats in everything."""
-    cost = speed.layer_cost(w.layer, task.tokens, task.document, w.c, rates)
+    cost = _cost(task, w, rates)
     found = []
     for keep in keeps(task):
         found.append(Option(timeline.stage(w, keep), _again(cost, keep, task.tokens, rates)))
@@ -111,12 +113,17 @@ def options(task: Task, w: Work, rates: Rates) -> list[Option]:
 
 def seconds(task: Task, w: Work, rates: Rates, keeps: Sequence[Keep], paged: bool, chunks: int) -> float:
     """Predicted for a step with what each layer keeps."""
-    cost = speed.layer_cost(w.layer, task.tokens, task.document, w.c, rates)
+    cost = _cost(task, w, rates)
     sent = sum(sum(tape.away(w, keep)) for keep in keeps) / rates.bus
     back = task.layers * cost.backward + sum(_again(cost, keep, task.tokens, rates) for keep in keeps)
     layers = max(task.layers * cost.forward, sent) + max(back, sent) + 2 * BESIDE * sent
     beside = speed.ends_cost(task.tokens, task.hidden, task.vocabulary, w.c, rates, chunks)
     return task.microbatches * (layers + beside) + speed.optimizer_cost(task.numbers, task.bits, paged, rates)
+
+
+def _cost(task: Task, w: Work, rates: Rates) -> speed.Cost:
+    """Of one layer."""
+    return speed.layer_cost(w.layer, task.tokens, task.document, w.c, rates, w.held)
 
 
 def _again(cost: speed.Cost, keep: Keep, tokens: int, rates: Rates) -> float:
@@ -126,22 +133,28 @@ def _again(cost: speed.Cost, keep: Keep, tokens: int, rates: Rates) -> float:
 
 def rungs(task: Task, w: Work, rates: Rates) -> list[Rung]:
     """Those of one number of rows at once that no other one of them beats, exactly counted; fastest first."""
-    choices = options(task, w, rates)
-    cost = speed.layer_cost(w.layer, task.tokens, task.document, w.c, rates)
     found: list[Rung] = []
+    for decoded in (held for held, size in task.decoded.items() if not held or task.fixed + size < task.room):
+        found += _with(task, replace(w, held=decoded), rates)
+    return fastest(found)
+
+
+def _with(task: Task, w: Work, rates: Rates) -> Iterator[Rung]:
+    """The same with decoded weights held, or not."""
+    choices = options(task, w, rates)
+    cost = _cost(task, w, rates)
     for chunks, paged in itertools.product(task.logits, task.moments):
         ends = Ends(task.tokens * task.hidden * w.c, task.logits[chunks], task.tables)
         bytes_, times, index = _pairs(task, choices, cost, ends, rates)
         beside = speed.ends_cost(task.tokens, task.hidden, task.vocabulary, w.c, rates, chunks)
         step = speed.optimizer_cost(task.numbers, task.bits, paged, rates)
-        for at in _front(bytes_, times, task.room - task.fixed - task.moments[paged]):
+        for at in _front(bytes_, times, task.room - task.fixed - task.moments[paged] - task.decoded[w.held]):
             a, b, k = np.unravel_index(index[at], (len(choices), len(choices), task.layers + 1))
             whole = task.microbatches * (float(times[at]) + beside) + step
-            found.append(_rung(task, choices[a].stage, choices[b].stage, int(k), ends, chunks, paged, whole))
-    return fastest(found)
+            yield _rung(task, choices[a].stage, choices[b].stage, int(k), ends, chunks, paged, w.held, whole)
 
 
-def _rung(task: Task, a: Stage, b: Stage, k: int, ends: Ends, chunks: int, paged: bool, seconds: float) -> Rung:
+def _rung(task: Task, a: Stage, b: Stage, k: int, ends: Ends, chunks: int, paged: bool, decoded: bool, seconds: float) -> Rung:
     lean, rest = (a, b) if k else (b, b)
     rung = Rung(
         task.microbatch,
@@ -153,10 +166,11 @@ def _rung(task: Task, a: Stage, b: Stage, k: int, ends: Ends, chunks: int, paged
         lean_layers=k,
         rest=rest.keep.spec(),
         seconds=seconds,
+        decoded=decoded,
     )
     by_keep = {s.keep: s for s in (lean, rest)}
     top = timeline.peak([by_keep[keep] for keep in rung.keeps(task.layers)], ends)
-    return Rung(**{**vars(rung), "bytes": task.fixed + task.moments[paged] + top.bytes})
+    return Rung(**{**vars(rung), "bytes": task.fixed + task.moments[paged] + task.decoded[decoded] + top.bytes})
 
 
 def _pairs(

@@ -88,6 +88,12 @@ class AdamW:
         self.moments = moments
         self.pieces = [(values[span], grads[span], self.rule.part(span)) for span in spans]
 
+    @property
+    def resident_bytes(self) -> int:
+        """Of moments on the device; the two chunks of them that are there where they are paged."""
+        there = self.resident if self.pages is None else self.pages.slots
+        return sum(field.nbytes for moments in there for field in moments.fields())
+
     def state_dict(self) -> dict[str, Tensor]:
         """Step `count`, and the moments a parameter in its shape (`first.NAME`, `second.NAME`); 8-bit ones as they are, their
         scales beside them (`first_scales.NAME`, one for 256 elements). Views, not copies: of host memory while they are paged."""

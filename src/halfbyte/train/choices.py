@@ -26,9 +26,7 @@ ROUNDS = 3
 KEPT = "; kept from the checkpoint"
 UNTIMED = "auto: a deterministic run chooses nothing by the clock"
 ROOM = 4
-"""On a CPU decoded weights are held when the plan leaves this many times their size: other programs want memory too."""
-ROOM_GPU = 1.5
-"""On a GPU: the plan is off by a few per cent, and the allocator needs air."""
+"""Decoded weights are held on a CPU when the plan leaves this many times their size: other programs want memory too."""
 
 
 @dataclass(frozen=True)
@@ -86,20 +84,17 @@ def threads(device: torch.device) -> Choice:
     return Choice(best, "auto: measured, " + ", ".join(f"{count} threads {1e3 * seconds[count]:.1f} ms" for count in candidates))
 
 
-def decoded(device: torch.device, wanted: int, spare: int) -> Choice:
-    """Whether decoded weights stay in memory during the run, `on` or `off`; the numbers are the same bits, so it is never kept.
+def decoded(wanted: int, spare: int) -> Choice:
+    """Whether modules on a CPU hold decoded weights during the run, `on` or `off`; the same bits, so it is never kept.
 
-    wanted: bytes that they take. spare: bytes that the plan leaves free. On a GPU fused layers hold them (`fusing.place`).
+    wanted: bytes that they take. spare: bytes that the plan leaves free. On a GPU the plan decides (`Rung.decoded`).
     """
     if not wanted:
         return Choice("off", "auto: there is nothing to decode")
-    room: float = ROOM
     gain = "decoding would cost as much as some tens of tokens a product"
-    if device.type == "cuda":
-        room, gain = ROOM_GPU, "decoding would cost every step 2 % (8B, 8,192 tokens, H200)"
     told = f"they take {wanted / 2**20:,.0f} MiB, the plan leaves {max(spare, 0) / 2**20:,.0f} MiB"
-    if spare < room * wanted:
-        return Choice("off", f"auto: {told}, less than {room:g} times as much; each product decodes its weight afresh")
+    if spare < ROOM * wanted:
+        return Choice("off", f"auto: {told}, less than {ROOM} times as much; each product decodes its weight afresh")
     return Choice("on", f"auto: {told}; {gain}")
 
 

@@ -15,11 +15,10 @@ from halfbyte.config import Recipe
 from halfbyte.data.prepare import Prepared
 from halfbyte.errors import CheckpointError
 from halfbyte.export import model
-from halfbyte.memory import measure
-from halfbyte.memory.plan import Plan
 from halfbyte.memory.rungs import Rung
 from halfbyte.recipe import dump
 from halfbyte.train import loop, metrics
+from halfbyte.train.account import PICTURE, Account, Memory
 from halfbyte.train.progress import clock
 from halfbyte.train.report import Report
 from halfbyte.train.state import Parts, State
@@ -33,7 +32,8 @@ class Result:
 
     loss_before, loss_after: of the first and the last log line. eval_before, eval_after: scores of every held-out set before
     the first step and of the exported weights: loss, perplexity, accuracy, tokens. samples: prompt, step, answer. shortages: when
-    memory ran short: step, why, and the rung that was taken.
+    memory ran short: step, why, and the rung that was taken. memory_bytes: the peak of the whole run; memory: plan and truth of
+    its steps, by part.
     """
 
     adapter: Path
@@ -50,22 +50,24 @@ class Result:
     seconds: float
     tokens_per_s: float
     memory_bytes: int
+    memory: Memory
     samples: list[dict[str, Any]] = field(default_factory=list)
     shortages: list[dict[str, Any]] = field(default_factory=list)
     summary: str = ""
 
 
-def plot(parts: Parts, output: Path, name: str) -> None:
-    """Write `loss.png` from `metrics.jsonl`; a full disk is told and passed over."""
+def plot(parts: Parts, account: Account, output: Path, name: str) -> None:
+    """Write `loss.png` from `metrics.jsonl`, and `memory.png`; a full disk is told and passed over."""
     assert isinstance(parts.report, Report)
     try:
         metrics.plot(parts.report.metrics.read(), output / PLOT, name)
+        account.draw(output, name, parts.ladder.rung, parts.watch)
     except OSError as error:
         parts.report.tell(f"WARNING: {output / PLOT} was not written: {error.strerror}")
 
 
 def hand_over(
-    recipe: Recipe, base: Base, adapter: Adapter, prepared: Prepared, parts: Parts, state: State, plan: Plan, report: Report
+    recipe: Recipe, base: Base, adapter: Adapter, prepared: Prepared, parts: Parts, state: State, account: Account, report: Report
 ) -> Result:
     """Export the adapter, write `summary.json`, print the summary."""
     step = _choose_weights(parts, state, report)
@@ -75,8 +77,8 @@ def hand_over(
         where = model.save(base, output / "model", template, {peft.RECIPE: settings})
     else:
         where = peft.save(adapter, output / "adapter", base, {peft.RECIPE: settings, peft.TEMPLATE: template})
-    result = _result(parts, state, output, where, step, report)
-    text = summary(recipe, result, plan, loop.finished(parts, state) if state.step < parts.total_steps else "")
+    result = _result(parts, account, state, output, where, step, report)
+    text = summary(recipe, result, loop.finished(parts, state) if state.step < parts.total_steps else "")
     (output / SUMMARY).write_text(json.dumps({**asdict(result), "summary": text}, indent=1, default=str) + "\n")
     report.tell(text)
     return Result(**{**_fields(result), "summary": text})
@@ -97,7 +99,7 @@ def _choose_weights(parts: Parts, state: State, report: Report) -> int:
     return state.best_step
 
 
-def _result(parts: Parts, state: State, output: Path, where: Path, step: int, report: Report) -> Result:
+def _result(parts: Parts, account: Account, state: State, output: Path, where: Path, step: int, report: Report) -> Result:
     events = report.metrics.read()
     losses = [e["loss"] for e in events if e["kind"] == "train" and e["loss"] is not None]
     scores = {e["step"]: e["sets"] for e in state.evaluations}
@@ -115,7 +117,8 @@ def _result(parts: Parts, state: State, output: Path, where: Path, step: int, re
         skipped=state.skipped,
         seconds=round(state.seconds, 1),
         tokens_per_s=round(state.step * parts.config.batch * parts.row_tokens / max(state.seconds, 1e-9), 1),
-        memory_bytes=measure.peak(parts.device),
+        memory_bytes=parts.watch.whole,
+        memory=account.memory(parts.ladder.rung, parts.watch),
         samples=state.samples,
         shortages=state.shortages,
     )
@@ -125,14 +128,16 @@ def _fields(result: Result) -> dict[str, Any]:
     return {name: getattr(result, name) for name in Result.__dataclass_fields__}
 
 
-def summary(recipe: Recipe, result: Result, plan: Plan, cut: str = "") -> str:
+def summary(recipe: Recipe, result: Result, cut: str = "") -> str:
     """What was trained, how well, where it is, what to do next. cut: why the run ended before its last step, if it did."""
+    memory = result.memory
     what = "all weights" if recipe.adapter.kind == "none" else f"a LoRA adapter of rank {recipe.adapter.rank}"
     lines = [
         "",
         f"Trained {what} ({result.trained_parameters:,} parameters) on {recipe.model.name} in {recipe.format.kind}",
         f"  {result.steps} steps, {result.trained_tokens:,} learned tokens, {clock(result.seconds)} of training, "
-        f"{result.tokens_per_s:,.0f} tokens/s, peak {result.memory_bytes / 2**30:.2f} GiB (planned {plan.bytes / 2**30:.2f})",
+        f"{result.tokens_per_s:,.0f} tokens/s, peak {memory.peak / 2**30:.2f} GiB (planned {memory.planned_peak / 2**30:.2f})",
+        *memory.lines(),
     ]
     if cut:
         lines.append(f"  ended early by {cut}; raise it and run the same command again to go on")
@@ -152,7 +157,7 @@ def summary(recipe: Recipe, result: Result, plan: Plan, cut: str = "") -> str:
     lines += [
         "",
         f"{'Model' if whole else 'Adapter'}:  {result.adapter}",
-        f"Plot:     {result.output / PLOT}",
+        f"Plots:    {result.output / PLOT}, {result.output / PICTURE}",
         f"Numbers:  {result.output / metrics.METRICS}",
         "",
         "Next:",

@@ -114,7 +114,13 @@ def use(model: PreTrainedModel, rung: Rung) -> None:
     for layer, keep in zip(layers, rung.keeps(len(layers)), strict=True):
         if isinstance(layer.fused, Fused):
             layer.fused.keep = keep
+            layer.fused.decode(rung.decoded)
             layer.gradient_checkpointing = False
+
+
+def decoded_bytes(model: PreTrainedModel) -> int:
+    """Of weights that fused layers hold decoded."""
+    return sum(fused.decoded_bytes for _, fused in _fused(model))
 
 
 def forget(model: PreTrainedModel) -> None:

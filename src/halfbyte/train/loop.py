@@ -58,7 +58,8 @@ def steps(parts: Parts, state: State, stop: Stop, pending: list[Outcome]) -> Non
     """Step, log, evaluate, save, until the run is over or asked to stop; pending: steps whose numbers were not read yet."""
     while not stop and not finished(parts, state):
         started = time.monotonic()
-        outcome = one_step(parts, state, stop)
+        with parts.watch.step():
+            outcome = one_step(parts, state, stop)
         state.seconds += time.monotonic() - started
         if outcome is None:
             break
@@ -121,14 +122,15 @@ def survey(parts: Parts, state: State, stop: Stop) -> None:
     due_now = state.step == 0 or bool(finished(parts, state)) or due(state.step, parts.config.eval_every)
     if not due_now or state.evaluated == state.step:
         return
-    scores = rewinding(parts, state, lambda: evaluate(parts, stop), lambda: None)
-    if scores is None:
-        return
-    record(parts, state, scores)
-    for prompt, answer in zip(parts.config.prompts, parts.answers(parts.config.prompts), strict=True):
-        sample = {"kind": "sample", "step": state.step, "prompt": prompt, "answer": answer}
-        state.samples.append(sample)
-        parts.report.event(sample)
+    with parts.watch.aside():
+        scores = rewinding(parts, state, lambda: evaluate(parts, stop), lambda: None)
+        if scores is None:
+            return
+        record(parts, state, scores)
+        for prompt, answer in zip(parts.config.prompts, parts.answers(parts.config.prompts), strict=True):
+            sample = {"kind": "sample", "step": state.step, "prompt": prompt, "answer": answer}
+            state.samples.append(sample)
+            parts.report.event(sample)
     state.evaluated = state.step
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from halfbyte.errors import TrainingError
-from halfbyte.memory import measure
 from halfbyte.train.state import Parts, State
 
 METRICS = "metrics.jsonl"
-TIMES = ("seconds", "tokens_per_s", "memory_mib", "left_s")
+MEMORY = ("memory_mib", "planned_mib", "resident_mib", "allocated_mib", "reserved_mib", "driver_mib")
+TIMES = ("seconds", "tokens_per_s", "left_s", *MEMORY)
 """Keys of a `train` line that differ between two identical runs."""
 
 
@@ -42,7 +42,7 @@ def log(parts: Parts, state: State) -> None:
         "trained_tokens": state.trained_tokens,
         "skipped": state.skipped,
         "tokens_per_s": round(rows * parts.row_tokens / seconds, 1),
-        "memory_mib": round(measure.peak(parts.device) / 2**20, 1),
+        **parts.watch.event(parts.ladder.rung),
         "seconds": round(state.seconds, 3),
         "left_s": round(left(parts, state), 1),
     }

@@ -83,8 +83,8 @@ class Display:
 
     def _train(self, event: dict[str, Any]) -> None:
         loss = "skipped" if event["loss"] is None else f"{event['loss']:.4f}"
-        memory = f"{event['memory_mib'] / 1024:.1f} GiB" if event["memory_mib"] >= 1024 else f"{event['memory_mib']:.0f} MiB"
-        text = f"loss {loss}  lr {event['lr']:.2e}  {event['tokens_per_s']:,.0f} tok/s  {memory}  left {clock(event['left_s'])}"
+        speed, left = f"{event['tokens_per_s']:,.0f} tok/s", clock(event["left_s"])
+        text = f"loss {loss}  lr {event['lr']:.2e}  {speed}  {memory(event)}  left {left}"
         if self.progress is not None:
             self.progress.update(self.progress.task_ids[0], completed=event["step"], description=text)
             return
@@ -92,6 +92,14 @@ class Display:
         if now - self.printed >= PLAIN_EVERY or event["step"] in (self.start + 1, self.total):
             self.printed = now
             self.tell(f"step {event['step']}/{self.total}  {text}")
+
+
+def memory(event: dict[str, Any]) -> str:
+    """`7.93 GiB (plan 7.90, reserved 8.10, driver 8.79)`: the peak, what was planned for it, on a GPU the outer figures."""
+    unit, scale, digits = ("GiB", 1024, 2) if event["memory_mib"] >= 1024 else ("MiB", 1, 0)
+    named = [("plan", "planned_mib"), ("reserved", "reserved_mib"), ("driver", "driver_mib")]
+    others = [f"{name} {event[key] / scale:.{digits}f}" for name, key in named if event.get(key)]
+    return f"{event['memory_mib'] / scale:.{digits}f} {unit}" + (f" ({', '.join(others)})" if others else "")
 
 
 def clock(seconds: float) -> str:

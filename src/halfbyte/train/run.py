@@ -30,14 +30,18 @@ from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.generate.chat import answers
 from halfbyte.layers import decoded, forward, head, recompute
+from halfbyte.memory import measure
+from halfbyte.memory import plan as planning
 from halfbyte.memory.plan import Plan
-from halfbyte.memory.plan import plan as make_plan
 from halfbyte.memory.rungs import Rung
+from halfbyte.memory.watch import Watch
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.flat import flatten
 from halfbyte.optim.scaling import LossScale
+from halfbyte.train import account as accounting
 from halfbyte.train import choices as choosing
 from halfbyte.train import finish, fusing, ladder, lock, loop, metrics, saving, signals
+from halfbyte.train.account import Account
 from halfbyte.train.choices import Choice
 from halfbyte.train.determinism import deterministic
 from halfbyte.train.finish import Result
@@ -51,10 +55,11 @@ TOLD = ("compute", "threads", "attention", "layers", "microbatch", "recompute", 
 """Choices, in the order in which they are told."""
 
 
-def train(recipe: Recipe, *, on_event: OnEvent | None = None) -> Result:
+def train(recipe: Recipe, *, on_event: OnEvent | None = None, memory_timeline: bool = False) -> Result:
     """Run a recipe to its end, resuming where an earlier run in the same `output` stopped.
 
-    on_event: called with every event (`train`, `eval`, `sample`, `anomaly`, `message`, ...), a JSON object each.
+    on_event: called with every event (`train`, `eval`, `sample`, `anomaly`, `message`, ...), a JSON object each. memory_timeline:
+    the memory of one step is recorded and drawn in `memory.png` over the plan's.
     Raises the errors of `halfbyte.errors`; Interrupted after a signal, when everything is saved.
     """
     output = Path(recipe.output).expanduser()
@@ -63,7 +68,7 @@ def train(recipe: Recipe, *, on_event: OnEvent | None = None) -> Result:
     with lock.hold(output, report.tell), _words(report), deterministic(recipe.train.deterministic):
         resume.sweep(output / CHECKPOINTS, report.tell)
         stored = resume.newest(output / CHECKPOINTS, report.tell)
-        base, adapter, prepared, parts, plan = compose(recipe, report, stored)
+        base, adapter, prepared, parts, plan, account = compose(recipe, report, stored, memory_timeline)
         state = State() if stored is None else saving.restore(parts, stored)
         if stored is not None:
             report.tell(f"resuming at step {state.step} of {parts.total_steps}, from {CHECKPOINTS}/step-{state.step:08d}")
@@ -76,12 +81,15 @@ def train(recipe: Recipe, *, on_event: OnEvent | None = None) -> Result:
                 loop.train(parts, state, stop)
         finally:
             report.close()
-            finish.plot(parts, output, recipe.model.name)
-        return finish.hand_over(recipe, base, adapter, prepared, parts, state, plan, report)
+            finish.plot(parts, account, output, recipe.model.name)
+        return finish.hand_over(recipe, base, adapter, prepared, parts, state, account, report)
 
 
-def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Base, Adapter, Prepared, Parts, Plan]:
+def compose(
+    recipe: Recipe, report: Report, stored: Contents | None, memory_timeline: bool
+) -> tuple[Base, Adapter, Prepared, Parts, Plan, Account]:
     """Everything a run is made of, checked."""
+    started = measure.rss()
     device = choosing.device(report.tell)
     choosing.require(recipe.compute, device)
     fusing.require(recipe.memory.offload, device)
@@ -94,7 +102,8 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Ba
     torch.set_num_threads(chosen["threads"].value)
     compute = choosing.DTYPES[chosen["compute"].value]
     prepared = _data(recipe, report)
-    plan = make_plan(recipe.model_copy(update={"compute": chosen["compute"].value})).require()
+    chooser = planning.chooser(recipe.model_copy(update={"compute": chosen["compute"].value}))
+    plan = planning.settled(chooser).require()
     fallen = stored.documents["trainer"].get("shortages", []) if stored is not None else []
     rung, standing = ladder.begin(plan, recipe, kept, fallen)
     chosen |= standing
@@ -107,8 +116,9 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Ba
     report.tell(f"base: {base.name}, {base.report.summary()}")
     chosen["attention"] = choosing.settle("attention", "auto", kept, lambda: Choice(_attention(base), "what the layers allow"))
     adapter = _adapter(recipe, base, report)
-    size = decoded.size if device.type == "cpu" else decoded.size_fused
-    chosen["decoded weights"] = choosing.decoded(device, size(base.model, base.compute), plan.spare)
+    wanted = decoded.size(base.model, base.compute) if device.type == "cpu" else 0
+    by_plan = Choice("on" if rung.decoded else "off", chooser.decoded_reason(rung))
+    chosen["decoded weights"] = choosing.decoded(wanted, plan.spare) if device.type == "cpu" else by_plan
     embedding = base.model.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
     checks.embeddings(prepared.train, base.tokenizer, embedding, trainable=embedding.requires_grad)
@@ -126,13 +136,18 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None) -> tuple[Ba
     )
     for name in TOLD:
         report.tell(f"{name}: {chosen[name]}")
-    rung = replace(rung, offload=chosen["offload"].value == "on")
+    on = {name: chosen[name].value == "on" for name in ("offload", "decoded weights")}
+    rung = replace(rung, offload=on["offload"], decoded=on["decoded weights"] and device.type == "cuda")
     optimizer = AdamW(flat, recipe.optim, paged=rung.paged)
     steps = _ladder(plan, rung, base, optimizer, device)
-    parts = _parts(recipe, report, device, compute, base, adapter, optimizer, prepared, chosen, steps)
+    account = Account(
+        chooser, base.model, optimizer, wanted if on["decoded weights"] else 0, started, recipe.adapter.kind == "none"
+    )
+    watch = account.watch(device, accounting.RECORDED if memory_timeline else None)
+    parts = _parts(recipe, report, device, compute, base, adapter, optimizer, prepared, chosen, steps, watch)
     if stored is not None:
         resume.refuse_other_run(stored, parts.identity, parts.checkpoints)
-    return base, adapter, prepared, parts, plan
+    return base, adapter, prepared, parts, plan, account
 
 
 def _data(recipe: Recipe, report: Report) -> Prepared:
@@ -166,6 +181,7 @@ def _parts(
     prepared: Prepared,
     chosen: Mapping[str, Choice],
     steps: Ladder,
+    watch: Watch,
 ) -> Parts:
     config, tokens = recipe.train, recipe.data.tokens
     loader = Loader(prepared.train, tokens, config.batch, config.seed)
@@ -194,6 +210,7 @@ def _parts(
         device=device,
         autocast=compute if full_model and compute != torch.float32 else None,
         ladder=steps,
+        watch=watch,
         row_tokens=tokens,
         total_steps=min(batches, config.max_steps or batches),
         checkpoints=Path(recipe.output).expanduser() / CHECKPOINTS,

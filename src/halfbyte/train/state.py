@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.kernels.cross_entropy import Head
+from halfbyte.memory.watch import Watch
 from halfbyte.objectives.config import LossConfig
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.flat import Flat
@@ -60,7 +61,7 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of. Nothing in it but tensors' contents changes, and the rung of `ladder`.
+    """What a run is made of. Nothing in it but tensors' contents changes, the rung of `ladder`, and what `watch` has seen.
 
     forward: (input_ids, position_ids, cu_seqlens) -> hidden `[1, S, H]`. dropout: (seed, step, first row), numbers the masks.
     weights: the adapter's tensors for a checkpoint, by name; restore: the mirror. autocast: compute dtype of a model whose
@@ -84,6 +85,7 @@ class Parts:
     device: torch.device
     autocast: torch.dtype | None
     ladder: Ladder
+    watch: Watch
     row_tokens: int
     total_steps: int
     checkpoints: Path

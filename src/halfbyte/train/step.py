@@ -53,6 +53,7 @@ def mixed(parts: Parts) -> AbstractContextManager[object]:
 
 def forward(parts: Parts, part: Microbatch) -> Tensor:
     """Hidden states `[1, S, H]` after the final norm."""
+    parts.watch.mark("forward")
     ids, positions = (tensor.to(parts.device, non_blocking=True) for tensor in (part.input_ids, part.position_ids))
     hidden = parts.forward(ids, positions, part.cu_seqlens)
     return hidden if parts.autocast is None else hidden.to(parts.autocast)
@@ -60,11 +61,13 @@ def forward(parts: Parts, part: Microbatch) -> Tensor:
 
 def objective(parts: Parts, hidden: Tensor, part: Microbatch, batch: Batch) -> Tensor:
     """The microbatch's share of the batch's mean loss."""
+    parts.watch.mark("loss")
     return sft.loss(hidden, part.labels, parts.head, batch.trained_tokens, parts.loss, chunks=parts.ladder.rung.chunks)
 
 
 def backward(parts: Parts, loss: Tensor) -> Tensor:
     """Add the gradient of the (scaled) loss to the flat gradient buffer; returns the loss without its graph."""
+    parts.watch.mark("backward")
     (loss * parts.scale.scale).backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
@@ -77,6 +80,7 @@ def drop(parts: Parts) -> None:
 def clip_gradient(parts: Parts, loss: Tensor) -> Tensor:
     """Measure the gradient for the step, which unscales and clips it. Returns `[4]`: loss, norm before clipping, found_inf, loss
     scale."""
+    parts.watch.mark("update")
     return parts.optimizer.clip(loss, parts.scale.scale, parts.config.clip)
 
 

@@ -50,6 +50,12 @@ def as_if_alone(module: nn.Module, state: dict[str, Any], prefix: str, metadata:
             state[name] = value.contiguous()
 
 
+def decoded_bytes(projections: Iterable[Projection], dtype: torch.dtype) -> int:
+    """Bytes of what `hold` has decoded, adapters included."""
+    groups = [p.group for p in projections]
+    return sum(g.hold(dtype).nbytes for g in groups if g.held and all(isinstance(m.weight, Packed) for m in g.members))
+
+
 def drop_decoded(projections: Iterable[Projection]) -> None:
     """Forgets decoded weights."""
     for group in (p.group for p in projections):

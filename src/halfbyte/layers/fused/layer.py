@@ -78,6 +78,20 @@ class Fused:
         self._hook = self._hook or self._layer.register_state_dict_post_hook(holding.as_if_alone)  # type: ignore[no-untyped-call]
         self._read()
 
+    def decode(self, on: bool) -> None:
+        """Whether weights in a format are held decoded from now on, where weights are held at all (`hold`)."""
+        if self._holding == "nothing" or on == (self._holding == "all"):
+            return
+        self._holding = "all" if on else "dense"
+        for built in self._known.values() if not on else ():
+            holding.drop_decoded(built)
+        self._read()
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Of weights that are held decoded."""
+        return holding.decoded_bytes((self.parts.qkv, self.parts.out, self.parts.inputs, self.parts.down), self.dtype)
+
     def release(self) -> None:
         """The mirror of `hold`."""
         self._holding = "nothing"
