@@ -89,8 +89,7 @@ def compose(
     recipe: Recipe, report: Report, stored: Contents | None, memory_timeline: bool
 ) -> tuple[Base, Adapter, Prepared, Parts, Plan, Account]:
     """Everything a run is made of, checked."""
-    started = measure.rss()
-    device = choosing.device(report.tell)
+    started, device = measure.rss(), choosing.device(report.tell)
     choosing.require(recipe.compute, device)
     fusing.require(recipe.memory.offload, device)
     kept = choosing.from_document(stored.documents["choices"]) if stored is not None else {}
@@ -119,9 +118,7 @@ def compose(
     wanted = decoded.size(base.model, base.compute) if device.type == "cpu" else 0
     by_plan = Choice("on" if rung.decoded else "off", chooser.decoded_reason(rung))
     chosen["decoded weights"] = choosing.decoded(wanted, plan.spare) if device.type == "cpu" else by_plan
-    embedding = base.model.get_input_embeddings().weight
-    assert isinstance(embedding, Tensor)
-    checks.embeddings(prepared.train, base.tokenizer, embedding, trainable=embedding.requires_grad)
+    _check_embeddings(prepared, base)
     recompute.set_recompute(base.model, rung.recompute)
     forward.prove_isolation(base.model)
     flat = flatten(adapter.parameters())
@@ -158,6 +155,12 @@ def _data(recipe: Recipe, report: Report) -> Prepared:
     for line in prepared.report.lines():
         report.tell(line)
     return prepared
+
+
+def _check_embeddings(prepared: Prepared, base: Base) -> None:
+    embedding = base.model.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
+    checks.embeddings(prepared.train, base.tokenizer, embedding, trainable=embedding.requires_grad)
 
 
 def _adapter(recipe: Recipe, base: Base, report: Report) -> Adapter:
