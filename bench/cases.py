@@ -36,6 +36,12 @@ CASES: dict[str, list[Case]] = {
 PROOF_LAYERS = 2
 
 
+def select(cases: list[Case], impls: list[str] | None, once: bool) -> list[Case]:
+    """Those of a group that are asked for: of some implementations only, no case twice."""
+    some = [case for case in cases if impls is None or case.impl in impls]
+    return list(dict.fromkeys(some)) if once else some
+
+
 def proof(case: Case) -> Case:
     """The two-layer case whose gradients stand for those of `case`."""
     size = "tiny" if case.size == "tiny" else "8b"
