@@ -33,6 +33,7 @@ ROLES = {
     "full-on-gpu": "4 x 2,048, full recompute",
     "short": "1 x 2,048, full recompute",
     "fp8": "4 x 2,048, `compute: fp8`",
+    "held": "4 x 2,048, decoded weights held",
     "16bit": "4 x 2,048, 16-bit weights",
     "16bit-short": "1 x 2,048, 16-bit weights",
     "long": "1 x 32,768, full recompute, offloaded",

@@ -58,7 +58,12 @@ def gate(args: argparse.Namespace) -> None:
 
     case = replace(_case(args), layers=PROOF_LAYERS)
     found = prove(case, case.directory(args.dir), DEVICE)
-    print(json.dumps({"what": "gradients", "compute": case.compute, "recompute": case.recompute, "offload": case.offload} | found))
+    print(
+        json.dumps(
+            {"what": "gradients", "compute": case.compute, "recompute": case.recompute, "offload": case.offload, "held": case.held}
+            | found
+        )
+    )
     sys.exit(0 if found["gate"] == "green" else 1)
 
 
@@ -100,7 +105,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which `all` starts no further case")
     parser.add_argument("--first", action="store_true", help="only the first step")
     for field in fields(Case):
-        if field.name in ("offload", "packed"):
+        if field.name in ("offload", "packed", "held"):
             parser.add_argument(f"--{field.name}", action="store_true")
         else:
             default = "halfbyte" if field.name == "impl" else field.default
