@@ -91,14 +91,15 @@ def throughput(results: Path) -> str:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[str]:
-    """Ours (mean of its runs) over each other implementation of a group; `optimizer` stands against ours of `nocheckpoint`."""
-    speeds: dict[str, dict[str, list[float]]] = {}
+    """Ours (mean of its runs) over each other implementation of a group in the same call on a machine (`call`, where a file holds
+    several); `optimizer` stands against ours of `nocheckpoint`."""
+    speeds: dict[tuple[str, int], dict[str, list[float]]] = {}
     for row in rows:
         if row.get("group") in ROLES and row.get("gate") == "green" and row["group"] != "70b":
-            speeds.setdefault(row["group"], {}).setdefault(row["impl"], []).append(row["trained_tokens_per_s"])
+            speeds.setdefault((row["group"], row.get("call", 0)), {}).setdefault(row["impl"], []).append(row["trained_tokens_per_s"])
     text = ["| measured | ours against | ratio |", "| --- | --- | ---: |"]
-    for group, found in speeds.items():
-        mine = found.get("halfbyte") or (speeds.get("nocheckpoint", {}).get("halfbyte") if group == "optimizer" else None)
+    for (group, call), found in speeds.items():
+        mine = found.get("halfbyte") or (speeds.get(("nocheckpoint", call), {}).get("halfbyte") if group == "optimizer" else None)
         for impl, other in found.items():
             if mine and impl != "halfbyte":
                 text.append(f"| {ROLES[group]} | {impl} | {mean(mine) / mean(other):.3f} |")
