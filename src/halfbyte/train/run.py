@@ -40,18 +40,19 @@ from halfbyte.optim.flat import flatten
 from halfbyte.optim.scaling import LossScale
 from halfbyte.train import account as accounting
 from halfbyte.train import choices as choosing
-from halfbyte.train import finish, fusing, ladder, lock, loop, metrics, saving, signals
+from halfbyte.train import finish, fusing, graphs, ladder, lock, loop, metrics, saving, signals
 from halfbyte.train.account import Account
 from halfbyte.train.choices import Choice
 from halfbyte.train.determinism import deterministic
 from halfbyte.train.finish import Result
+from halfbyte.train.graphs import Graphs
 from halfbyte.train.identity import identity
 from halfbyte.train.ladder import Ladder
 from halfbyte.train.report import OnEvent, Report
 from halfbyte.train.state import Parts, State
 
 CHECKPOINTS = "checkpoints"
-TOLD = ("compute", "threads", "attention", "layers", "microbatch", "recompute", "offload", "moments", "decoded weights")
+TOLD = ("compute", "threads", "attention", "layers", "microbatch", "recompute", "offload", "moments", "decoded weights", "graphs")
 """Choices, in the order in which they are told."""
 
 
@@ -106,10 +107,7 @@ def compose(
     fallen = stored.documents["trainer"].get("shortages", []) if stored is not None else []
     rung, standing = ladder.begin(plan, recipe, kept, fallen)
     chosen |= standing
-    if line := recipe.optim.understood():
-        report.tell(line)
-    if stored is None:
-        report.tell(plan.table())
+    _tell_beforehand(report, recipe, plan, fresh=stored is None)
     base = huggingface.load(recipe.model, recipe.format, _stored_dtype(recipe, compute), device, report.display.advance)
     report.display.settled()
     report.tell(f"base: {base.name}, {base.report.summary()}")
@@ -131,17 +129,19 @@ def compose(
         decoded=chosen["decoded weights"],
         tell=report.tell,
     )
+    rows = graphs.of(recipe.train.graphs, base.model, device, recipe.attention, plan.spare, report.tell)
+    chosen["graphs"] = rows.choice
     for name in TOLD:
         report.tell(f"{name}: {chosen[name]}")
     on = {name: chosen[name].value == "on" for name in ("offload", "decoded weights")}
     rung = replace(rung, offload=on["offload"], decoded=on["decoded weights"] and device.type == "cuda")
     optimizer = AdamW(flat, recipe.optim, paged=rung.paged)
-    steps = _ladder(plan, rung, base, optimizer, device)
+    steps = _ladder(plan, rung, base, optimizer, device, rows)
     account = Account(
         chooser, base.model, optimizer, wanted if on["decoded weights"] else 0, started, recipe.adapter.kind == "none"
     )
     watch = account.watch(device, accounting.RECORDED if memory_timeline else None)
-    parts = _parts(recipe, report, device, compute, base, adapter, optimizer, prepared, chosen, steps, watch)
+    parts = _parts(recipe, report, device, compute, base, adapter, optimizer, prepared, chosen, steps, watch, rows)
     if stored is not None:
         resume.refuse_other_run(stored, parts.identity, parts.checkpoints)
     return base, adapter, prepared, parts, plan, account
@@ -155,6 +155,13 @@ def _data(recipe: Recipe, report: Report) -> Prepared:
     for line in prepared.report.lines():
         report.tell(line)
     return prepared
+
+
+def _tell_beforehand(report: Report, recipe: Recipe, plan: Plan, *, fresh: bool) -> None:
+    if line := recipe.optim.understood():
+        report.tell(line)
+    if fresh:
+        report.tell(plan.table())
 
 
 def _check_embeddings(prepared: Prepared, base: Base) -> None:
@@ -185,6 +192,7 @@ def _parts(
     chosen: Mapping[str, Choice],
     steps: Ladder,
     watch: Watch,
+    rows: Graphs,
 ) -> Parts:
     config, tokens = recipe.train, recipe.data.tokens
     loader = Loader(prepared.train, tokens, config.batch, config.seed)
@@ -200,7 +208,7 @@ def _parts(
         loss=recipe.loss,
         model=base.model,
         head=head.find(base.model),
-        forward=lambda ids, positions, bounds: forward.hidden_states(base.model, ids, positions, bounds, recipe.attention),
+        forward=rows,
         dropout=lambda seed, step, row: adapter.set_dropout_state(seed, step, row, tokens),
         weights=lambda: adapter_state.state_dict(adapter),
         restore=restore,
@@ -230,15 +238,20 @@ def _parts(
     )
 
 
-def _ladder(plan: Plan, rung: Rung, base: Base, optimizer: AdamW, device: torch.device) -> Ladder:
+def _ladder(plan: Plan, rung: Rung, base: Base, optimizer: AdamW, device: torch.device, rows: Graphs) -> Ladder:
     """Where the run stands, and the ways down from there."""
 
     def place(to: Rung) -> None:
+        if to != rung:
+            rows.drop()
         fusing.use(base.model, to)
         if to.paged:
             optimizer.page()
 
-    forget = functools.partial(fusing.forget, base.model)
+    def forget() -> None:
+        fusing.forget(base.model)
+        rows.drop()
+
     return Ladder(rung, device, plan.smaller, place, forget, advice="; ".join(plan.help))
 
 
