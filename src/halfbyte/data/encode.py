@@ -116,7 +116,7 @@ class Encoder:
         except DataError as error:
             problems.add(example.where, "messages", "messages that the template takes", error.message, "data.template")
         else:
-            weights = (example.weight,)
+            weights: tuple[float, ...] = (example.weight,)
             if spans is not None:
                 learned = masks.learned(example, self._options.loss_on)
                 weights = tuple(example.messages[i].weight * example.weight for i in learned)
