@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.data.shapes import Message
 from halfbyte.errors import DataError
 
 CHATML = (
@@ -89,39 +88,3 @@ def adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer begins plain text with its bos token."""
     ids = tokenizer("a", add_special_tokens=True).input_ids
     return tokenizer.bos_token_id is not None and len(ids) > 0 and ids[0] == tokenizer.bos_token_id
-
-
-class Renderer:
-    """Renders conversations of one tokenizer and one template."""
-
-    def __init__(self, template: Template, tokenizer: Any) -> None:
-        self.template = template
-        self._kwargs = dict(tokenizer.special_tokens_map)
-
-    def __call__(self, messages: Sequence[Message], prompt: bool = False) -> str:
-        """The text of a conversation; with `prompt`, up to where the assistant's next answer begins."""
-        return self._render(messages, prompt, False)[0]
-
-    def with_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the character spans of its `{% generation %}` blocks."""
-        return self._render(messages, False, True)
-
-    def _render(self, messages: Sequence[Message], prompt: bool, spans: bool) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        chat = [{"role": m.role, "content": m.content} for m in messages]
-        try:
-            result: Any = render_jinja_template(
-                [chat],
-                chat_template=self.template.text,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=spans,
-                **self._kwargs,
-            )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            message = f"the chat template `{self.template.name}` refused these messages: {error}"
-            hint = "check the order of roles (a system message first, then user and assistant in turn)"
-            raise DataError(message, hint=hint, code="data.template") from error
-        texts, found = result  # annotated as str in transformers, but it is a pair of lists
-        return texts[0], [(int(a), int(b)) for a, b in found[0]] if spans else []

@@ -1,0 +1,91 @@
+"""What a chat template writes around an answer, found by rendering probe conversations: its header and its end-of-turn token.
+
+Why probed and not listed by name: a template that somebody edited is as good as a known one, and the proof in masks.py holds for
+both. Cost: five renders a template.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from halfbyte.data.rendering import Renderer
+from halfbyte.data.turns import Message
+from halfbyte.errors import DataError
+
+ASKED, ANSWERED = Message("user", "Qwertz asks"), Message("assistant", "Uiop replies")
+AGAIN = [Message("user", "Asdfg asks"), Message("assistant", "Hjkl replies")]
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What stands around an answer.
+
+    ends: the end-of-turn token (or run of tokens), and that of earlier turns where it is another. borrowed: the template closes
+    no turn, so the token that opens the next one ends the answer (GLM). header: what opens an answer. generation: the template
+    has `{% generation %}` blocks. specials: finds a run of special tokens.
+    """
+
+    ends: tuple[str, ...]
+    borrowed: bool
+    header: str
+    generation: bool
+    specials: re.Pattern[str]
+
+
+def marks(renderer: Renderer, tokenizer: Any) -> Marks:
+    """Probes a template. Raises `DataError` (`data.no-eot`, `data.template`) for one that does not end an answer."""
+    tokens = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}, key=len, reverse=True)
+    one = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+    run = re.compile(f"(?:{one.pattern})+")
+    text, places = renderer.places([ASKED, ANSWERED])
+    if [place.piece.text for place in places] != [ASKED.content, ANSWERED.content]:
+        what = "it does not write the words of both sides, once and in their order"
+        hint = "use `template: chatml`, `alpaca` or `plain`"
+        raise DataError(f"the chat template `{renderer.template.name}` cannot be used: {what}", hint=hint, code="data.template")
+    lead, tail = text[places[0].stop : places[1].start], text[places[1].stop :]
+    between, closing = _longer(renderer, lead)
+    last, middle = run.search(tail), run.search(closing)
+    here, there = (one.findall(found[0]) if found else [] for found in (last, middle))
+    shared = "".join(os.path.commonprefix([here, there]))
+    borrowed = False
+    if shared:
+        ends: tuple[str, ...] = (shared,)
+    elif here:
+        # What follows an earlier answer is an end of its own only if it ends questions too; else it is the next header.
+        ends = (here[0], there[0]) if there and lead.startswith(there[0]) else (here[0],)
+    elif middle is not None and not (tail + closing[: middle.start()]).strip():
+        ends, borrowed = (there[0],), True
+    else:
+        message = f"the chat template `{renderer.template.name}` writes no end-of-turn token after an answer"
+        hint = "use `template: chatml`, `alpaca` or `plain`, or write {{ eos_token }} after the answer in your Jinja file"
+        raise DataError(f"{message}: the model would never stop", hint=hint, code="data.no-eot")
+    generation = GENERATION.search(renderer.template.text) is not None
+    return Marks(ends, borrowed, _header(renderer, between), generation, run)
+
+
+def _longer(renderer: Renderer, lead: str) -> tuple[str, str]:
+    """What two turns have between question and answer in common, and what follows an answer that is not the last."""
+    try:
+        text, places = renderer.places([ASKED, ANSWERED, *AGAIN])
+    except DataError:  # one turn is all that the template takes
+        return lead, ""
+    if len(places) != 4:
+        return lead, ""
+    return os.path.commonprefix([lead, text[places[0].stop : places[1].start]]), text[places[1].stop : places[2].start]
+
+
+def _header(renderer: Renderer, between: str) -> str:
+    """What opens an answer: what stands between question and answer, less what closes the question."""
+    try:
+        prompt, asked = renderer.places([ASKED], prompt=True)
+        bare, alone = renderer.places([ASKED])
+    except DataError:
+        return ""
+    if not asked or not alone:
+        return ""
+    between = os.path.commonprefix([between, prompt[asked[0].stop :]])
+    return between[len(os.path.commonprefix([between, bare[alone[0].stop :]])) :]
