@@ -141,7 +141,7 @@ def _write(folder: Path, source: Source, name: str, config: SourceConfig, encode
     if first is None:
         problems.raise_any()
         raise DataError(f"`{name}` is empty", hint="it must hold at least one example", code="data.empty")
-    reader = shapes.reader(config.shape, first)
+    reader = shapes.reader(config.shape, first, shapes.layout(config))
     examples = (e for r in chain([first], records) if (e := reader.read(r, problems)) is not None)
     writer = store.Writer(folder)
     whole = False
