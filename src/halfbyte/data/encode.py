@@ -174,8 +174,8 @@ class Encoder:
 
     def _same(self, ids: list[int], span: str) -> bool:
         # Some tokenizers lose a leading space or normalise text; then the span's own round trip is the measure.
-        said = self._decode(ids).strip()
-        return said == span.strip() or said == self._decode(self._ids(span)).strip()
+        said = self._decode(ids)
+        return said == span or said.removeprefix(" ") == self._decode(self._ids(span)).removeprefix(" ")
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids

@@ -170,18 +170,16 @@ class Masker:
         if key not in self._starts:
             prompt = self._prompt(talk, i, before)
             if prompt is not None and gap.startswith(prompt):
-                self._starts[key] = len(prompt)
+                length = len(prompt)
             else:
                 # A prompt that opens a thought which the finished turn does not show, or an answer that nobody asked for.
-                common = gap if prompt is None else os.path.commonprefix([gap, prompt])
-                found = common.rfind(self.marks.header)
-                if found < 0 or not self.marks.header:
+                common = gap if prompt is None or before is None else os.path.commonprefix([gap, prompt])
+                length = common.rfind(self.marks.header) + len(self.marks.header)
+                if not self.marks.header or length < len(self.marks.header):
                     raise Unsafe("the generation prompt before the answer", repr(gap[-60:]))
-                self._starts[key] = found + len(self.marks.header)
-            rest = gap[self._starts[key] :]
-            if any(mark and mark in rest for mark in (*self.marks.ends, self.marks.header)):
-                del self._starts[key]
-                raise Unsafe("nothing of another turn between the generation prompt and the answer", repr(rest[:60]))
+            if any(mark and mark in gap[length:] for mark in (*self.marks.ends, self.marks.header)):
+                raise Unsafe("nothing of another turn between the generation prompt and the answer", repr(gap[length:][:60]))
+            self._starts[key] = length
         return at + self._starts[key]
 
     def _prompt(self, talk: Rendered, i: int, before: Place | None) -> str | None:
@@ -231,18 +229,19 @@ class Masker:
         if ends:
             at, end = min(ends) if plain else max(ends)
             return at + len(end)
-        runs = list(self.marks.specials.finditer(turn)) if not plain else []
-        return runs[-1].end() if runs and runs[-1].end() == len(turn.rstrip()) else None
+        return None if plain else self.marks.last_special(turn)
 
     def _next_opening(self, talk: Rendered, i: int) -> str:
         """What follows an answer when the conversation goes on, up to the special token that opens the next turn."""
         answered = talk.messages[i].tool_calls
         more = Message("tool", "Yxcv answers") if answered else Message("user", "Yxcv asks")
-        text, _ = self._render.places([*talk.messages, more], tools=talk.tools)
-        opening = self.marks.specials.search(text, len(talk.text)) if text.startswith(talk.text) else None
-        if opening is None or text[len(talk.text) : opening.start()].strip():
+        text, places = self._render.places([*talk.messages, more], tools=talk.tools)
+        written = talk.text[talk.of(i)[-1].stop :]
+        at = max((place.stop for place in places if place.piece.message == i), default=0)
+        opening = self.marks.specials.search(text, at + len(written)) if text.startswith(written, at) else None
+        if opening is None or text[at + len(written) : opening.start()].strip():
             raise Unsafe("a token that ends the answer", "a template that closes no turn", "data.no-eot")
-        return text[len(talk.text) : opening.end()]
+        return text[at + len(written) : opening.end()]
 
     def _spoken(self, talk: Rendered, i: int) -> Learned:
         """The words of a message that is not the assistant's, with the end-of-turn token if that is what follows."""
@@ -279,12 +278,13 @@ def _nothing_lost(messages: Sequence[Message], places: Sequence[Place], learn: S
         found = Counter(place.piece.kind for place in places if place.piece.message == i)
         if i in learn and not wanted:
             raise Unsafe("an answer with words", "an empty one")
-        if found["content"] < wanted["content"]:
+        if i in learn and (found["content"] < wanted["content"] or found["thought"] < wanted["thought"]):
+            raise Unsafe("the answer's own text", "a template that changes it (a removed thought, words beside a tool call)")
+        kept = found["rest"] if message.role == "assistant" else 0  # an earlier answer may lose a thought
+        if found["content"] + kept < wanted["content"]:
             raise Unsafe(f"the {message.role} message in the rendered text", "a template that drops or changes it", code)
         if found["call"] < wanted["call"]:
             raise Unsafe("the tool call in the rendered text", "a template that drops or changes it", code)
-        if i in learn and found["thought"] < wanted["thought"]:
-            raise Unsafe("the answer's own text", "a template that changes it (a removed thought, for instance)")
         if found.total() > wanted.total():
             raise Unsafe(f"the {message.role} message once", "a template that writes it more than once", code)
 

@@ -11,12 +11,13 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from halfbyte.data.rendering import Renderer
+from halfbyte.data.rendering import Piece, Renderer
 from halfbyte.data.turns import Message
 from halfbyte.errors import DataError
 
 ASKED, ANSWERED = Message("user", "Qwertz asks"), Message("assistant", "Uiop replies")
 AGAIN = [Message("user", "Asdfg asks"), Message("assistant", "Hjkl replies")]
+EMPTY_THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -26,7 +27,8 @@ class Marks:
 
     ends: the end-of-turn token (or run of tokens), and that of earlier turns where it is another. borrowed: the template closes
     no turn, so the token that opens the next one ends the answer (GLM). header: what opens an answer. generation: the template
-    has `{% generation %}` blocks. specials: finds a run of special tokens.
+    has `{% generation %}` blocks. specials finds a run of special tokens, `one` a
+    single one.
     """
 
     ends: tuple[str, ...]
@@ -34,6 +36,24 @@ class Marks:
     header: str
     generation: bool
     specials: re.Pattern[str]
+    one: re.Pattern[str]
+
+    def last_special(self, turn: str) -> int | None:
+        """Where the special token ends that a tool call ends with, if it is one of its own (gpt-oss, Gemma 4).
+
+        A token with a partner before it (`call_end` and `call_begin`) closes the call and not the turn: nothing would stop there.
+        """
+        found = list(self.specials.finditer(turn))
+        if not found or found[-1].end() != len(turn.rstrip()):
+            return None
+        token = self.one.findall(found[-1][0])[-1]
+        partners = {token.replace("/", ""), token.replace("end", "begin"), token.replace("end", "start"), _swapped(token)} - {token}
+        return None if any(partner in turn for partner in partners) else found[-1].end()
+
+
+def _swapped(token: str) -> str:
+    """`<tool|>` for `<|tool>`, and the other way round."""
+    return f"<|{token[1:-2]}>" if token.endswith("|>") and not token.startswith("<|") else token
 
 
 def marks(renderer: Renderer, tokenizer: Any) -> Marks:
@@ -42,10 +62,8 @@ def marks(renderer: Renderer, tokenizer: Any) -> Marks:
     one = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
     run = re.compile(f"(?:{one.pattern})+")
     text, places = renderer.places([ASKED, ANSWERED])
-    if [place.piece.text for place in places] != [ASKED.content, ANSWERED.content]:
-        what = "it does not write the words of both sides, once and in their order"
-        hint = "use `template: chatml`, `alpaca` or `plain`"
-        raise DataError(f"the chat template `{renderer.template.name}` cannot be used: {what}", hint=hint, code="data.template")
+    if [place.piece for place in places] != [Piece(0, "content", ASKED.content), Piece(1, "content", ANSWERED.content)]:
+        raise unusable(renderer, "it does not write the words of both sides, once and in their order")
     lead, tail = text[places[0].stop : places[1].start], text[places[1].stop :]
     between, closing = _longer(renderer, lead)
     last, middle = run.search(tail), run.search(closing)
@@ -64,7 +82,7 @@ def marks(renderer: Renderer, tokenizer: Any) -> Marks:
         hint = "use `template: chatml`, `alpaca` or `plain`, or write {{ eos_token }} after the answer in your Jinja file"
         raise DataError(f"{message}: the model would never stop", hint=hint, code="data.no-eot")
     generation = GENERATION.search(renderer.template.text) is not None
-    return Marks(ends, borrowed, _header(renderer, between), generation, run)
+    return Marks(ends, borrowed, _header(renderer, between), generation, run, one)
 
 
 def _longer(renderer: Renderer, lead: str) -> tuple[str, str]:
@@ -87,5 +105,14 @@ def _header(renderer: Renderer, between: str) -> str:
         return ""
     if not asked or not alone:
         return ""
-    between = os.path.commonprefix([between, prompt[asked[0].stop :]])
-    return between[len(os.path.commonprefix([between, bare[alone[0].stop :]])) :]
+    opened, closed = prompt[asked[0].stop :], bare[alone[0].stop :]
+    if opened == closed and between[len(opened) :].strip():
+        raise unusable(renderer, f"an answer begins with {between[len(opened) :]!r}, which its generation prompt does not write")
+    between = os.path.commonprefix([between, opened])
+    return EMPTY_THOUGHT.sub("", between[len(os.path.commonprefix([between, closed])) :])
+
+
+def unusable(renderer: Renderer, what: str) -> DataError:
+    """The error for a template that no conversation can be rendered with."""
+    hint = "use `template: chatml`, `alpaca` or `plain`, or mend the template"
+    return DataError(f"the chat template `{renderer.template.name}` cannot be used: {what}", hint=hint, code="data.template")

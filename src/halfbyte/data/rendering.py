@@ -30,7 +30,7 @@ CALL = {"type": "function", "function": {"name": "qwertz_uiop", "arguments": {"a
 
 
 class Piece(NamedTuple):
-    """Words of a message: `kind` is thought, content, or call (the name of a function that it calls)."""
+    """Words of a message: `kind` is thought, content, call (the name of a function that it calls), or rest (of changed words)."""
 
     message: int
     kind: str
@@ -205,9 +205,18 @@ def _unmark(text: str, pieces: Sequence[Piece]) -> tuple[str, list[Place]]:
         number = sum((ord(digit) - ZERO) << shift for digit, shift in zip(mark[2], (12, 8, 4, 0), strict=True))
         if mark[1] == OPEN:
             opened[number] = length
-        elif number in opened:
-            places.append(Place(pieces[number], opened.pop(number), length))
-    return "".join([*clean, text[at:]]), sorted(places, key=lambda place: (place.start, place.stop))
+        else:
+            places.append(Place(pieces[number], opened.pop(number, length), length))
+    whole = "".join([*clean, text[at:]])
+    places = [p if _said(p.piece.text, whole[p.start : p.stop]) else p._replace(piece=p.piece._replace(kind="rest")) for p in places]
+    places.sort(key=lambda place: (place.start, place.stop))
+    # The name of a function comes again with what it answered; the call is where it comes first.
+    return whole, [p for i, p in enumerate(places) if p.piece.kind != "call" or all(q.piece is not p.piece for q in places[:i])]
+
+
+def _said(words: str, written: str) -> bool:
+    """Whether words stand there as they are, or as JSON (what tools answer, in some templates)."""
+    return written in (words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1])
 
 
 def _pinned(text: str) -> str:
