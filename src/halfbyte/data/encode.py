@@ -130,6 +130,9 @@ class Encoder:
         except DataError as error:
             problems.add(example.where, "messages", "messages that the template takes", error.message, "data.template")
         else:
+            if learned and learned[-1].prompted:
+                what = f"the generation prompt ends in {learned[-1].prompted!r}, which the finished answer does not show"
+                problems.noted[what] += 1
             if learned is None:
                 return _Text(example.where, text, None, False, (example.weight,), example.group)
             weights = tuple(example.messages[span.message].weight * example.weight for span in learned)

@@ -64,11 +64,15 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Learned:
-    """A span of characters to learn, and the message that it belongs to."""
+    """A span of characters to learn, and the message that it belongs to.
+
+    prompted: what the generation prompt writes there that the finished turn does not show (an opened thought).
+    """
 
     start: int
     stop: int
     message: int
+    prompted: str = ""
 
 
 def chosen(example: Example, loss_on: str | Collection[str]) -> list[int]:
@@ -86,7 +90,7 @@ class Masker:
         self.marks = marks(renderer, tokenizer)
         self._render = renderer
         self._gaps: dict[tuple[str, str], dict[str, None]] = {}  # roles on both sides: texts between their words
-        self._starts: dict[tuple[str, str], int] = {}  # role before, text between: how much of it is not the answer's
+        self._starts: dict[tuple[str, str], tuple[int, str]] = {}  # role before, text between: how much is not the answer's
         self._stops: dict[tuple[str, str], int] = {}  # role after, text between: how much of it is the answer's
 
     def spans(self, example: Example, loss_on: str | Collection[str]) -> tuple[str, list[Learned] | None]:
@@ -103,11 +107,11 @@ class Masker:
             if talk.messages[i].role != "assistant":
                 found.append(self._spoken(talk, i))
                 continue
-            start, stop = self._start(talk, i), self._stop(talk, i)
+            (start, prompted), stop = self._start(talk, i), self._stop(talk, i)
             if stop is None:  # the last answer of a template that closes no turn: what would follow it is written
                 text += self._next_opening(talk, i)
                 stop = len(text)
-            found.append(Learned(start, stop, i))
+            found.append(Learned(start, stop, i, prompted))
         if self.marks.generation:
             found = self._within_blocks(talk, found)
         _prove(talk, found, learn)
@@ -160,7 +164,7 @@ class Masker:
                 known[gap] = None
             at, before = place.stop if place else at, talk.role(place)
 
-    def _start(self, talk: Rendered, i: int) -> int:
+    def _start(self, talk: Rendered, i: int) -> tuple[int, str]:
         """Where an answer begins: behind the generation prompt, or behind its header where the finished turn has less than that."""
         first = talk.of(i)[0].start
         before = talk.before(first)
@@ -168,7 +172,7 @@ class Masker:
         gap = talk.text[at:first]
         key = (talk.role(before), gap)
         if key not in self._starts:
-            prompt = self._prompt(talk, i, before)
+            prompt, prompted = self._prompt(talk, i, before), ""
             if prompt is not None and gap.startswith(prompt):
                 length = len(prompt)
             else:
@@ -177,10 +181,12 @@ class Masker:
                 length = common.rfind(self.marks.header) + len(self.marks.header)
                 if not self.marks.header or length < len(self.marks.header):
                     raise Unsafe("the generation prompt before the answer", repr(gap[-60:]))
+                prompted = prompt[length:] if prompt and before else ""
             if any(mark and mark in gap[length:] for mark in (*self.marks.ends, self.marks.header)):
                 raise Unsafe("nothing of another turn between the generation prompt and the answer", repr(gap[length:][:60]))
-            self._starts[key] = length
-        return at + self._starts[key]
+            self._starts[key] = length, prompted
+        length, prompted = self._starts[key]
+        return at + length, prompted
 
     def _prompt(self, talk: Rendered, i: int, before: Place | None) -> str | None:
         """What the generation prompt writes after the last words before an answer; None where a prompt has other words there."""
@@ -278,6 +284,8 @@ def _nothing_lost(messages: Sequence[Message], places: Sequence[Place], learn: S
         found = Counter(place.piece.kind for place in places if place.piece.message == i)
         if i in learn and not wanted:
             raise Unsafe("an answer with words", "an empty one")
+        if i in learn and message.reasoning.strip() and found["thought"] < wanted["thought"]:
+            raise Unsafe("the thought (`reasoning_content`) in the rendered text", "a template that leaves it out")
         if i in learn and (found["content"] < wanted["content"] or found["thought"] < wanted["thought"]):
             raise Unsafe("the answer's own text", "a template that changes it (a removed thought, words beside a tool call)")
         kept = found["rest"] if message.role == "assistant" else 0  # an earlier answer may lose a thought

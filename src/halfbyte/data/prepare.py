@@ -55,8 +55,8 @@ def prepare(config: DataConfig, tokenizer: Any, seed: int, cache_dir: Path, prog
 
     Raises `DataError`: wrong lines (all of them, with file and line), and every check of `checks.py`.
     """
-    template = templates.resolve(config.template, tokenizer)
-    encoder = Encoder(tokenizer, template, Options(config.system, config.loss_on))
+    template = templates.resolve(config.template, tokenizer, config.template_kwargs)
+    encoder = Encoder(tokenizer, template, Options(config.system, config.loss_on if isinstance(config.loss_on, str) else tuple(config.loss_on)))
     report = Report(template.name, template.reason, config.tokens)
     tell = progress or (lambda what, done, total: None)
     cache = Path(cache_dir).expanduser()

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from halfbyte.data.rendering import Piece, Renderer
+from halfbyte.data.templates import GENERATION
 from halfbyte.data.turns import Message
 from halfbyte.errors import DataError
 
 ASKED, ANSWERED = Message("user", "Qwertz asks"), Message("assistant", "Uiop replies")
 AGAIN = [Message("user", "Asdfg asks"), Message("assistant", "Hjkl replies")]
 EMPTY_THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _header(renderer: Renderer, between: str) -> str:
     if not asked or not alone:
         return ""
     opened, closed = prompt[asked[0].stop :], bare[alone[0].stop :]
-    if opened == closed and between[len(opened) :].strip():
+    if opened == closed and between.startswith(opened) and between[len(opened) :].strip():
         raise unusable(renderer, f"an answer begins with {between[len(opened) :]!r}, which its generation prompt does not write")
     between = os.path.commonprefix([between, opened])
     return EMPTY_THOUGHT.sub("", between[len(os.path.commonprefix([between, closed])) :])

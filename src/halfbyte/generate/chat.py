@@ -182,13 +182,20 @@ def end_tokens(base: Base, template: str | None = None) -> set[int]:
 
 
 def _end_of_turn(base: Base, template: str) -> int | None:
-    """The first special token after an assistant's words in a rendered conversation."""
+    """The first special token after an assistant's words in a rendered conversation.
+
+    Where a template closes no turn (GLM), it is the token that opens the next one.
+    """
     words = "halfbyte end of turn"
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
-    text = str(base.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
-    tail = base.tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
+    asked = {"role": "user", "content": "?"}
     special = set(base.tokenizer.all_special_ids) | set(base.tokenizer.added_tokens_decoder)
-    return next((token for token in tail if token in special), None)
+    for after in ([], [asked]):
+        messages = [asked, {"role": "assistant", "content": words}, *after]
+        text = str(base.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+        tail = base.tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
+        if (found := next((token for token in tail if token in special), None)) is not None:
+            return found
+    return None
 
 
 def _template(base: Base, template: str | None) -> str:
