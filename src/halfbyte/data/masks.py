@@ -235,7 +235,8 @@ class Masker:
         if ends:
             at, end = min(ends) if plain else max(ends)
             return at + len(end)
-        return None if plain else self.marks.last_special(turn)
+        before = talk.before(talk.of(i)[0].start)
+        return None if plain else self.marks.last_special(talk.text[before.stop if before else 0 : talk.of(i)[-1].stop], turn)
 
     def _next_opening(self, talk: Rendered, i: int) -> str:
         """What follows an answer when the conversation goes on, up to the special token that opens the next turn."""

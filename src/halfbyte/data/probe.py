@@ -38,17 +38,17 @@ class Marks:
     specials: re.Pattern[str]
     one: re.Pattern[str]
 
-    def last_special(self, turn: str) -> int | None:
-        """Where the special token ends that a tool call ends with, if it is one of its own (gpt-oss, Gemma 4).
+    def last_special(self, said: str, rest: str) -> int | None:
+        """How much of the rest of a turn, after what it said, a tool call takes that ends with a token of its own (gpt-oss, Gemma 4).
 
         A token with a partner before it (`call_end` and `call_begin`) closes the call and not the turn: nothing would stop there.
         """
-        found = list(self.specials.finditer(turn))
-        if not found or found[-1].end() != len(turn.rstrip()):
+        found = list(self.specials.finditer(rest))
+        if not found or found[-1].end() != len(rest.rstrip()):
             return None
         token = self.one.findall(found[-1][0])[-1]
         partners = {token.replace("/", ""), token.replace("end", "begin"), token.replace("end", "start"), _swapped(token)} - {token}
-        return None if any(partner in turn for partner in partners) else found[-1].end()
+        return None if any(partner in said + rest for partner in partners) else found[-1].end()
 
 
 def _swapped(token: str) -> str:
