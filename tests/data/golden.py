@@ -113,7 +113,7 @@ FAMILIES: dict[str, Family] = {
     "llama3": Family(
         ("<|start_header_id|>assistant<|end_header_id|>\n\n",), ("<|eot_id|>",), "header_id", "<|eot_id|>", "<|begin_of_text|>"
     ),
-    "llava": Family(("[/INST]", ""), ("</s>",), r"\[/?INST\]", "</s>"),
+    "llava": Family(("[/INST]",), ("</s>",), r"\[/?INST\]", "</s>"),
     "phi3": Family(("<|assistant|>\n",), ("<|end|>",), r"<\|(?:user|assistant|system)\|>", "<|endoftext|>"),
     "lfm": _CHATML, "nemotron": _CHATML, "qwen": _CHATML, "chatml": _CHATML,
     "alpaca": Family(("### Response:\n",), ("</s>",), "###", "</s>"),
@@ -174,7 +174,8 @@ def fault(kind: Family, messages: tuple[Message, ...], runs: list[tuple[bool, st
         wanted = WORD.findall(f"{answer.reasoning} {answer.content} {' '.join(calls)}")
         if sorted(WORD.findall(text)) != sorted(wanted):  # some templates write the call before the words
             return f"{WORD.findall(text)} learned instead of {wanted}"
-        if not any(before.rstrip(" ").endswith(header.rstrip(" ")) for header in kind.headers):
+        opening = answer is messages[0]  # nobody asked, so no header need separate it from the beginning
+        if not opening and not any(before.rstrip(" ").endswith(header.rstrip(" ")) for header in kind.headers):
             return f"the header is not right before the answer: {before[-30:]!r}"
         end = next((end for end in kind.ends if text.endswith(end)), None)
         if end is None or any(after.startswith(end) for end in kind.ends):

@@ -185,7 +185,7 @@ class Encoder:
         return ids
 
     def _decode(self, ids: Any) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
 
     def _piecewise(self, text: _Text) -> tuple[list[int], Ids64]:

@@ -68,11 +68,11 @@ class Renderer:
 
         Raises `DataError` (`data.template`) where the template refuses it.
         """
-        return self._render(messages, prompt, False, tools, self._chosen(messages))[0]
+        return self._render(messages, prompt, False, tools, self.form(messages))[0]
 
     def with_spans(self, messages: Sequence[Message], tools: Tools = ()) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the character spans of its `{% generation %}` blocks."""
-        return self._render(messages, False, True, tools, self._chosen(messages))
+        return self._render(messages, False, True, tools, self.form(messages))
 
     def places(self, messages: Sequence[Message], prompt: bool = False, tools: Tools = ()) -> tuple[str, list[Place]]:
         """The text, and where in it each piece of the messages stands, in the order of the text.
@@ -81,9 +81,9 @@ class Renderer:
         messages give: whoever relies on the places compares it with the unmarked one.
         """
         marked, pieces = marked_copy(messages)
-        return _unmark(self._render(marked, prompt, False, tools, self._chosen(messages))[0], pieces)
+        return _unmark(self._render(marked, prompt, False, tools, self.form(messages))[0], pieces)
 
-    def _chosen(self, messages: Sequence[Message]) -> Form:
+    def form(self, messages: Sequence[Message]) -> Form:
         """The form for these messages, from a probe at first use."""
         if self._form is None:
             probe = [Message("user", "Qwertz asks"), Message("assistant", "Uiop replies")]
@@ -113,7 +113,7 @@ class Renderer:
 
         try:
             result: Any = render_jinja_template(
-                [_chat(messages, form)],
+                [chat(messages, form)],
                 tools=[dict(tool) for tool in tools] or None,
                 chat_template=self._text,
                 add_generation_prompt=prompt,
@@ -128,9 +128,9 @@ class Renderer:
         return texts[0], [(int(a), int(b)) for a, b in found[0]] if spans else []
 
 
-def _chat(messages: Sequence[Message], form: Form) -> list[dict[str, Any]]:
+def chat(messages: Sequence[Message], form: Form) -> list[dict[str, Any]]:
     """What a template is given. Tool calls without an id get one, and results without one the id of the call they answer."""
-    chat: list[dict[str, Any]] = []
+    turns: list[dict[str, Any]] = []
     waiting: list[str] = []
     calls = 0
     for message in messages:
@@ -153,8 +153,8 @@ def _chat(messages: Sequence[Message], form: Form) -> list[dict[str, Any]]:
             answered = waiting.pop(0) if waiting else ""
             turn["tool_call_id"] = message.tool_call_id or answered
             turn |= {"name": message.name} if message.name else {}
-        chat.append(turn)
-    return chat
+        turns.append(turn)
+    return turns
 
 
 def _call(call: Mapping[str, Any], name: str, form: Form) -> dict[str, Any]:
