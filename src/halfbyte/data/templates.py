@@ -63,7 +63,7 @@ def _found(name: str, tokenizer: Any) -> Template:
         near = difflib.get_close_matches(name, NAMED, n=1)
         hint = f"did you mean `{near[0]}`? " if near else ""
         raise DataError(message, hint=f"{hint}known: auto, {', '.join(NAMED)}, or the path of a Jinja file", code="data.template")
-    return Template(str(path), path.read_text(encoding="utf-8"), "a file")
+    return Template(str(path), path.read_bytes().decode("utf-8"), "a file")
 
 
 def _has(tokenizer: Any, tokens: Sequence[str]) -> bool:
