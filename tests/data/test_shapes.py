@@ -108,7 +108,7 @@ CALL = "expected tool calls with a `name` and `arguments`"
         ({"messages": [{"content": "a"}, A]}, ROLE + "nothing (null)"),
         ({"messages": [{**A, "tool_calls": [1]}]}, f"`messages[0].tool_calls`: {CALL}, got a number"),
         ({"messages": [{"role": "function_call", "content": "call"}]}, "expected a tool call as JSON (`name`, `arguments`)"),
-        ({"messages": [{**A, "weight": -1}]}, "`messages[0].weight`: expected a number >= 0 (the weight in the loss), got a number"),
+        ({"messages": [{**A, "weight": -1}]}, "`messages[0].weight`: expected a number >= 0 (the weight in the loss)"),
         ({"messages": [{**A, "train": "yes"}]}, "`messages[0].train`: expected a number >= 0"),
         ({"messages": [{**A, "text": "three"}]}, "`messages[0]`: expected one text (name its key"),
         ({"messages": [A], "tools": "[{}]"}, "`tools`: expected tool schemas with a `name`"),

@@ -104,6 +104,8 @@ class DataConfig(Section):
     that strip earlier thoughts), everything but tool results, or a list of roles."""
     tokens: int = Field(default=2048, ge=16)
     """Row length: every row holds exactly so many tokens."""
+    workers: int | None = Field(default=None, ge=0)
+    """Processes that tokenise besides this one; null: one a core for large sources, none for small ones."""
     too_long: Literal["drop", "truncate", "split", "error"] = "drop"
     """What happens to an example longer than a row; plain text is always split."""
 

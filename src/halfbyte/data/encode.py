@@ -10,7 +10,7 @@ a millisecond for an example of 200 tokens.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ class Options:
     """What decides the tokens, besides the examples, the tokenizer and the template: part of the cache key."""
 
     system: str | None
-    loss_on: str | tuple[str, ...]
+    loss_on: str | Sequence[str]  # roles, or assistant, last, each, all
 
 
 class Encoder:

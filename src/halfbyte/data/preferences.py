@@ -49,6 +49,7 @@ def read_pair(record: Record, problems: Problems, spelling: Spelling) -> Example
     before = (Message("user", prompt),) if isinstance(prompt, str) and prompt else () if isinstance(prompt, str) else prompt
     if before and chosen[: len(before)] == before:
         before = ()  # whole conversations beside their prompt
+    assert not isinstance(rejected, str)
     learn_from = len(before) if before else _shared(chosen, rejected)
     return _answered(where, (*before, *chosen), learn_from, given, problems)
 

@@ -271,7 +271,7 @@ def _read_parquet(file: Path, problems: Problems) -> Iterator[Raw]:
 
 def _read_arrow(file: Path, problems: Problems) -> Iterator[Raw]:
     """Both forms: the file (Feather), and the stream that `datasets` writes."""
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
 
     def batches() -> Iterator[Any]:
         with pyarrow.memory_map(str(file)) as mapped:
