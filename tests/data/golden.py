@@ -1,4 +1,6 @@
-"""An independent judge of loss masks: conversations of unique words, and by hand, for each template family, what may stand around them.
+# ruff: noqa: RUF001 (DeepSeek's own bar)
+"""An independent judge of loss masks: conversations of unique words, and by hand, for each template family, what may
+stand around them.
 
 It looks at token ids and the mask alone. A mask is right when every learned run holds the words of one answer, all of them and no
 others, follows the family's header, ends with its end-of-turn token, and otherwise holds only what the model writes itself.
@@ -57,7 +59,14 @@ GRID: dict[str, tuple[Message, ...]] = {
     "thought in the content": (ASK, _says("<think>\nmuse-one\n</think>\n\nsay-one")),
     "tool call": (ASK, _says("", tool_calls=_call("call-one")), RESULT, SAY),
     "tool call at the end": (ASK, _says("", tool_calls=_call("call-one"))),
-    "words and tool call": (ASK, _says("say-one", tool_calls=_call("call-one")), RESULT, _says("say-two"), AGAIN[0], _says("say-three")),
+    "words and tool call": (
+        ASK,
+        _says("say-one", tool_calls=_call("call-one")),
+        RESULT,
+        _says("say-two"),
+        AGAIN[0],
+        _says("say-three"),
+    ),
     "empty answer": (ASK, _says(""), *AGAIN),
     "opening answer": (SAY, ASK, _says("say-two")),
 }
@@ -82,10 +91,12 @@ class Family:
 
 _THINK = r"\s*(?:<think>\s*</think>|</think>)?\s*"
 _CHATML = Family(
-    ("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n", "<|im_start|>assistant\n<think>", "<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+    tuple("<|im_start|>assistant\n" + opened for opened in ("", "<think>\n", "<think>", "<think>\n\n</think>\n\n")),
     ("<|im_end|>",), r"<\|im_start\|>", "<|im_end|>", "<|begin_of_text|>", _THINK,
 )  # fmt: skip
-_GEMMA4 = Family(("<|turn>model\n", "<tool_response|>"), ("<turn|>", "<|tool_response>"), r"<\|turn>|<tool_response\|>", "<turn|>", "<bos>")
+_GEMMA4 = Family(
+    ("<|turn>model\n", "<tool_response|>"), ("<turn|>", "<|tool_response>"), r"<\|turn>|<tool_response\|>", "<turn|>", "<bos>"
+)
 _VISION = Family(("Assistant:",), ("<end_of_utterance>",), "User:|Assistant:|System:", "<end_of_utterance>", "<|begin_of_text|>")
 FAMILIES: dict[str, Family] = {
     "cohere2": Family(
@@ -93,7 +104,8 @@ FAMILIES: dict[str, Family] = {
         "START_OF_TURN", "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>",
     ),
     "cohere": Family(
-        ("<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",), ("<|END_OF_TURN_TOKEN|>",), "START_OF_TURN", "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>"
+        ("<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",), ("<|END_OF_TURN_TOKEN|>",), "START_OF_TURN", "<|END_OF_TURN_TOKEN|>",
+        "<BOS_TOKEN>",
     ),
     "deepseek": Family(
         ("<｜Assistant｜>", "<｜Assistant｜><think>\n", "<｜tool▁outputs▁end｜>"), ("<｜end▁of▁sentence｜>",),
@@ -145,7 +157,11 @@ def encoded(tokenizer: Any, name: str, text: str, messages: tuple[Message, ...],
     problems = Problems()
     tools = (TOOL,) if any(message.tool_calls for message in messages) else ()
     try:
-        found = list(Encoder(tokenizer, Template(name, text), Options(None, loss_on)).encode([Example(Where("g", 1), messages, tools=tools)], problems))
+        found = list(
+            Encoder(tokenizer, Template(name, text), Options(None, loss_on)).encode(
+                [Example(Where("g", 1), messages, tools=tools)], problems
+            )
+        )
     except DataError as error:
         return error.code
     return problems.shown[0].code if problems.total else found[0]

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 (DeepSeek's own bar)
 """Golden masks: every template family times a grid of conversations, by a judge that knows nothing of how masks are found."""
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data.golden import GRID, TOOL, encoded, family, fault, fitted, segments, trl_templates
 
+from data.golden import GRID, TOOL, encoded, family, fault, fitted, segments, trl_templates
 from halfbyte.data.encode import Encoded
 from halfbyte.data.problems import Where
 from halfbyte.data.rendering import PINNED, Form, Renderer, chat
@@ -54,8 +55,10 @@ CHANNELS = (  # gpt-oss: several messages a turn, an end of its own for the last
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
 MOVING = (  # Mistral: the system message goes into the last question
-    "{{ bos_token }}{% set ns = namespace(rule='') %}{% for m in messages %}{% if m.role == 'system' %}{% set ns.rule = m.content %}"
-    "{% elif m.role == 'user' %}{{ '[INST] ' + (ns.rule + '\n\n' if loop.index0 >= messages|length - 2 else '') + m.content + '[/INST]' }}"
+    "{{ bos_token }}{% set ns = namespace(rule='') %}{% for m in messages %}{% if m.role == 'system' %}"
+    "{% set ns.rule = m.content %}"
+    "{% elif m.role == 'user' %}{{ '[INST] ' + (ns.rule + '\n\n' if loop.index0 >= messages|length - 2 else '') }}"
+    "{{ m.content + '[/INST]' }}"
     "{% elif m.tool_calls %}{{ raise_exception('no tools') }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
 )
 PARTS = (  # vision models: the content is a list of parts
@@ -76,7 +79,8 @@ MANNERS = {
     "gptoss channels": (CHANNELS, {"words and tool call", "empty answer"}),
     "mistral moving": (MOVING, {k for k in GRID if k not in QUESTIONS and k not in ("system message", "opening answer")}),
     "idefics parts": (PARTS, {k for k in GRID if k not in QUESTIONS and k not in ("system message", "opening answer")}),
-    "deepseek quoting": (QUOTING, {"thought", "thoughts in two turns", "thought in the content", "words and tool call", "empty answer"}),
+    "deepseek quoting": (QUOTING, {"thought", "thoughts in two turns", "thought in the content", "words and tool call",
+                                    "empty answer"}),
 }  # fmt: skip
 
 
@@ -227,5 +231,8 @@ def test_what_transformers_marks_holds_what_we_learn(trl: dict[str, tuple[Any, s
             compared["same" if mine == other else "more"] += 1
             bare = re.sub("|".join(map(re.escape, kind.ends)) + r"|\s", "", mine)
             rest = iter(re.sub(r"\s", "", other))
-            assert all(letter in rest for letter in bare.replace("\N{REPLACEMENT CHARACTER}", "")) or case == "unicode", (name, case)
+            assert all(letter in rest for letter in bare.replace("\N{REPLACEMENT CHARACTER}", "")) or case == "unicode", (
+                name,
+                case,
+            )
     assert compared["same"] and compared["more"]

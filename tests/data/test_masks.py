@@ -192,13 +192,15 @@ def test_the_recipes_system_message(learn: Any, special: Any, chat: Any) -> None
         ("{% for m in messages %}{{ m['content']|upper + eos_token }}{% endfor %}", "data.template", "words of both sides"),
         ("{% for m in messages", "data.template", "refused"),
         (
-            "{% for m in messages %}{{ m['role'] + ': ' }}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% endfor %}"
+            "{% for m in messages %}{{ m['role'] + ': ' }}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+            "{% endfor %}"
             "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
             "data.mask",
             "around words of user",
         ),
         (
-            "{% for m in messages %}{{ m['role'] + ': ' }}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% endfor %}",
+            "{% for m in messages %}{{ m['role'] + ': ' }}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+            "{% endfor %}",
             "data.template",
             "generation prompt does not write",
         ),

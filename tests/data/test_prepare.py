@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from halfbyte.data import checks, templates
 from halfbyte.data.config import DataConfig
 from halfbyte.data.encode import Encoder
+from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.data.rendering import Renderer
 from halfbyte.data.turns import Message
-from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.errors import DataError
 
 

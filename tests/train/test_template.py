@@ -31,7 +31,13 @@ TEMPLATE = (
 def test_the_template_travels_byte_for_byte(files: Path, tmp_path: Path) -> None:
     written = tmp_path / "mine.jinja"
     written.write_bytes(TEMPLATE.encode())
-    data = {"train": [str(files / "chats.jsonl")], "tokens": 96, "eval": 0.1, "template": str(written), "template_kwargs": {"mood": "ü"}}
+    data = {
+        "train": [str(files / "chats.jsonl")],
+        "tokens": 96,
+        "eval": 0.1,
+        "template": str(written),
+        "template_kwargs": {"mood": "ü"},
+    }
     values = {"model": str(files / "model"), "compute": "fp32", "data": data, "train": {"batch": 4, "max_steps": 1}}
     recipe = recipe_from(values | {"output": str(tmp_path / "run")}, [])
     result = train(recipe)
@@ -55,7 +61,9 @@ def test_the_template_travels_byte_for_byte(files: Path, tmp_path: Path) -> None
     merge(result.adapter, tmp_path / "merged", base=None, probe=None)
     again = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert again.apply_chat_template(question, tokenize=False, add_generation_prompt=True) == (
-        loaded.base.tokenizer.apply_chat_template(question, chat_template=loaded.template, tokenize=False, add_generation_prompt=True)
+        loaded.base.tokenizer.apply_chat_template(
+            question, chat_template=loaded.template, tokenize=False, add_generation_prompt=True
+        )
     )
     assert (tmp_path / "merged" / peft.TEMPLATE).read_bytes() == saved
     assert load_recipe(result.adapter / peft.RECIPE).data.template_kwargs == {"mood": "ü"}

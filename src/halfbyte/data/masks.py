@@ -13,14 +13,14 @@ words of one conversation stands there in the next, so after the first few a con
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from halfbyte.data.probe import marks
-from halfbyte.data.rendering import RESERVED, THOUGHT_TAG, Piece, Place, Renderer, Tools, marked_copy
+from halfbyte.data.rendering import RESERVED, THOUGHT_TAG, Piece, Place, Renderer, Tools, marked_copy, shared
 from halfbyte.data.turns import Example, Message
 from halfbyte.errors import DataError
 
@@ -177,7 +177,7 @@ class Masker:
                 length = len(prompt)
             else:
                 # A prompt that opens a thought which the finished turn does not show, or an answer that nobody asked for.
-                common = gap if prompt is None or before is None else os.path.commonprefix([gap, prompt])
+                common = gap if prompt is None or before is None else shared(gap, prompt)
                 length = common.rfind(self.marks.header) + len(self.marks.header)
                 if not self.marks.header or length < len(self.marks.header):
                     raise Unsafe("the generation prompt before the answer", repr(gap[-60:]))
@@ -227,7 +227,7 @@ class Masker:
         # Tags that close a tool call, for instance: within what the turn writes when nothing follows it.
         text, places = self._render.places(talk.messages[: i + 1], tools=talk.tools)
         mine = [place for place in places if place.piece.message == i]
-        turn = os.path.commonprefix([gap, text[mine[-1].stop :]]) if mine and mine[-1] is places[-1] else ""
+        turn = shared(gap, text[mine[-1].stop :]) if mine and mine[-1] is places[-1] else ""
         if self.marks.borrowed:
             opening = self.marks.specials.match(gap, len(turn) + len(gap[len(turn) :]) - len(gap[len(turn) :].lstrip()))
             return opening.end() if opening else None
@@ -315,15 +315,16 @@ def _all_but_results(talk: Rendered) -> list[Learned] | None:
 
 def _prove(talk: Rendered, found: Sequence[Learned], learn: Sequence[int]) -> None:
     """Holds the spans against the words: each learned answer's inside its own spans, nobody else's in any, calls whole."""
-    if any(a.stop > b.start for a, b in zip(found, found[1:], strict=False)):
+    if any(a.stop > b.start for a, b in pairwise(found)):
         raise Unsafe("answers one after the other", "two that overlap")
     for place in talk.places:
         inside = [span.message for span in found if span.start <= place.start and place.stop <= span.stop]
         touched = [span.message for span in found if span.start < place.stop and place.start < span.stop]
         mine = place.piece.message
-        if touched != inside or (touched != [mine] if mine in learn and place.piece.kind != "thought" else touched not in ([], [mine])):
-            raise Unsafe("only the answer's own words to learn", repr(talk.text[place.start : place.stop][:60]))
-        if mine not in learn and touched:
+        wanted = [[mine]] if mine in learn else [[]]
+        if mine in learn and place.piece.kind == "thought":
+            wanted.append([])  # generation blocks may leave a thought out
+        if place.start < place.stop and (touched != inside or touched not in wanted):
             raise Unsafe("only the answer's own words to learn", repr(talk.text[place.start : place.stop][:60]))
     for i in learn:
         said = "".join(talk.text[span.start : span.stop] for span in found if span.message == i)

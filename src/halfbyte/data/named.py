@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FIRST = "{{ first }}"
-_SYSTEM = "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set messages = messages[1:] %}{% endif %}"
+_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set messages = messages[1:] %}{% endif %}"
+)
 _JOINED = "{% if loop.first and system is defined %}{{ system + '\\n\\n' }}{% endif %}"
 _OTHER = "{% else %}{{ raise_exception('this template has system, user and assistant only, not ' + message['role']) }}{% endif %}"
 
@@ -43,13 +45,10 @@ class Named(NamedTuple):
 
 
 CHATML = _tagged("<|im_start|>ROLE\\n", "<|im_end|>\\n", "<|im_start|>assistant\\n")
-_LLAMA2 = (
-    _SYSTEM
-    + _turns(
-        "{{ bos_token + '[INST] ' }}{% if loop.first and system is defined %}{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' }}"
-        "{% endif %}{{ message['content'] + ' [/INST]' }}",
-        "{{ ' ' + message['content'] + ' ' + eos_token }}",
-    )
+_LLAMA2 = _SYSTEM + _turns(
+    "{{ bos_token + '[INST] ' }}{% if loop.first and system is defined %}{{ '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' }}"
+    "{% endif %}{{ message['content'] + ' [/INST]' }}",
+    "{{ ' ' + message['content'] + ' ' + eos_token }}",
 )
 _GEMMA = (
     FIRST

@@ -6,12 +6,11 @@ both. Cost: five renders a template.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from halfbyte.data.rendering import Piece, Renderer
+from halfbyte.data.rendering import Piece, Renderer, shared
 from halfbyte.data.templates import GENERATION
 from halfbyte.data.turns import Message
 from halfbyte.errors import DataError
@@ -39,7 +38,7 @@ class Marks:
     one: re.Pattern[str]
 
     def last_special(self, said: str, rest: str) -> int | None:
-        """How much of the rest of a turn, after what it said, a tool call takes that ends with a token of its own (gpt-oss, Gemma 4).
+        """How much of the rest of a turn a tool call takes that ends with a token of its own (gpt-oss, Gemma 4).
 
         A token with a partner before it (`call_end` and `call_begin`) closes the call and not the turn: nothing would stop there.
         """
@@ -68,10 +67,10 @@ def marks(renderer: Renderer, tokenizer: Any) -> Marks:
     between, closing = _longer(renderer, lead)
     last, middle = run.search(tail), run.search(closing)
     here, there = (one.findall(found[0]) if found else [] for found in (last, middle))
-    shared = "".join(os.path.commonprefix([here, there]))
+    same = "".join(a for i, a in enumerate(here) if here[: i + 1] == there[: i + 1])
     borrowed = False
-    if shared:
-        ends: tuple[str, ...] = (shared,)
+    if same:
+        ends: tuple[str, ...] = (same,)
     elif here:
         # What follows an earlier answer is an end of its own only if it ends questions too; else it is the next header.
         ends = (here[0], there[0]) if there and lead.startswith(there[0]) else (here[0],)
@@ -93,7 +92,7 @@ def _longer(renderer: Renderer, lead: str) -> tuple[str, str]:
         return lead, ""
     if len(places) != 4:
         return lead, ""
-    return os.path.commonprefix([lead, text[places[0].stop : places[1].start]]), text[places[1].stop : places[2].start]
+    return shared(lead, text[places[0].stop : places[1].start]), text[places[1].stop : places[2].start]
 
 
 def _header(renderer: Renderer, between: str) -> str:
@@ -108,8 +107,8 @@ def _header(renderer: Renderer, between: str) -> str:
     opened, closed = prompt[asked[0].stop :], bare[alone[0].stop :]
     if opened == closed and between.startswith(opened) and between[len(opened) :].strip():
         raise unusable(renderer, f"an answer begins with {between[len(opened) :]!r}, which its generation prompt does not write")
-    between = os.path.commonprefix([between, opened])
-    return EMPTY_THOUGHT.sub("", between[len(os.path.commonprefix([between, closed])) :])
+    between = shared(between, opened)
+    return EMPTY_THOUGHT.sub("", between[len(shared(between, closed)) :])
 
 
 def unusable(renderer: Renderer, what: str) -> DataError:

@@ -208,7 +208,9 @@ def _unmark(text: str, pieces: Sequence[Piece]) -> tuple[str, list[Place]]:
         else:
             places.append(Place(pieces[number], opened.pop(number, length), length))
     whole = "".join([*clean, text[at:]])
-    places = [p if _said(p.piece.text, whole[p.start : p.stop]) else p._replace(piece=p.piece._replace(kind="rest")) for p in places]
+    places = [
+        p if _said(p.piece.text, whole[p.start : p.stop]) else p._replace(piece=p.piece._replace(kind="rest")) for p in places
+    ]
     places.sort(key=lambda place: (place.start, place.stop))
     # The name of a function comes again with what it answered; the call is where it comes first.
     return whole, [p for i, p in enumerate(places) if p.piece.kind != "call" or all(q.piece is not p.piece for q in places[:i])]
@@ -217,6 +219,12 @@ def _unmark(text: str, pieces: Sequence[Piece]) -> tuple[str, list[Place]]:
 def _said(words: str, written: str) -> bool:
     """Whether words stand there as they are, or as JSON (what tools answer, in some templates)."""
     return written in (words, json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1])
+
+
+def shared(one: str, other: str) -> str:
+    """What two texts begin with in common."""
+    short = min(len(one), len(other))
+    return one[: next((i for i in range(short) if one[i] != other[i]), short)]
 
 
 def _pinned(text: str) -> str:

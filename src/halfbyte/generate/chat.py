@@ -207,7 +207,7 @@ def _end_of_turn(base: Base, template: str) -> int | None:
     for after in ([], [asked]):
         messages = [asked, {"role": "assistant", "content": words}, *after]
         text = rendered(base, messages, template, prompt=False)
-        tail = base.tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
+        tail: list[int] = base.tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
         if (found := next((token for token in tail if token in special), None)) is not None:
             return found
     return None
