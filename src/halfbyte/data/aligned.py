@@ -55,11 +55,12 @@ class Aligner:
         ids: list[int] = encoding.ids
         if spans is None:
             return Aligned(ids, [])
-        for runs in (self._by_ends(encoding, spans), self._by_offsets(encoding, spans)):
+        for find in (self._by_ends, self._by_offsets):
+            runs = find(encoding, spans)
             if runs is not None and self._spelled(ids, runs, text, spans):
                 return Aligned(ids, runs)
-        ids, runs = self._piecewise(text, spans)
-        return Aligned(ids, runs if self._spelled(ids, runs, text, spans) else None)
+        ids, parts = self._piecewise(text, spans)
+        return Aligned(ids, parts if self._spelled(ids, parts, text, spans) else None)
 
     def _by_ends(self, encoding: Any, spans: Sequence[Span]) -> list[Run] | None:
         """By the tokens of the first and the last character of each span: enough where they begin and end just there."""
