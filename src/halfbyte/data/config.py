@@ -39,6 +39,19 @@ def _sources(value: Any) -> Any:
 Sources = Annotated[list[SourceConfig], Field(min_length=1)]
 
 
+class CheckConfig(Section):
+    """What is looked for in the data before the first step; docs/reference/checks.md lists the checks by their ids."""
+
+    near: float = Field(default=0.8, ge=0, le=1)
+    """From which share of common three-token sequences (Jaccard) on two examples are near copies; 0 looks for exact copies only."""
+    private: bool = False
+    """Look for personal data and secrets."""
+    ignore: list[str] = Field(default_factory=list)
+    """Ids of checks whose findings are not told."""
+    stop: list[str] = Field(default_factory=list)
+    """Ids of checks that stop the run at their first finding."""
+
+
 class DataConfig(Section):
     """What is learned from, and how it is laid out."""
 
@@ -59,6 +72,8 @@ class DataConfig(Section):
     """Row length: every row holds exactly so many tokens."""
     too_long: Literal["drop", "truncate", "split", "error"] = "drop"
     """What happens to an example longer than a row; plain text is always split."""
+    check: CheckConfig = Field(default_factory=CheckConfig)
+    """What is looked for before the first step."""
 
     @field_validator("eval")
     @classmethod
