@@ -48,7 +48,9 @@ class Checked:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain data."""
-        wrong = [{"where": str(p.where), "id": p.code, "field": p.field, "expected": p.expected, "got": p.got} for p in self.problems]
+        wrong = [
+            {"where": str(p.where), "id": p.code, "field": p.field, "expected": p.expected, "got": p.got} for p in self.problems
+        ]
         report = None if self.prepared is None else self.prepared.report.lines()
         return {**self.findings.as_dict(), "wrong_lines": wrong, "report": report}
 
@@ -94,7 +96,9 @@ def before_training(prepared: Prepared, tokenizer: Any, cache_dir: Path, progres
     near = config.check.near
     if near and len(prepared.train) > NEAR_AT_START:
         near = 0.0
-        findings.notes.append(f"checks: no near copies among {len(prepared.train):,} examples; `halfbyte data check` looks for them")
+        findings.notes.append(
+            f"checks: no near copies among {len(prepared.train):,} examples; `halfbyte data check` looks for them"
+        )
     _prepared(prepared, tokenizer, cache, findings, near)
     findings.raise_errors()
     return findings
@@ -175,7 +179,9 @@ def _prepared(prepared: Prepared, tokenizer: Any, cache: Path, findings: Finding
     for source in sources:
         learned.check(source, tokenizer, prepared.config.tokens, prepared.config.too_long, findings)
     if not near:
-        findings.not_run.update({name: "since `near` is 0 or the set is large" for name in ("data.near-duplicates", "data.near-overlap")})
+        findings.not_run.update(
+            dict.fromkeys(("data.near-duplicates", "data.near-overlap"), "since `near` is 0 or the set is large")
+        )
     copies = find_copies(sources, near, cache)
     where = _where(sources)
     bases = dict(zip(map(id, sources), np.cumsum([0, *(len(s) for s in sources)]).tolist(), strict=False))

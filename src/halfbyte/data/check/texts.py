@@ -30,9 +30,10 @@ HEADINGS = re.compile(
 BLANK = re.compile(r"\{\{ ?[A-Za-z_]\w{0,30} ?\}\}")
 ENTITY = re.compile(r"&amp;(?:#?\w{2,6});|&(?:quot|nbsp|#39|#x27|apos);")
 BLOB = re.compile(r"[A-Za-z0-9+/]{300,}|(?:[0-9a-fA-F]{2}[ :,]){200,}")
+FENCED = re.compile(r"```.*?(?:```|\Z)", re.S)
 LONG = 1500  # characters from which compression tells anything
 RATIO = 0.08
-WORDLESS = 0.35  # share of letters and digits among what is not space
+WORDLESS = 0.3  # share of letters and digits among what is not space
 
 
 def damaged(text: str) -> bool:
@@ -46,10 +47,10 @@ def repeated(text: str) -> bool:
 
 
 def wordless(text: str) -> bool:
-    """Whether it is a blob, or a long text of symbols only."""
+    """Whether it holds a blob, or is a long text of symbols mostly."""
     if BLOB.search(text):
         return True
-    dense = "".join(text.split())
+    dense = "".join(FENCED.sub("", text).split())  # drawings stand in fences
     return len(dense) > 200 and sum(map(str.isalnum, dense)) < WORDLESS * len(dense)
 
 
