@@ -44,7 +44,7 @@ def check(
     from halfbyte.cli import recipes
     from halfbyte.cli.arguments import tokenizer_of
     from halfbyte.cli.console import emit, say
-    from halfbyte.data.check import lines, repair, run
+    from halfbyte.data.check import lines, repair, run, texts
 
     chosen = recipes.resolve(recipe, overrides or [], model=model, data=data)
     tokenizer = tokenizer_of(chosen.model)
@@ -57,7 +57,7 @@ def check(
         written, missing = lines.write(found.problems, _sources(chosen), cache_root(), bad)
         say(f"{bad}: {written:,} wrong lines written" + (f"; {missing:,} cannot be cut out of their file" if missing else ""))
     if fix is not None:
-        specials = sorted(filter(None, tokenizer.all_special_tokens))
+        specials = texts.special_tokens(tokenizer)
         for source, file in zip(chosen.data.train, repair.outputs(fix, len(chosen.data.train)), strict=True):
             say("\n".join(repair.repair(source, cache_root(), specials, file).lines()))
     _leave(found)

@@ -19,7 +19,7 @@ from halfbyte.data import tokens as store
 from halfbyte.data.check import duplicates, learned
 from halfbyte.data.check.findings import CHECKS, KEPT, LATER, Findings
 from halfbyte.data.check.scan import LISTED, Scan, scan
-from halfbyte.data.check.texts import Tests
+from halfbyte.data.check.texts import Tests, special_tokens
 from halfbyte.data.config import DataConfig, SourceConfig
 from halfbyte.data.encode import Encoder, Options
 from halfbyte.data.prepare import Prepared, Progress, prepare
@@ -117,7 +117,7 @@ def _configs(config: DataConfig) -> list[SourceConfig]:
 
 
 def _scans(config: DataConfig, tokenizer: Any, cache: Path, private: bool, most: int, tell: Progress | None) -> list[Scan]:
-    specials = sorted(filter(None, tokenizer.all_special_tokens))
+    specials = special_tokens(tokenizer)
     tests = Tests(specials, private)
     options = {"special": specials, "private": private}
     found: list[Scan] = []

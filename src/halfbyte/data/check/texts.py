@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 from ftfy import badness
 
@@ -34,6 +35,12 @@ FENCED = re.compile(r"```.*?(?:```|\Z)", re.S)
 LONG = 1500  # characters from which compression tells anything
 RATIO = 0.08
 WORDLESS = 0.3  # share of letters and digits among what is not space
+
+
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Every special token of a tokenizer as text: the named ones, and what was added as special."""
+    added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    return sorted(filter(None, {*tokenizer.all_special_tokens, *added}))
 
 
 def damaged(text: str) -> bool:
