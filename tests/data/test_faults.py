@@ -7,9 +7,10 @@ the mask, and leaves the rest as it was.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,10 @@ from halfbyte.errors import DataError
 Records = list[dict[str, Any]]
 BASE = 40
 BOS_TWICE = "<s><s>{% for m in messages %}{{ m['content'] + '</s>' }}{% endfor %}"
-NO_END = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+NO_END = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 NO_SYSTEM = (
     "{% for m in messages if m['role'] != 'system' %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -37,6 +41,10 @@ UPPER = NO_SYSTEM.replace("m['content']", "m['content'].upper()")
 def say(record: dict[str, Any], text: str, turn: int = 1) -> None:
     """Puts a text in place of a turn: 0 asks, 1 answers."""
     record["messages"][turn]["content"] = text
+
+
+def reply(record: dict[str, Any]) -> str:
+    return str(record["messages"][1]["content"])
 
 
 def answer(change: Callable[[str], str], turn: int = 1) -> Callable[[Records], None]:
@@ -91,18 +99,22 @@ def everywhere(change: Callable[[dict[str, Any]], Any]) -> Callable[[Records], N
 def near(record: dict[str, Any]) -> dict[str, Any]:
     """The same dialogue with a word more."""
     copy = json.loads(json.dumps(record))
-    say(copy, copy["messages"][1]["content"] + " Indeed.")
+    say(copy, reply(copy) + " Indeed.")
     return dict(copy)
 
 
 def longest(records: Records) -> list[dict[str, Any]]:
     """The five dialogues with the longest answers."""
-    return sorted(records, key=lambda r: len(r["messages"][1]["content"]))[-5:]
+    return sorted(records, key=lambda r: len(reply(r)))[-5:]
 
 
 def mojibake(text: str) -> str:
     """UTF-8 read as Windows-1252."""
-    return f"It\u2019s a \u201ccaf\u00e9\u201d \u2013 na\u00efve. {text}".encode().decode("cp1252", errors="replace").replace("\ufffd", "\x9d")
+    return (
+        f"It\u2019s a \u201ccaf\u00e9\u201d \u2013 na\u00efve. {text}".encode()
+        .decode("cp1252", errors="replace")
+        .replace("\ufffd", "\x9d")
+    )
 
 
 def system(record: dict[str, Any]) -> dict[str, Any]:
@@ -110,10 +122,11 @@ def system(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def pair(record: dict[str, Any], chosen: str = " Certainly, and here is more of it.", rejected: str = "") -> dict[str, Any]:
-    text = record["messages"][1]["content"]
+    text = reply(record)
     return {"prompt": record["messages"][0]["content"], "chosen": text + chosen, "rejected": text + rejected}
 
 
+BESIDE = {"data.no-answer", "data.control", "data.shape"}  # an answerless set is empty too, wrongly decoded bytes are controls
 U, A = {"role": "user", "content": "And why is that so?"}, {"role": "assistant", "content": "Because it was always so."}
 FOREIGN = ("[INST] {} [/INST]", "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>", "<start_of_turn>model\n{}<end_of_turn>")
 BLOB = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk" * 8
@@ -126,7 +139,7 @@ class Fault(NamedTuple):
     id: str
     plant: Callable[[Records], Any]
     error: bool = True
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
     file: str = "data.jsonl"
 
 
@@ -154,7 +167,7 @@ FAULTS = [
     Fault("messages as JSON text", "data.bad-example", rewrite(lambda r: {"messages": json.dumps(r["messages"])})),
     Fault("a message that is a string", "data.bad-example", turns(lambda t: ["hello", t[1]])),
     Fault("Alpaca without output", "data.bad-example", lambda rs: rs.__setitem__(
-        slice(None), [{"instruction": r["messages"][0]["content"], "output": None if i == 9 else "done"} for i, r in enumerate(rs)])),
+        slice(None), [{"instruction": r["messages"][0]["content"], "output": None if i == 9 else "so"} for i, r in enumerate(rs)])),
     Fault("unknown columns", "data.shape", everywhere(lambda r: {"frage": "a", "antwort": "b"})),
     Fault("images", "data.shape", everywhere(lambda r: {**r, "images": ["a.png"]})),
     Fault("an empty file", "data.empty", lambda rs: [b""]),
@@ -168,7 +181,7 @@ FAULTS = [
     _w("two answers in a row", "data.role-order", turns(lambda t: [*t, A])),
     _w("a question at the end", "data.role-order", turns(lambda t: [*t, U])),
     _w("an answer at the beginning", "data.role-order", turns(lambda t: [A, *t])),
-    _w("a system message in the middle", "data.role-order", turns(lambda t: [*t, {"role": "system", "content": "Be brief."}, U, A])),
+    _w("a system message in the middle", "data.role-order", turns(lambda t: [*t, {"role": "system", "content": "Be brief"}, U, A])),
     _w("the answer repeats the question", "data.echo", lambda rs: say(rs[3], rs[3]["messages"][0]["content"])),
     _w("an answer with its own end token", "data.special-in-text", answer(lambda s: s + "<|im_end|>")),
     _w("a question with a bos token", "data.special-in-text", answer(lambda s: "<s>" + s, 0)),
@@ -185,12 +198,12 @@ FAULTS = [
     _w("a picture in base64", "data.non-text", answer(lambda s: s + BLOB)),
     _w("symbols only", "data.non-text", answer(lambda s: "~=~-~*~" * 60)),
     _w("a loop", "data.repetition", answer(lambda s: "and then it said so again " * 200)),
-    _w("a file in a message", "data.length", lambda rs: say(rs[3], " ".join(r["messages"][1]["content"] for r in rs) * 2), tokens=65536),
+    _w("a file in a message", "data.length", lambda rs: say(rs[3], " ".join(reply(r) for r in rs) * 2), tokens=65536),
     _w("one answer to many questions", "data.same-answer", lambda rs: [
         say(r, "I am sorry, but as a language model I cannot help with this.") for r in rs[:25]] and None),
     _w("exact copies", "data.duplicates", lambda rs: rs.extend(json.loads(json.dumps(rs[:4])))),
     _w("near copies", "data.near-duplicates", lambda rs: rs.extend(map(near, longest(rs)))),
-    _w("too long for a row", "data.too-long", lambda rs: say(rs[3], " ".join(str(i) for i in range(3000))), tokens=8192, too_long="split"),
+    _w("too long for a row", "data.too-long", lambda rs: say(rs[3], ", ".join(map(str, range(999)))), tokens=2048, too_long="split"),
     Fault("too much too long for a row", "data.too-long", lambda rs: None, options={"tokens": 64}),
     Fault("a template without an end of turn", "data.no-eot", lambda rs: None, options={"template": NO_END}),
     Fault("a template with two bos tokens", "data.double-bos", lambda rs: None, options={"template": BOS_TWICE}),
@@ -250,6 +263,7 @@ def test_planted(fault: Fault, look: Callable[..., Checked]) -> None:
     hits = [f for f in found.found if f.id in fault.id.split("|")]
     assert hits, f"not found; but {found.ids()}"
     assert any(f.error for f in hits) == fault.error
+    assert found.ids() - set(fault.id.split("|")) <= BESIDE, "a fault is told once, by its name"
     assert all(f.lines()[-1].startswith("  fix: ") and len(f.lines()[-1]) > 12 for f in hits)
     assert fault.error or not found.errors or fault.id.startswith(("data.length-bias", "data.label-balance"))
 
@@ -293,7 +307,9 @@ def test_planted_in_the_mask(
         assert findings.ids() == expected and (not expected or findings.errors)
 
 
-@pytest.mark.parametrize(("change", "code"), [(lambda r: r, "data.overlap"), (near, "data.near-overlap")], ids=["copies", "near copies"])
+@pytest.mark.parametrize(
+    ("change", "code"), [(lambda r: r, "data.overlap"), (near, "data.near-overlap")], ids=["copies", "near copies"]
+)
 def test_planted_between_the_sets(
     change: Callable[[Any], Any], code: str, base: Records, jsonl: Any, look: Callable[..., Checked]
 ) -> None:

@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from halfbyte.config import Recipe
     from halfbyte.data.check.run import Checked
+    from halfbyte.data.config import SourceConfig
 
 app = typer.Typer(help="Check the data, and look at it as the model will see it.", rich_markup_mode=None)
 RECIPE = typer.Argument(None, help="Recipe file; left out with --model and --data.", show_default=False)
@@ -63,7 +64,7 @@ def check(
     _leave(found)
 
 
-def _sources(recipe: Recipe) -> list[object]:
+def _sources(recipe: Recipe) -> list[SourceConfig]:
     return [*recipe.data.train, *(recipe.data.eval if isinstance(recipe.data.eval, list) else ())]
 
 

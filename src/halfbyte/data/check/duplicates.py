@@ -52,7 +52,7 @@ def find(sources: Sequence[Tokens], threshold: float) -> Copies:
 def _exact(sources: Sequence[Tokens]) -> Int:
     hashes = np.concatenate([h for s in sources for h in _hashes(s)]) if sources else np.zeros(0, np.uint64)
     _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
-    parent = first[group].astype(np.int64)
+    parent: Int = first[group].astype(np.int64)
     read = _reader(sources)
     for example in np.flatnonzero(parent != np.arange(len(parent))).tolist():
         if not np.array_equal(read(example), read(int(parent[example]))):

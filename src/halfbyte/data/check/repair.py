@@ -84,8 +84,7 @@ def _records(config: SourceConfig, cache: Path, done: Repaired) -> Iterator[Reco
     problems = Problems(keep=1 << 30)
     source = open_source(config, cache)
     by_line: dict[str, set[int]] = {}
-    for record in source.read(problems):
-        yield record
+    yield from source.read(problems)
     for problem in problems.shown:
         if lines.is_lines(problem.where.file):
             by_line.setdefault(problem.where.file, set()).add(problem.where.line)

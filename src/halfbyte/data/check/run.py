@@ -91,7 +91,7 @@ def before_training(prepared: Prepared, tokenizer: Any, cache_dir: Path, progres
         _tell(found, findings)
         if found.looked < found.examples:
             findings.notes.append(
-                f"checks: the text of {found.looked:,} of {found.examples:,} examples of {found.name}; `halfbyte data check` reads all"
+                f"checks: {found.name}: the text of {found.looked:,} of {found.examples:,} examples; `data check` reads all"
             )
     near = config.check.near
     if near and len(prepared.train) > NEAR_AT_START:

@@ -16,7 +16,7 @@ from halfbyte.data.check import run as checking
 from halfbyte.data.check.findings import CHECKS, Finding, Findings
 from halfbyte.data.order import shuffled
 from halfbyte.data.prepare import Prepared
-from halfbyte.data.preview import COLUMNS, Piece, lengths, piece_of, rows
+from halfbyte.data.preview import COLUMNS, Piece, Row, lengths, piece_of, rows
 from halfbyte.data.tokens import Tokens, TokenSet
 
 ROWS, GROUPS, MEMBERS, TOP, BINS = 40, 50, 8, 100, 48
@@ -32,7 +32,6 @@ def collect(prepared: Prepared, findings: Findings, copies: Any, tokenizer: Any,
     texts: dict[int, str] = {}
     shown = _examples(prepared.train, tokenizer, seed, examples, [e for row in packed for e in row.example_ids], texts)
     at = {example["e"]: number for number, example in enumerate(shown)}
-    where = prepared.train.where
     return {
         "report": prepared.report.lines(),
         "findings": [_finding(f) for f in (*findings.errors, *findings.warnings)],
@@ -45,16 +44,18 @@ def collect(prepared: Prepared, findings: Findings, copies: Any, tokenizer: Any,
         "rowTokens": prepared.config.tokens,
         "tokens": _tokens(prepared.train, tokenizer),
         "sources": [s.name for s in prepared.train.sources],
-        "rows": [
-            {"docs": [{"w": where(e), "n": n, "t": t, "x": at.get(e, -1)} for e, n, t in zip(row.example_ids, row.tokens, row.trained, strict=True)],
-             "left": row.left} for row in packed
-        ],
+        "rows": [_row(row, prepared.train, at) for row in packed],
         "rowsInAll": prepared.report.rows,
         "twins": _twins(prepared.train, copies, tokenizer, at),
         "examples": shown,
         "examplesInAll": len(prepared.train),
         "texts": {str(i): text for i, text in sorted(texts.items())},
-    }  # fmt: skip
+    }
+
+
+def _row(row: Row, data: TokenSet, at: dict[int, int]) -> dict[str, Any]:
+    documents = zip(row.example_ids, row.tokens, row.trained, strict=True)
+    return {"docs": [{"w": data.where(e), "n": n, "t": t, "x": at.get(e, -1)} for e, n, t in documents], "left": row.left}
 
 
 def _finding(found: Finding) -> dict[str, Any]:

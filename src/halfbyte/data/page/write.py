@@ -1,7 +1,7 @@
 """Puts the page together: markup, style, script and data in one file that asks for nothing.
 
-Why so careful with the data: it is anybody's text. It stands in a JSON block in which `<`, `>` and `&` are written as escapes, so that
-no `</script>` of it can end the block; the script shows it as text nodes only; and the page's own policy forbids every request.
+Why so careful with the data: it is anybody's text. It stands in a JSON block in which `<`, `>` and `&` are written as escapes, so
+that no `</script>` of it can end the block; the script shows it as text nodes only; the page's own policy forbids every request.
 Cost: the size of the page, a megabyte or two.
 """
 
@@ -33,7 +33,8 @@ def page(config: DataConfig, tokenizer: Any, seed: int, out: Path, *, title: str
 
 def render(data: dict[str, Any]) -> str:
     """The whole page."""
-    parts = {name: resources.files(__package__).joinpath(f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
+    folder = resources.files(__package__)
+    parts = {name: folder.joinpath(f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     parts |= {"title": html.escape(str(data["title"])), "data": embedded(data)}
     text = parts.pop("html")
     # One pass, so that nothing in the data is taken for a placeholder.
