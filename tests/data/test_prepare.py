@@ -51,7 +51,7 @@ def test_equal_examples_stay_on_one_side(run: Any, chat: Any) -> None:
 def test_a_small_set_still_holds_out_one(run: Any, chat: Any) -> None:
     prepared = run([chat(f"One {i}?", "two") for i in range(3)])
     assert len(prepared.train) == 2 and len(held_out(prepared)) == 1
-    with pytest.raises(DataError, match="one example cannot be both"):
+    with pytest.raises(DataError, match="one example, or one group of them, cannot be both"):
         run([chat("One?", "two")])
     assert run([chat("One?", "two")], eval=0).eval == {}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from halfbyte.data import masks
 from halfbyte.data.problems import Problems, Where
-from halfbyte.data.shapes import Example, Message
 from halfbyte.data.templates import Renderer, Template, adds_bos
+from halfbyte.data.turns import Example, Message
 from halfbyte.errors import DataError
 
 BATCH = 256  # examples tokenised in one call
@@ -31,11 +31,16 @@ Mask = NDArray[np.bool_]
 
 
 class Encoded(NamedTuple):
-    """One example as tokens: ids uint32 [n], trained bool [n] (the token is one to learn)."""
+    """One example as tokens: ids uint32 [n], trained bool [n] (the token is one to learn).
+
+    weights: float32 [n], of each token in the loss, or None where all that is learned weighs 1. group: see `Example`.
+    """
 
     where: Where
     ids: Ids
     trained: Mask
+    weights: NDArray[np.float32] | None = None
+    group: str = ""
 
 
 class _Text(NamedTuple):
@@ -43,6 +48,8 @@ class _Text(NamedTuple):
     text: str
     spans: list[masks.Span] | None  # None: all is learned
     framed: bool  # plain text: bos before it, eos after it
+    weights: tuple[float, ...]  # of each span, or of all
+    group: str
 
 
 @dataclass(frozen=True)
@@ -94,10 +101,11 @@ class Encoder:
         if not example.messages:
             text = example.prompt + example.text
             learn_all = not example.prompt or self._options.loss_on == "all"
-            return _Text(example.where, text, None if learn_all else [(len(example.prompt), len(text))], True)
+            spans = None if learn_all else [(len(example.prompt), len(text))]
+            return _Text(example.where, text, spans, True, (example.weight,), example.group)
         if self._options.system is not None and example.messages[0].role != "system":
             added = (Message("system", self._options.system), *example.messages)
-            example = Example(example.where, added, example.learn_from + (1 if example.learn_from else 0))
+            example = replace(example, messages=added, learn_from=example.learn_from + (1 if example.learn_from else 0))
         if any(self._special.search(message.content) for message in example.messages):
             problems.noted["a message spells a special token, which is read as that token"] += 1
         around = self.marks
@@ -108,7 +116,14 @@ class Encoder:
         except DataError as error:
             problems.add(example.where, "messages", "messages that the template takes", error.message, "data.template")
         else:
-            return _Text(example.where, text, spans, False)
+            weights: tuple[float, ...] = (example.weight,)
+            if spans is not None:
+                learned = masks.learned(example, self._options.loss_on)
+                weights = tuple(example.messages[i].weight * example.weight for i in learned)
+            elif any(message.weight != 1 for message in example.messages):
+                problems.add(example.where, "messages", "no weights of messages with `loss_on: all`", "one")
+                return None
+            return _Text(example.where, text, spans, False, weights, example.group)
         return None
 
     def _tokenise(self, texts: list[_Text], problems: Problems) -> Iterator[Encoded]:
@@ -136,7 +151,7 @@ class Encoder:
                 ids = [*self._bos, *ids, *self._eos]
                 edge = np.ones(len(self._eos), dtype=np.bool_)
                 trained = np.concatenate([np.zeros(len(self._bos), dtype=np.bool_), trained, edge])
-            yield Encoded(text.where, np.asarray(ids, dtype=np.uint32), trained)
+            yield Encoded(text.where, np.asarray(ids, dtype=np.uint32), trained, _weights(trained, text.weights), text.group)
 
     def _proven(self, ids: list[int], trained: Mask, text: _Text) -> bool:
         """Whether the learned tokens, run by run, spell the learned spans."""
@@ -172,6 +187,15 @@ class Encoder:
                 trained += [learn] * len(new)
             at = stop
         return ids, np.asarray(trained, dtype=np.bool_)
+
+
+def _weights(trained: Mask, weights: tuple[float, ...]) -> NDArray[np.float32] | None:
+    """The weight of each token: that of its run of learned tokens, run by run, or the only one there is."""
+    if all(weight == 1 for weight in weights):
+        return None
+    begins = np.diff(trained.astype(np.int8), prepend=0) == 1
+    run = np.minimum(np.cumsum(begins), len(weights)) - 1
+    return np.where(trained, np.asarray(weights, dtype=np.float32)[run], np.float32(0))
 
 
 def _inside(offsets: NDArray[np.int64], spans: list[masks.Span]) -> Mask:

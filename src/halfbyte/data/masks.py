@@ -81,12 +81,16 @@ def _template_error(renderer: Renderer, what: str) -> DataError:
     return DataError(f"the chat template `{renderer.template.name}` cannot be used: {what}", hint=hint, code="data.template")
 
 
+def learned(example: Example, loss_on: str) -> list[int]:
+    """The messages whose answers are learned, in order; a weight of 0 makes an answer context."""
+    found = [i for i, m in enumerate(example.messages) if m.role == "assistant" and i >= example.learn_from and m.weight]
+    return found[-1:] if loss_on == "last" else found
+
+
 def spans(example: Example, renderer: Renderer, around: Marks, loss_on: str) -> tuple[str, list[Span] | None]:
     """The rendered text and the character spans to learn (None: all of it). Raises `Unsafe`, or `DataError` from the template."""
     messages = example.messages
-    learned = [i for i, m in enumerate(messages) if m.role == "assistant" and i >= example.learn_from]
-    if loss_on == "last":
-        learned = learned[-1:]
+    wanted = learned(example, loss_on)
     if loss_on == "all":
         full = renderer(messages)
         _nothing_dropped(messages, full)
@@ -99,9 +103,9 @@ def spans(example: Example, renderer: Renderer, around: Marks, loss_on: str) -> 
         starts = {i: start for i, (start, _) in zip(answers, blocks, strict=True)}
     else:
         full = renderer(messages)
-        starts = _starts(messages, learned, full, renderer, around)
+        starts = _starts(messages, wanted, full, renderer, around)
     _nothing_dropped(messages, full)
-    return full, [_close(full, starts[i], messages[i].content, around) for i in learned]
+    return full, [_close(full, starts[i], messages[i].content, around) for i in wanted]
 
 
 def _starts(messages: Sequence[Message], learned: list[int], full: str, renderer: Renderer, around: Marks) -> dict[int, int]:
