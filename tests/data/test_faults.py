@@ -203,7 +203,7 @@ FAULTS = [
         say(r, "I am sorry, but as a language model I cannot help with this.") for r in rs[:25]] and None),
     _w("exact copies", "data.duplicates", lambda rs: rs.extend(json.loads(json.dumps(rs[:4])))),
     _w("near copies", "data.near-duplicates", lambda rs: rs.extend(map(near, longest(rs)))),
-    _w("too long for a row", "data.too-long", lambda rs: say(rs[3], ", ".join(map(str, range(999)))), tokens=2048, too_long="split"),
+    _w("too long for a row", "data.too-long", lambda rs: say(rs[3], ",".join(map(str, range(999)))), tokens=2048, too_long="split"),
     Fault("too much too long for a row", "data.too-long", lambda rs: None, options={"tokens": 64}),
     Fault("a template without an end of turn", "data.no-eot", lambda rs: None, options={"template": NO_END}),
     Fault("a template with two bos tokens", "data.double-bos", lambda rs: None, options={"template": BOS_TWICE}),

@@ -112,8 +112,9 @@ class DataConfig(Section):
     """Row length: every row holds exactly so many tokens."""
     workers: int | None = Field(default=None, ge=0)
     """Processes that tokenise besides this one; null: one a core for large sources, none for small ones."""
-    too_long: Literal["drop", "truncate", "split", "error"] = "drop"
-    """What happens to an example longer than a row; plain text is always split."""
+    too_long: Literal["drop", "truncate_right", "truncate_left", "split", "error"] = "drop"
+    """What happens to an example longer than a row; plain text is always split. truncate_right loses the end of it, truncate_left
+    the beginning."""
     check: CheckConfig = Field(default_factory=CheckConfig)
     """What is looked for before the first step."""
 

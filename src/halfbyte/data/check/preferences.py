@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from halfbyte.data.preferences import LABELS, is_label
 from halfbyte.data.sources import Record
 
 FEW = 20  # below, shares say nothing
@@ -20,7 +21,7 @@ BIAS, BALANCE = 0.9, 0.95
 
 def is_preference(data: Mapping[str, Any]) -> bool:
     """Whether a record is a pair, or an answer with a label."""
-    return {"chosen", "rejected"} <= set(data) or isinstance(data.get("label"), bool)
+    return {"chosen", "rejected"} <= set(data) or is_label(data.get("label"))
 
 
 def text_of(value: object) -> str | None:
@@ -45,8 +46,8 @@ class Labels:
         """Counts one record."""
         self.records += 1
         data = record.data
-        if isinstance(data.get("label"), bool):
-            self.labels[data["label"]] += 1
+        if is_label(data.get("label")):
+            self.labels[LABELS[str(data["label"]).strip().lower()]] += 1
         chosen, rejected = text_of(data.get("chosen")), text_of(data.get("rejected"))
         if chosen is None or rejected is None:
             return

@@ -26,6 +26,7 @@ from halfbyte.data.check import lines, texts
 from halfbyte.data.config import SourceConfig
 from halfbyte.data.problems import Problems, Where
 from halfbyte.data.sources import Record, open_source
+from halfbyte.data.turns import ROLES
 from halfbyte.errors import DataError
 
 NAMES = {"ai": "assistant", "chatbot": "assistant", "answer": "assistant", "question": "user", "customer": "user", "person": "user"}
@@ -64,7 +65,7 @@ def repair(config: SourceConfig, cache: Path, specials: list[str], out: Path) ->
         for record in _records(config, cache, done):
             data = _mend(record, specials, done)
             fixed = Record(record.where, data)
-            reader = reader or shapes.reader(config.shape, fixed)
+            reader = reader or shapes.reader(config.shape, fixed, shapes.layout(config))
             problems = Problems()
             if reader.read(fixed, problems) is None:
                 done.left_out.append(str(problems.shown[0]) if problems.shown else f"{record.where}: {', '.join(problems.skipped)}")
@@ -163,10 +164,10 @@ def _turn(turn: Mapping[str, Any], where: Where, specials: list[str], done: Repa
     fixed = dict(turn)
     for key in ROLE_KEYS:
         role = fixed.get(key)
-        if isinstance(role, str) and role not in shapes.ROLES:
+        if isinstance(role, str) and role.strip().lower() not in ROLES:
             plain = role.strip().rstrip(":").lower()
             plain = NAMES.get(plain, plain)
-            if plain in shapes.ROLES:
+            if plain in ROLES:
                 done.note(f"the role {role!r} written as {plain!r}", where)
                 fixed[key] = plain
     for key in TEXT_KEYS:

@@ -130,7 +130,8 @@ def _scans(config: DataConfig, tokenizer: Any, cache: Path, private: bool, most:
 
 def _tell(found: Scan, findings: Findings) -> None:
     """What a scan found, as findings."""
-    _tell_problems(found.name, found.problems, max(found.examples, found.wrong), findings)
+    unread = sum(p.code == "data.bad-file" for p in found.problems)
+    _tell_problems(found.name, found.problems, found.examples + unread, findings)
     if found.error is not None:
         code, message, hint = found.error
         findings.add(code if code in CHECKS else "data.bad-file", found.name, 1, 0, detail=message, fix=hint)
@@ -167,7 +168,7 @@ def examples(config: SourceConfig, cache: Path, problems: Problems) -> Any:
     for number, record in enumerate(open_source(config, cache).read(problems)):
         if number == config.limit:
             return
-        read = read or shapes.reader(config.shape, record).read
+        read = read or shapes.reader(config.shape, record, shapes.layout(config)).read
         if (example := read(record, problems)) is not None:
             yield example
 

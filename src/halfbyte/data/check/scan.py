@@ -95,7 +95,7 @@ class _Look:
         if preferences.is_preference(first.data):
             self.labels = preferences.Labels()
         try:
-            self.reader = shapes.reader(self.config.shape, first)
+            self.reader = shapes.reader(self.config.shape, first, shapes.layout(self.config))
         except DataError as error:
             self.found.error = (error.code, error.message, error.hint)
 
