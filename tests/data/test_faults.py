@@ -332,3 +332,19 @@ def test_an_embedding_that_was_never_trained(base: Records, jsonl: Any, tokenize
     with pytest.raises(DataError, match="never learned") as caught:
         checks.embeddings(prepared.train, tokenizer, weight, trainable=False)
     assert caught.value.code == "data.new-special-tokens"
+
+
+BETWEEN = {
+    "held-out examples that are learned": ("data.overlap", True),
+    "held-out examples that are nearly learned": ("data.near-overlap", False),
+    "an embedding row that was never trained": ("data.new-special-tokens", True),
+}
+
+
+def test_the_docs_have_this_table() -> None:
+    page = (Path(__file__).parents[2] / "docs/concepts/faults.md").read_text(encoding="utf-8")
+    rows = [(f.name, f.id.split("|")[0], f.error) for f in FAULTS]
+    rows += [(name, code, True) for name, code, *_ in MASKS] + [(name, *found) for name, found in BETWEEN.items()]
+    table = ["| planted | halfbyte | | it says |", "| --- | --- | --- | --- |"]
+    table += [f"| {name} | `{code}` | {'stops' if error else 'told'} | {CHECKS[code].sentence} |" for name, code, error in rows]
+    assert "\n".join(["<!-- data faults -->", *table, "<!-- /data faults -->"]) in page
