@@ -162,6 +162,8 @@ CLEAN = [
     *(Clean(f"an answer with {name}", answered(text)) for name, text in ANSWERS.items()),
     Clean("labels as answers", labelled),
     Clean("the last answer only", joined, options={"loss_on": "last"}),
+    Clean("each answer an example", joined, options={"loss_on": "each"}),
+    Clean("loss on questions and answers", joined, options={"loss_on": ["user", "assistant"]}),
     Clean("loss on everything", same, options={"loss_on": "all"}),
     Clean("a system message from the recipe", same, options={"system": "Be kind."}),
     Clean("the Alpaca template", same, options={"template": "alpaca"}),

@@ -303,7 +303,7 @@ def test_planted_in_the_mask(
     tokens = prepared.train.sources[0]
     for source, expected in ((tokens, set()), (plant(tokens), {code})):
         findings = Findings()
-        learned.check(source, make_tokenizer(pad_token=pad), 16384, "drop", findings)
+        learned.check(source, make_tokenizer(pad_token=pad), prepared.config, findings)
         assert findings.ids() == expected and (not expected or findings.errors)
 
 

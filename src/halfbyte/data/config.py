@@ -90,6 +90,9 @@ class CheckConfig(Section):
     """Ids of checks that stop the run at their first finding."""
 
 
+Learnable = Literal["system", "user", "assistant"]  # what a tool answered is never learned
+
+
 class DataConfig(Section):
     """What is learned from, and how it is laid out."""
 
@@ -103,11 +106,15 @@ class DataConfig(Section):
     ] = 0.05
     """Held-out examples: a share of every training source (0 for none), a number of examples over all, or sources of their own."""
     template: str = "auto"
-    """Chat template: auto (the tokenizer's own), a named one (chatml, alpaca, plain), or a path to a Jinja file."""
+    """Chat template: auto (the tokenizer's own), a named one (chatml, alpaca, plain, vicuna, llama2, llama3, mistral,
+    mistral-tekken, mistral-v7, gemma, phi3, zephyr), or a path to a Jinja file."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Values for what the template reads, such as `{enable_thinking: false}`; they are written into the template that is saved."""
     system: str | None = None
     """System message for examples that have none."""
-    loss_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens are learned: every assistant turn, the last one only, or everything."""
+    loss_on: Literal["assistant", "last", "each", "all"] | Annotated[list[Learnable], Field(min_length=1)] = "assistant"
+    """Which tokens are learned: every assistant turn, the last one only, each as the end of an example of its own (for templates
+    that strip earlier thoughts), everything but tool results, or a list of roles."""
     tokens: int = Field(default=2048, ge=16)
     """Row length: every row holds exactly so many tokens."""
     workers: int | None = Field(default=None, ge=0)

@@ -56,7 +56,7 @@ def prepare(config: DataConfig, tokenizer: Any, seed: int, cache_dir: Path, prog
 
     Raises `DataError`: wrong lines (all of them, with file and line), and every check of `checks.py`.
     """
-    template = templates.resolve(config.template, tokenizer)
+    template = templates.resolve(config.template, tokenizer, config.template_kwargs)
     basis = Basis(tokenizer, template, Options(config.system, config.loss_on))
     encoder = Encoder(*basis)
     report = Report(template.name, template.reason, config.tokens)

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from halfbyte.data.check.findings import KEPT, Findings
 from halfbyte.data.check.hashing import chunks, in_order
+from halfbyte.data.config import DataConfig
 from halfbyte.data.tokens import Tokens
 
+ANSWERS = ("assistant", "last", "each")
 TAIL = 3  # the end of turn is among the last tokens of a learned run: some templates learn a line break after it
 SAME_SHARE, SAME_COUNT, SAME_TOKENS = 0.1, 20, 10
 Bool = NDArray[np.bool_]
@@ -53,24 +55,24 @@ class _Seen:
     answers: list[NDArray[np.uint64]] = field(default_factory=list)
 
 
-def check(tokens: Tokens, tokenizer: Any, rows: int, policy: str, findings: Findings) -> None:
-    """Notes what is wrong with a tokenised source. rows: tokens a row; policy: what happens to longer examples."""
+def check(tokens: Tokens, tokenizer: Any, config: DataConfig, findings: Findings) -> None:
+    """Notes what is wrong with a tokenised source."""
     ends = np.asarray(sorted({*tokens.end, tokenizer.eos_token_id} - {None}), dtype=np.int64)
     seen = _Seen()
     for part in _parts(tokens):
-        _look(part, ends, tokenizer.pad_token_id, seen)
+        _look(part, ends, tokenizer.pad_token_id, config.loss_on in ANSWERS, seen)
     for name, found in (("data.zero-trained", seen.nothing), ("data.pad-eos", seen.masked), ("data.no-eot", seen.endless)):
         findings.add(name, tokens.name, len(found), len(tokens), _places(tokens, found))
     if tokens.shape != "text":
         _same(tokens, np.concatenate(seen.answers), np.concatenate(seen.sizes), findings)
-        _long(tokens, rows, policy, findings)
+        _long(tokens, config.tokens, config.too_long, findings)
 
 
 def _places(tokens: Tokens, found: list[int]) -> tuple[str, ...]:
     return tuple(tokens.where(i) for i in found[:KEPT])
 
 
-def _look(part: _Part, ends: Int, pad: int | None, seen: _Seen) -> None:
+def _look(part: _Part, ends: Int, pad: int | None, answers: bool, seen: _Seen) -> None:
     own = part.trained.copy()
     own[part.starts[part.starts < part.stops]] = False  # nothing stands before the first token, so nothing can foretell it
     counted = np.concatenate([[0], np.cumsum(own, dtype=np.int64)])
@@ -80,11 +82,14 @@ def _look(part: _Part, ends: Int, pad: int | None, seen: _Seen) -> None:
     place = counted[:-1] - np.repeat(counted[part.starts], part.stops - part.starts)
     seen.answers.append(in_order(part.ids.astype(np.uint64), place.astype(np.uint64), part.starts, part.stops, own))
     if len(ends):
-        _ends(part, ends, pad, seen)
+        _ends(part, ends, pad, answers, seen)
 
 
-def _ends(part: _Part, ends: Int, pad: int | None, seen: _Seen) -> None:
-    """Learned runs without an end of turn among their last tokens; `masked` where it stands right behind, unlearned, and pads."""
+def _ends(part: _Part, ends: Int, pad: int | None, answers: bool, seen: _Seen) -> None:
+    """Learned runs without an end of turn among their last tokens; `masked` where it stands right behind, unlearned, and pads.
+
+    answers: every run is an answer; otherwise only an example that learns no end at all is one too many.
+    """
     edge = np.zeros(len(part.ids) + 1, dtype=np.bool_)
     edge[part.stops] = edge[part.starts] = True
     last = np.flatnonzero(part.trained & (edge[1:] | ~np.append(part.trained[1:], False)))
@@ -94,6 +99,8 @@ def _ends(part: _Part, ends: Int, pad: int | None, seen: _Seen) -> None:
     for back in range(TAIL):
         at = last - back
         closed |= (at >= part.starts[owner]) & is_end[np.maximum(at, 0)]
+    if not answers:
+        closed |= np.isin(owner, np.searchsorted(part.stops, np.flatnonzero(is_end), side="right"))
     open_at, open_in = last[~closed], owner[~closed]
     behind = open_at + 1
     inside = behind < part.stops[open_in]

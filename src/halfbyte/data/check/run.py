@@ -151,7 +151,8 @@ def _encoding(config: DataConfig, tokenizer: Any, cache: Path) -> list[Problem]:
     """Every example that the template or the mask refuses, in all sources."""
     found: list[Problem] = []
     try:
-        encoder = Encoder(tokenizer, templates.resolve(config.template, tokenizer), Options(config.system, config.loss_on))
+        template = templates.resolve(config.template, tokenizer, config.template_kwargs)
+        encoder = Encoder(tokenizer, template, Options(config.system, config.loss_on))
         for source in _configs(config):
             problems = Problems(keep=LISTED)
             for _ in encoder.encode(examples(source, cache, problems), problems):
@@ -178,10 +179,12 @@ def _prepared(prepared: Prepared, tokenizer: Any, cache: Path, findings: Finding
     sets = (prepared.train, *prepared.eval.values())
     sources = list({id(s): s for part in sets for s in part.sources}.values())
     for source in sources:
-        learned.check(source, tokenizer, prepared.config.tokens, prepared.config.too_long, findings)
+        learned.check(source, tokenizer, prepared.config, findings)
+    if prepared.config.loss_on == "each":
+        near = 0.0  # the examples of one dialogue are beginnings of one another
     if not near:
         findings.not_run.update(
-            dict.fromkeys(("data.near-duplicates", "data.near-overlap"), "since `near` is 0 or the set is large")
+            dict.fromkeys(("data.near-duplicates", "data.near-overlap"), "since `near` is 0, the set large, or `loss_on` each")
         )
     copies = find_copies(sources, near, cache)
     where = _where(sources)
