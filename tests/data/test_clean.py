@@ -202,7 +202,7 @@ def test_nothing_is_found(clean: Clean, base: Records, make_tokenizer: Any, tmp_
         (tmp_path / "chat.jinja").write_text(options["template"])
         specials = ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>") if options["template"] == LLAMA3 else ()
         options["template"] = str(tmp_path / "chat.jinja")
-    config = DataConfig(**{"train": [{"path": str(path), **limit}], "tokens": 8192, "eval": 0, **options})
+    config = DataConfig(**{"train": [{"path": str(path), **limit}], "tokens": 2048, "eval": 0, **options})
     found = check(config, make_tokenizer(specials=specials), 0, tmp_path / "cache", private=True)
     assert found.findings.found == [], found.findings.lines()
     assert found.prepared is not None and len(found.prepared.train)
@@ -210,5 +210,5 @@ def test_nothing_is_found(clean: Clean, base: Records, make_tokenizer: Any, tmp_
 
 @pytest.mark.parametrize("name", ["alpaca_zh_demo.json", "wiki_demo.txt"])
 def test_other_real_sets(name: str, demo: Callable[[str], str], tokenizer: Any, tmp_path: Path) -> None:
-    config = DataConfig(train=[{"path": demo(name), "limit": 30}], tokens=8192, eval=0)
+    config = DataConfig(train=[{"path": demo(name), "limit": 8}], tokens=8192, eval=0)
     assert check(config, tokenizer, 0, tmp_path, private=True).findings.found == []

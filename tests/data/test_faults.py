@@ -197,8 +197,8 @@ FAULTS = [
     _w("HTML entities", "data.entities", answer(lambda s: f"&quot;{s}&quot;")),
     _w("a picture in base64", "data.non-text", answer(lambda s: s + BLOB)),
     _w("symbols only", "data.non-text", answer(lambda s: "~=~-~*~" * 60)),
-    _w("a loop", "data.repetition", answer(lambda s: "and then it said so again " * 200)),
-    _w("a file in a message", "data.length", lambda rs: say(rs[3], " ".join(reply(r) for r in rs) * 2), tokens=65536),
+    _w("a loop", "data.repetition", answer(lambda s: "and then it said so again " * 70)),
+    _w("a file in a message", "data.length", lambda rs: say(rs[3], " ".join(reply(r) for r in rs) * 2), tokens=32768),
     _w("one answer to many questions", "data.same-answer", lambda rs: [
         say(r, "I am sorry, but as a language model I cannot help with this.") for r in rs[:25]] and None),
     _w("exact copies", "data.duplicates", lambda rs: rs.extend(json.loads(json.dumps(rs[:4])))),
@@ -246,7 +246,7 @@ def look(base: Records, tokenizer: Any, tmp_path: Path) -> Callable[..., Checked
         if "{%" in options.get("template", ""):
             (tmp_path / "chat.jinja").write_text(options["template"])
             options["template"] = str(tmp_path / "chat.jinja")
-        config = DataConfig(**{"train": [str(path)], "tokens": 4096, "eval": 0, **options})
+        config = DataConfig(**{"train": [str(path)], "tokens": 2048, "eval": 0, **options})
         return check(config, tokenizer, 0, tmp_path / "cache", private=private)
 
     return run
