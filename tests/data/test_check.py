@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from halfbyte.data.check import duplicates, lines, private, repair, run, texts
-from halfbyte.data.check.findings import CHECKS, Findings
+from halfbyte.data.check.findings import CHECKS, Findings, brief
 from halfbyte.data.config import DataConfig, SourceConfig
 from halfbyte.data.prepare import prepare
 from halfbyte.errors import DataError, RecipeError
@@ -84,6 +84,11 @@ def test_what_the_recipe_wishes() -> None:
     assert wrong.value.hint == "did you mean `data.control`?"
 
 
+def test_places_are_short() -> None:
+    assert brief(f"{Path.cwd()}/data/x.jsonl:7 = /tmp/far/off.parquet row 3") == "data/x.jsonl:7 = off.parquet row 3"
+    assert brief("data/x.jsonl:7: expected a/b, got /x") == "data/x.jsonl:7: expected a/b, got /x"
+
+
 def test_every_check_has_a_sentence_and_a_fix() -> None:
     assert len(CHECKS) >= 40
     assert all(len(c.sentence) > 10 and len(c.fix) > 10 and (c.stops is None or 0 <= c.stops < 1) for c in CHECKS.values())
@@ -140,7 +145,7 @@ def test_wrong_elements_of_an_array_are_written_too(looked: Any, chat: Any, tmp_
     assert [json.loads(x) for x in (tmp_path / "bad.jsonl").read_text().splitlines()] == [{"messages": 5}, {"messages": []}]
 
 
-def test_a_training_stops_or_tells(tokenizer: Any, jsonl: Any, chat: Any, tmp_path: Path) -> None:
+def test_a_training_stops_or_tells(tokenizer: Any, jsonl: Any, chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(jsonl([chat(f"What is {i}?", f"It is the number {i}.") for i in range(30)] + [chat("Why?", "So\x00.")] * 2))
     for options, stops in (({}, False), ({"check": {"stop": ["data.duplicates"]}}, True)):
         prepared = prepare(DataConfig(train=[path], eval=0, tokens=256, **options), tokenizer, 0, tmp_path / "cache")
@@ -150,6 +155,10 @@ def test_a_training_stops_or_tells(tokenizer: Any, jsonl: Any, chat: Any, tmp_pa
         else:
             found = run.before_training(prepared, tokenizer, tmp_path / "cache")
             assert found.ids() == {"data.control", "data.duplicates"} and found.summary().endswith("2 warnings")
+            with monkeypatch.context() as patch:
+                patch.setattr(run, "_look", lambda *_: pytest.fail("looked again"))
+                again = run.before_training(prepared, tokenizer, tmp_path / "cache")
+            assert again.lines() == found.lines() and again.passed() == found.passed()
 
 
 def test_a_large_set_is_looked_at_in_part(

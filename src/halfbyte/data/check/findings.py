@@ -7,7 +7,9 @@ Cost: none.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from halfbyte.errors import DataError, RecipeError
@@ -100,9 +102,14 @@ class Finding:
         """As a person reads it: how many, what, where, and what to do."""
         share = f" of {self.total:,} ({self.count / self.total:.1%})" if self.total else ""
         what = self.detail or CHECKS[self.id].sentence
-        places = ", ".join(self.where[:SHOWN]) + (f", and {self.count - SHOWN:,} more" if self.count > SHOWN else "")
+        places = ", ".join(map(brief, self.where[:SHOWN])) + (f", and {self.count - SHOWN:,} more" if self.count > SHOWN else "")
         head = f"{'error' if self.error else 'warning'} [{self.id}] {self.source}: {self.count:,}{share}: {what}"
         return [head, *([f"  at {places}"] if places else []), f"  fix: {self.fix or CHECKS[self.id].fix}"]
+
+
+def brief(where: str) -> str:
+    """A place as a person reads it: relative to the working directory, or without the folder where it lies elsewhere."""
+    return re.sub(r"(?<![\w.~-])/(?:[^\s:,=]+/)+", "", where.replace(f"{Path.cwd()}/", ""))
 
 
 @dataclass
@@ -173,6 +180,15 @@ class Findings:
         """All of it as plain data."""
         found = [asdict(f) | {"sentence": CHECKS[f.id].sentence, "fix": f.fix or CHECKS[f.id].fix} for f in self.found]
         return {"findings": found, "passed": self.passed(), "not_run": self.not_run, "notes": self.notes}
+
+    def memory(self) -> dict[str, Any]:
+        """What a later run need not look for again."""
+        return {"found": [asdict(f) for f in self.found], "notes": self.notes, "not_run": self.not_run}
+
+    def remember(self, memory: dict[str, Any]) -> None:
+        """Takes over what an earlier run found."""
+        self.found = [Finding(**f | {"where": tuple(f["where"])}) for f in memory["found"]]
+        self.notes, self.not_run = memory["notes"], memory["not_run"]
 
     def raise_errors(self) -> None:
         """Raises one `DataError` with all errors, if there are any."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-CHUNK = 4_000_000  # tokens at work
+CHUNK = 1_000_000  # tokens at work
 Hash = NDArray[np.uint64]
 
 

@@ -1,7 +1,7 @@
 """What can be wrong once there are tokens and masks: proven on every example, whatever made them.
 
 Why proven again, after masks.py took care: a mask comes from a template, a tokenizer and a cache, and this is the last place where
-a mistake in any of them can be seen before it is learned. Cost: about 30 ns a token, in parts of a few million.
+a mistake in any of them can be seen before it is learned. Cost: about 30 ns a token, in parts of a million.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ cache under the content it speaks of. Cost: a second start reads a few small fil
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from halfbyte.data import shapes, templates
 from halfbyte.data import tokens as store
 from halfbyte.data.check import duplicates, learned
 from halfbyte.data.check.findings import CHECKS, KEPT, LATER, Findings
-from halfbyte.data.check.scan import LISTED, Scan, scan
+from halfbyte.data.check.scan import LISTED, Scan, replacing, scan
 from halfbyte.data.check.texts import Tests, special_tokens
 from halfbyte.data.config import DataConfig, SourceConfig
 from halfbyte.data.encode import Encoder, Options
@@ -28,7 +29,7 @@ from halfbyte.data.sources import open_source
 from halfbyte.data.tokens import Tokens, TokenSet
 from halfbyte.errors import DataError
 
-AT_START = 100_000  # examples a source whose text is looked at before a training; `data check` looks at all
+AT_START = 50_000  # examples a source whose text is looked at before a training; `data check` looks at all
 NEAR_AT_START = 300_000  # up to so many examples near copies are looked for as well
 VERSION = 1
 PRIVATE = ("data.private", "data.secret")
@@ -84,9 +85,29 @@ def check(
 
 
 def before_training(prepared: Prepared, tokenizer: Any, cache_dir: Path, progress: Progress | None = None) -> Findings:
-    """The same checks on data that is prepared. Very large sets are looked at in part, and that is noted. Raises `DataError`."""
+    """The same checks on data that is prepared, or what they found the last time. Very large sets are looked at in part, and that
+    is noted. Raises `DataError`."""
     config, cache = prepared.config, Path(cache_dir).expanduser()
     findings = _findings(config, config.check.private)
+    wanted = {
+        "checks": VERSION,
+        "data": prepared.digest,
+        "of": config.model_dump(mode="json"),
+        "special": special_tokens(tokenizer),
+    }
+    file = cache / "checks" / f"{store.key_of(wanted)}.json"
+    if file.exists():
+        findings.remember(json.loads(file.read_text(encoding="utf-8")))
+    else:
+        _look(prepared, tokenizer, cache, findings, progress)
+        with replacing(file) as stream:
+            stream.write(json.dumps(findings.memory()).encode())
+    findings.raise_errors()
+    return findings
+
+
+def _look(prepared: Prepared, tokenizer: Any, cache: Path, findings: Findings, progress: Progress | None) -> None:
+    config = prepared.config
     for found in _scans(config, tokenizer, cache, config.check.private, AT_START, progress):
         _tell(found, findings)
         if found.looked < found.examples:
@@ -100,8 +121,6 @@ def before_training(prepared: Prepared, tokenizer: Any, cache_dir: Path, progres
             f"checks: no near copies among {len(prepared.train):,} examples; `halfbyte data check` looks for them"
         )
     _prepared(prepared, tokenizer, cache, findings, near)
-    findings.raise_errors()
-    return findings
 
 
 def _findings(config: DataConfig, private: bool) -> Findings:
@@ -204,11 +223,8 @@ def find_copies(sources: list[Tokens], near: float, cache: Path) -> duplicates.C
         both = np.load(file)
         return duplicates.Copies(both[0], both[1])
     found = duplicates.find(sources, near)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(f".{id(found)}.tmp")
-    with partial.open("wb") as stream:
+    with replacing(file) as stream:
         np.save(stream, np.stack([found.exact, found.near]))
-    partial.replace(file)
     return found
 
 
