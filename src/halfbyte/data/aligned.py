@@ -122,7 +122,7 @@ def _table(backend: Any) -> list[bytes] | None:
     # GPT-2's alphabet: bytes that print stand for themselves, the others for characters from 256 on, in their order.
     plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     odd = [byte for byte in range(256) if byte not in plain]
-    alphabet = {256 + n: byte for n, byte in enumerate(odd)} | {byte: 0x10FFFF for byte in odd}
+    alphabet = {256 + n: byte for n, byte in enumerate(odd)} | dict.fromkeys(odd, 0x10FFFF)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     table = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for token, number in vocabulary.items():
