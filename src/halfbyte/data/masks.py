@@ -150,10 +150,7 @@ class Masker:
         messages, tools = example.messages, example.tools
         text = self._render(messages, tools=tools)
         places = self._parsed(messages, text)
-        if places is not None:
-            talk = Rendered(messages, tools, text, places)
-        else:
-            talk = self._located(messages, tools, text, learn)
+        talk = Rendered(messages, tools, text, places) if places else self._located(messages, tools, text, learn)
         unseen = next((name for tool in tools if (name := _name(tool)) not in text), None)
         if unseen is not None:
             raise Unsafe(f"the tool `{unseen}` in the rendered text", "a template that does not show tools", "data.template")
@@ -351,7 +348,8 @@ def _prove(talk: Rendered, found: Sequence[Learned], learn: Sequence[int]) -> No
     for i in learn:
         said = "".join(talk.text[span.start : span.stop] for span in found if span.message == i)
         for leaf in _leaves([call["function"]["arguments"] for call in talk.messages[i].tool_calls]):
-            if not any(form in said for form in (leaf, json.dumps(leaf)[1:-1], json.dumps(leaf, ensure_ascii=False)[1:-1])):
+            written = (leaf, json.dumps(leaf)[1:-1], json.dumps(leaf, ensure_ascii=False)[1:-1], repr(leaf)[1:-1])
+            if not any(form in said for form in written):
                 raise Unsafe("the tool call's arguments in the rendered text", "a template that drops or changes them")
 
 
