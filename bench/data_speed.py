@@ -65,17 +65,26 @@ def tokenizer() -> Any:
     return loaded
 
 
+class Clock:
+    """Seconds since it was made, of the wall and of the processors: this process's and those of its ended children."""
+
+    def __init__(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), sum(os.times()[:4])
+
+    def __call__(self) -> dict[str, float]:
+        return {"seconds": round(time.perf_counter() - self.wall, 2), "cpu_seconds": round(sum(os.times()[:4]) - self.cpu, 2)}
+
+
 def ours(data: Path, work: Path) -> dict[str, Any]:
     """Prepares `data` with halfbyte. Returns seconds, rows, and the efficiency of the packing."""
     from halfbyte.data.config import DataConfig
     from halfbyte.data.prepare import prepare
 
     tok, config = tokenizer(), DataConfig(train=[{"path": str(data)}], eval=0, tokens=TOKENS)
-    started = time.perf_counter()
+    clock = Clock()
     prepared = prepare(config, tok, 0, work / "cache")
-    took = time.perf_counter() - started
-    tokens = prepared.train.tokens()
-    return {"seconds": took, "tokens": tokens, "rows": prepared.report.rows, "efficiency": prepared.report.efficiency}
+    spent = clock()
+    return {**spent, "tokens": prepared.train.tokens(), "rows": prepared.report.rows, "efficiency": prepared.report.efficiency}
 
 
 def theirs(data: Path, work: Path, options: dict[str, Any], packing: bool = True) -> dict[str, Any]:
@@ -90,10 +99,10 @@ def theirs(data: Path, work: Path, options: dict[str, Any], packing: bool = True
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), **shape))
     place = {"output_dir": str(work / "out"), "report_to": [], "use_cpu": True, "bf16": False}
     config = SFTConfig(max_length=TOKENS, packing=packing, **place, **options)
-    started = time.perf_counter()
+    clock = Clock()
     rows = datasets.load_dataset("json", data_files=str(data), split="train", cache_dir=str(work / "datasets"))
     trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tok)
-    return {"seconds": time.perf_counter() - started, "rows": len(trainer.train_dataset), "dataset": trainer.train_dataset}
+    return {**clock(), "rows": len(trainer.train_dataset), "dataset": trainer.train_dataset}
 
 
 def gate(folder: Path, work: Path) -> None:
@@ -136,10 +145,9 @@ def resident(root: int) -> int:
 
 
 def measured(side: str, data: Path, work: Path) -> dict[str, Any]:
-    """One side in a process of its own: what it says, its peak of memory, and the processor time of it and its children."""
+    """One side in a process of its own: what it says, and the peak of memory of it and its children."""
     result = work / "result.json"
     command = [sys.executable, __file__, "--side", side, "--data", str(data), "--out", str(result)]
-    before = os.times()
     process = subprocess.Popen([*command, "--work", str(work)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
@@ -147,9 +155,7 @@ def measured(side: str, data: Path, work: Path) -> dict[str, Any]:
         time.sleep(0.1)
     if process.returncode:
         raise SystemExit(f"{side} failed: {' '.join(command)}")
-    after = os.times()
-    cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return {"side": side, **json.loads(result.read_text()), "peak_MiB": round(peak / 2**20), "cpu_seconds": round(cpu, 1)}
+    return {"side": side, **json.loads(result.read_text()), "peak_MiB": round(peak / 2**20)}
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -199,7 +205,7 @@ def main() -> None:
     mine = arguments.side in ("ours", "again")
     found = ours(data, work) if mine else theirs(data, work, THEIRS[arguments.side])
     found.pop("dataset", None)
-    Path(arguments.out).write_text(json.dumps({**found, "seconds": round(found["seconds"], 2)}))
+    Path(arguments.out).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

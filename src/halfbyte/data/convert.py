@@ -25,7 +25,7 @@ Int = NDArray[np.int64]
 
 
 class Block(NamedTuple):
-    """Examples in a row. ids uint32 [n], trained bool [n], weights float32 [n] or None (all 1).
+    """Examples in a row. ids uint32 [n], trained bool [n], weights float32 [n] (of trained tokens) or None (all 1).
 
     lengths, lines, files (into `names`), learned (tokens to learn behind the first): int64 [e]; marks: uint64 [e], equal for
     examples of one group, and for equal tokens where no group is named.

@@ -139,7 +139,7 @@ def _framed(example: Example, record: Record, layout: Layout, problems: Problems
     if weight == 0:
         problems.skipped["a weight of 0"] += 1
         return None
-    if weight == example.weight and not group:
+    if weight == example.weight and not layout.group:
         return example
     return Example(
         example.where, example.messages, example.learn_from, example.prompt, example.text, example.tools, weight, str(group)

@@ -293,6 +293,7 @@ def _rows(file: Path, batches: Callable[[], Iterator[Any]], what: str, problems:
     number = 0
     try:
         for batch in batches():
+            batch.validate(full=True)  # Arrow trusts what a damaged file says of its own sizes
             for data in batch.to_pylist():
                 number += 1
                 yield Raw(Where(str(file), number, "row"), data)

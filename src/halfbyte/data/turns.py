@@ -227,7 +227,7 @@ def tools(value: Any, where: Where, problems: Problems) -> Calls | None:
             problems.add(where, "tools", "a list of tool schemas, or JSON text of one", kind_of(value), "data.tools")
             return None
     found: list[Mapping[str, Any]] = []
-    for item in [value] if isinstance(value, Mapping) and value else value or []:
+    for item in value if isinstance(value, list) else [value] if value else []:
         body = item.get("function", item) if isinstance(item, Mapping) else None
         if not isinstance(body, Mapping) or not isinstance(body.get("name"), str):
             problems.add(where, "tools", "tool schemas with a `name`", kind_of(item), "data.tools")
