@@ -89,7 +89,9 @@ class Encoder:
     def end_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer, if a conversation was encoded."""
         return (
-            () if self._masker is None else tuple(dict.fromkeys(i for end in self._masker.marks.ends for i in self._aligner.ids(end)[-1:]))
+            ()
+            if self._masker is None
+            else tuple(dict.fromkeys(i for end in self._masker.marks.ends for i in self._aligner.ids(end)[-1:]))
         )
 
     def encode(self, examples: Iterable[Example], problems: Problems) -> Iterator[Encoded]:
