@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data import sources, templates
+from halfbyte.data import files, templates
 from halfbyte.data.check.findings import CHECKS
 from halfbyte.data.shapes import COLUMNS
 
@@ -29,7 +29,7 @@ def test_every_id_is_explained() -> None:
 
 
 def test_endings_shapes_and_templates_are_listed() -> None:
-    for word in (*sources.SUFFIXES, *COLUMNS, *templates.NAMED):
+    for word in (*files.SUFFIXES, *files.COMPRESSED, *COLUMNS, *templates.NAMED):
         assert word in GUIDE, word
 
 

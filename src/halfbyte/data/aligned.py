@@ -120,12 +120,14 @@ def _table(backend: Any) -> list[bytes] | None:
     if not decoder or decoder["type"] != "ByteLevel":
         return None
     # GPT-2's alphabet: bytes that print stand for themselves, the others for characters from 256 on, in their order.
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    odd = [byte for byte in range(256) if byte not in set(plain)]
-    alphabet = {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(odd)}
+    plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    odd = [byte for byte in range(256) if byte not in plain]
+    alphabet = {256 + n: byte for n, byte in enumerate(odd)} | dict.fromkeys(odd, 0x10FFFF)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     table = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for token, number in vocabulary.items():
-        mapped = [alphabet.get(character) for character in token]
-        table[number] = bytes(b for b in mapped if b is not None) if None not in mapped else token.encode()
+        try:
+            table[number] = token.translate(alphabet).encode("latin-1")
+        except UnicodeEncodeError:  # an added token, which stands for its own characters
+            table[number] = token.encode()
     return table

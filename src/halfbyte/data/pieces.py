@@ -1,6 +1,6 @@
 """Pieces: what of each example goes into rows, once the rule for long ones (`data.too_long`) has been applied.
 
-Why apart from the tokens: rules and row lengths change without anything being tokenised again. Cost: a few arrays of numbers, one an
+Why apart from the tokens: rules and row lengths change without anything being tokenised again. Cost: a few numbers an
 example.
 """
 
