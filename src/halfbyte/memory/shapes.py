@@ -89,7 +89,7 @@ def shapes(net: PreTrainedModel, fmt: FormatConfig, adapter: AdapterConfig) -> S
         padded=sum(-(-n // SEGMENT) * SEGMENT for n in sizes),
         rank_sum=sum(ranks.get(r.module, 0) for r in widest),
         largest=max((r.params for r in report.rows if r.kind in ("linear", "conv1d")), default=0),
-        layer=fused.read(net, adapter, ranks, {r.module for r in report.packed}),
+        layer=fused.read(net, adapter, ranks, {r.module: r.format for r in report.packed}),
     )
 
 
