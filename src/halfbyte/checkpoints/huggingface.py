@@ -27,7 +27,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.formats.config import FormatConfig
 from halfbyte.formats.packed import Format, Packed
 from halfbyte.formats.quantize import dequantize
-from halfbyte.layers import swap
+from halfbyte.layers import embedding, swap
 from halfbyte.layers.report import Row, SwapReport
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,13 @@ def load(
     compute: torch.dtype,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
+    *,
+    embedding_away: bool = False,
 ) -> Base:
     """Loads a base: linear weights in `fmt`, everything else in `compute`, all frozen, in eval mode, on `device`.
 
+    embedding_away: the input embedding stays in host memory, where the device reads it (`layers.embedding`); where it cannot, that
+    is logged and it comes to the device.
     A checkpoint that is packed already decides the format; it must agree with what `fmt` sets explicitly.
     Raises CheckpointError, UnsafeFileError, ModelError or FormatError; each names the file or tensor.
     """
@@ -57,7 +61,7 @@ def load(
     if entry is None:
         fmt = settle(fmt, headers, source.name)
     report = _plan(net, headers, fmt)
-    fill(net, tensors, report, compute, device, progress)
+    fill(net, tensors, report, compute, device, progress, embedding_away=embedding_away)
     report = with_fields(report, rows=_measured(net, report))
     if entry is not None:
         digest = entry.digest
@@ -134,6 +138,8 @@ def fill(
     compute: torch.dtype,
     device: torch.device | str,
     progress: Progress = silent,
+    *,
+    embedding_away: bool = False,
 ) -> None:
     """Reads every tensor into `net`, packing what `report` says. If names do not match, raises before anything is read."""
     headers = tensors.headers()
@@ -145,7 +151,7 @@ def fill(
         _settle_tie(net, tensors, target, source, wanted)
     in_fp32 = _in_fp32(net)
     total = sum(headers[origin].nbytes for origin in wanted.values())
-    done = 0
+    done, waits = 0, embedding.path_of(net) if embedding_away else ""
     for name, origin in wanted.items():
         progress(name, done, total)
         value = tensors.read(origin)
@@ -153,11 +159,13 @@ def fill(
             swap.pack_module(net, name.removesuffix(".weight"), value.to(device), packed[name])
         else:
             dtype = torch.float32 if in_fp32(name) else compute
-            _set(net, name, _dense(value, name in turned, dtype), device)
+            _set(net, name, _dense(value, name in turned, dtype), "cpu" if name == waits else device)
         done += headers[origin].nbytes
         del value
     progress("", total, total)
     net.tie_weights(recompute_mapping=False)
+    if waits and (reason := embedding.send(net, torch.device(device))):
+        log.warning("the input embedding stays on the device: %s", reason)
     nn.Module.to(net, device)
     assert not any(t.is_meta for t in [*net.parameters(), *net.buffers()]), "a tensor was left without memory"
 

@@ -31,7 +31,7 @@ from halfbyte.memory.speed import Rates
 
 __all__ = ["ASKED", "Neighbour", "Parameters", "Plan", "chooser", "compute_of", "json_schema", "plan", "settled"]
 
-VERSION = 3
+VERSION = 4
 MORE = 2 << 30
 """Bytes less and more for which a plan tells what would be chosen."""
 
@@ -62,7 +62,7 @@ class Plan:
 
     microbatch: rows at once; microbatches: of them in a step. recompute: in `none`, `some` or `all` layers. offloaded: bytes of
     what layers keep that wait in host memory, offload: why, or why not. paged: bytes of the optimizer's moments there, paging: why,
-    or why not. streamed: bytes of weights there (0 here). reason: of the choice. advice: what would make it fit. help: the same of
+    or why not. embedded: bytes of the input embedding there, embedding: why, or why not. streamed: bytes of weights there (0 here). reason: of the choice. advice: what would make it fit. help: the same of
     the leanest way. rung: the choice; rungs: all that no other beats, fastest first. tokens_per_second, seconds (of a step),
     run_seconds (of `train.max_steps`): predicted, null where the device's speed or the number of steps is not known. rates: where
     the speeds of the device are from. neighbours: what less and more memory would choose. longest: tokens of the longest row that
@@ -85,6 +85,8 @@ class Plan:
     offload: str
     paged: int
     paging: str
+    embedded: int
+    embedding: str
     streamed: int
     tokens_per_second: float | None
     parameters: Parameters
@@ -201,6 +203,8 @@ def _plan(chooser: Chooser, rungs: list[Rung], rung: Rung) -> Plan:
         offload=chooser.offload_reason(rung, offloaded),
         paged=sum(p.host for p in found if p.name == "optimizer"),
         paging=chooser.paging_reason(rung),
+        embedded=sum(p.host for p in found if p.name == "embedding"),
+        embedding=chooser.embedding_reason(rung),
         streamed=0,
         tokens_per_second=recipe.train.batch * recipe.data.tokens / seconds if known else None,
         parameters=Parameters(s.report.params, sum(r.params for r in s.report.packed), s.trained),

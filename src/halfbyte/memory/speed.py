@@ -16,6 +16,8 @@ from halfbyte.memory.fused import Group, Layer
 
 ATTENTION_SHARE, HALF_ATTENTION = 0.8, 900
 """Of the products' rate, what attention reaches in long documents; and the length at which it reaches half of that."""
+GATHER = 0.5
+"""Of the bus's rate, what a gather of single rows is taken to reach."""
 HALF_RATE = 160
 """Tokens at which a product runs at half the rate of a large one."""
 DECODED, FLOAT8_DECODED = 2.0 + 0.52, 1.0 + 0.52
@@ -58,10 +60,8 @@ def layer_cost(one: Layer, tokens: int, document: int, c: int, rates: Rates, dec
     def product(group: Group) -> float:
         flops = 2.0 * group.n * group.k * (tokens + HALF_RATE)
         if one.float8 and group.fits:
-            # XA, or s dY B, stays in 16 bits.
-            small = 2.0 * group.r * group.k * tokens / rates.gemm
             decode = 0.0 if decoded and group.straight else FLOAT8_DECODED * group.n * group.k / rates.copy
-            return flops / (FLOAT8 * rates.gemm) + small + decode
+            return flops / (FLOAT8 * rates.gemm) + decode
         held = group.held or (decoded and not one.float8)
         return flops / rates.gemm + (0.0 if held else DECODED * group.n * group.k / rates.copy)
 
@@ -107,6 +107,11 @@ def ends_cost(tokens: int, hidden: int, vocabulary: int, c: int, rates: Rates, c
     """Embedding, head and loss: two products over all tokens, and four passes over the logits."""
     products = 4.0 * hidden * vocabulary * tokens / rates.gemm
     return products * (1.0 if chunks == 1 else 1.1) + 4.0 * tokens * vocabulary * c / rates.copy + 20 * rates.launch
+
+
+def embedding_cost(tokens: int, hidden: int, c: int, rates: Rates) -> float:
+    """Of a microbatch, what rows of the embedding take to come out of host memory: the GPU reads them itself, so nothing hides it."""
+    return tokens * hidden * c / (GATHER * rates.bus)
 
 
 def optimizer_cost(numbers: int, bits: int, paged: bool, rates: Rates) -> float:

@@ -111,17 +111,19 @@ def begin(
     if fallen:
         rung = _standing(plan, recipe, Rung(**fallen[-1]["rung"]))
         why = f"memory ran short at step {fallen[-1]['step']}{KEPT}"
-        told = {"microbatch": why, "recompute": why, "offload": why, "moments": why}
+        told = dict.fromkeys(("microbatch", "recompute", "offload", "moments", "embedding"), why)
     else:
         rows = choosing.settle("microbatch", recipe.memory.microbatch, kept, lambda: Choice(plan.microbatch, plan.reason))
         again = choosing.settle("recompute", recipe.memory.recompute, kept, lambda: Choice(_on(plan.rung.recompute), plan.reason))
         rung = _nearest(plan, rows.value, again.value == "on")
         told = {"microbatch": rows.reason, "recompute": again.reason, "offload": plan.offload, "moments": plan.paging}
+        told["embedding"] = plan.embedding
     values = {
         "microbatch": rung.microbatch,
         "recompute": _on(rung.recompute),
         "offload": _on(rung.offload),
-        "moments": "in host memory" if rung.paged else "on the device",
+        "moments": _place(rung.paged),
+        "embedding": _place(rung.embedding_away),
     }
     return rung, {name: Choice(value, told[name]) for name, value in values.items()}
 
@@ -144,10 +146,15 @@ def _standing(plan: Plan, recipe: Recipe, rung: Rung) -> Rung:
         memory.recompute in ("auto", _on(rung.recompute)),
         memory.offload in ("auto", _on(rung.offload)),
         paging == "auto" or (paging == "always") == rung.paged,
+        memory.embedding == "auto" or (memory.embedding == "host") == rung.embedding_away,
     ]
     if all(asked):
         return rung
     return next((r for r in plan.rungs if r.bytes <= rung.bytes), plan.rungs[-1])
+
+
+def _place(away: bool) -> str:
+    return "in host memory" if away else "on the device"
 
 
 def _on(value: bool) -> str:

@@ -28,8 +28,9 @@ from halfbyte.config import Recipe
 from halfbyte.data import checks
 from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare
+from halfbyte.errors import RecipeError
 from halfbyte.generate.chat import answers
-from halfbyte.layers import decoded, forward, head, recompute
+from halfbyte.layers import decoded, embedding, forward, head, recompute
 from halfbyte.memory import measure
 from halfbyte.memory import plan as planning
 from halfbyte.memory.plan import Plan
@@ -50,8 +51,9 @@ from halfbyte.train.ladder import Ladder
 from halfbyte.train.report import OnEvent, Report
 from halfbyte.train.state import Parts, State
 
+log = logging.getLogger("halfbyte")
 CHECKPOINTS = "checkpoints"
-TOLD = ("compute", "threads", "attention", "layers", "microbatch", "recompute", "offload", "moments", "decoded weights")
+TOLD = ("compute", "threads", "attention", "layers", "microbatch", "recompute", "offload", "moments", "embedding", "decoded weights")
 """Choices, in the order in which they are told."""
 
 
@@ -110,8 +112,8 @@ def compose(
         report.tell(line)
     if stored is None:
         report.tell(plan.table())
-    base = huggingface.load(recipe.model, recipe.format, _stored_dtype(recipe, compute), device, report.display.advance)
-    report.display.settled()
+    base = _base(recipe, compute, device, rung, report)
+    chosen["embedding"], rung = _embedding(base, rung, chosen["embedding"])
     report.tell(f"base: {base.name}, {base.report.summary()}")
     chosen["attention"] = choosing.settle("attention", "auto", kept, lambda: Choice(_attention(base), "what the layers allow"))
     adapter = _adapter(recipe, base, report)
@@ -158,9 +160,27 @@ def _data(recipe: Recipe, report: Report) -> Prepared:
 
 
 def _check_embeddings(prepared: Prepared, base: Base) -> None:
-    embedding = base.model.get_input_embeddings().weight
-    assert isinstance(embedding, Tensor)
-    checks.embeddings(prepared.train, base.tokenizer, embedding, trainable=embedding.requires_grad)
+    table = base.model.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    checks.embeddings(prepared.train, base.tokenizer, table, trainable=table.requires_grad)
+
+
+def _base(recipe: Recipe, compute: torch.dtype, device: torch.device, rung: Rung, report: Report) -> Base:
+    stored, advance = _stored_dtype(recipe, compute), report.display.advance
+    base = huggingface.load(recipe.model, recipe.format, stored, device, advance, embedding_away=rung.embedding_away)
+    report.display.settled()
+    return base
+
+
+def _embedding(base: Base, rung: Rung, planned: Choice) -> tuple[Choice, Rung]:
+    """Where the input embedding really is. Raises RecipeError (`memory.embedding`) where it was asked to be elsewhere."""
+    device = next(base.model.parameters()).device
+    if not rung.embedding_away or not (reason := embedding.send(base.model, device)):
+        return planned, rung
+    if planned.reason == planning.ASKED:
+        message = f"memory.embedding: host cannot be had here: {reason}"
+        raise RecipeError(message, hint="set `memory.embedding: auto`", code="memory.embedding")
+    return Choice("on the device", f"auto: {reason}"), replace(rung, embedding_away=False)
 
 
 def _adapter(recipe: Recipe, base: Base, report: Report) -> Adapter:
@@ -235,6 +255,8 @@ def _ladder(plan: Plan, rung: Rung, base: Base, optimizer: AdamW, device: torch.
 
     def place(to: Rung) -> None:
         fusing.use(base.model, to)
+        if to.embedding_away and (reason := embedding.send(base.model, device)):
+            log.warning("the input embedding stays on the device: %s", reason)
         if to.paged:
             optimizer.page()
 
