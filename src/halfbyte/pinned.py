@@ -54,9 +54,7 @@ class Arena:
             return None
         mapped = torch.as_tensor(_Mapped(self, address), device=self.device)
         first = self.tensors[0].data_ptr()
-        return [
-            mapped[t.data_ptr() - first : t.data_ptr() - first + t.nbytes].view(t.dtype).view(t.shape) for t in self.tensors
-        ]
+        return [mapped[t.data_ptr() - first : t.data_ptr() - first + t.nbytes].view(t.dtype).view(t.shape) for t in self.tensors]
 
 
 class _Mapped:

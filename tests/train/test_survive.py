@@ -170,19 +170,19 @@ def test_the_ladder_is_the_plans_order_without_what_needs_more() -> None:
     needs = {(4, False): 9, (2, False): 7, (1, False): 5, (4, True): 6, (2, True): 4, (1, True): 3}
 
     def measure(rung: Rung) -> int:
-        return 10 * needs[rung.microbatch, rung.recompute] - 5 * rung.paged - 2 * (rung.chunks > 1)
+        return 10 * needs[rung.microbatch, rung.recompute] - 5 * rung.paged - 3 * rung.embedding_away - 2 * (rung.chunks > 1)
 
-    found = ways([4, 2, 1], "auto", lambda m, again: again, [False, True], measure)
+    found = ways([4, 2, 1], "auto", lambda m, again: again, [False, True], [False, True], measure)
     walked, now = [], found[0]
     while (lower := below(found, now)) is not None:
         assert lower.bytes < now.bytes
-        walked.append((lower.microbatch, lower.recompute, lower.paged, lower.chunks))
+        walked.append((lower.microbatch, lower.recompute, lower.embedding_away, lower.paged, lower.chunks))
         now = lower
     assert walked == [
-        *((2, False, False, 1), (1, False, False, 1), (2, True, False, 1), (1, True, False, 1)),
-        *((1, True, True, 1), (1, True, True, 8)),
+        *((2, False, False, False, 1), (1, False, False, False, 1), (2, True, False, False, 1), (1, True, False, False, 1)),
+        *((1, True, True, False, 1), (1, True, True, True, 1), (1, True, True, True, 8)),
     ]
-    asked = ways([2], "off", lambda m, again: False, [True], measure)
+    asked = ways([2], "off", lambda m, again: False, [True], [False], measure)
     assert {(r.microbatch, r.recompute, r.paged) for r in asked} == {(2, False, True)}
     elsewhere = replace(found[0], microbatch=3, bytes=65)
     assert below(found, elsewhere) == found[2], "a rung that the plan does not have: the first that needs less"

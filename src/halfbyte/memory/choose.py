@@ -109,7 +109,11 @@ class Chooser:
         row = tokens or recipe.data.tokens
         assert self.layer is not None
         marks = {n: ends(s, m * row, self.layer.head_size, self.dtype, n) for n in (1, CHUNKED)}
-        fixed = [*weights(s, recipe, embedding_away=True), *(p for p in learning(s, recipe) if p.name != "optimizer"), *outside("cuda")]
+        fixed = [
+            *weights(s, recipe, embedding_away=True),
+            *(p for p in learning(s, recipe) if p.name != "optimizer"),
+            *outside("cuda"),
+        ]
         bits = recipe.optim.bits
         return search.Task(
             layers=s.layers,
@@ -189,7 +193,9 @@ class Chooser:
     def embedding_reason(self, rung: Rung) -> str:
         """Where the input embedding is, and why."""
         told = self.embedding()[1]
-        return told or ("auto: faster than what else would fit" if rung.embedding_away else "auto: it stays while memory is not short")
+        return told or (
+            "auto: faster than what else would fit" if rung.embedding_away else "auto: it stays while memory is not short"
+        )
 
     def longest(self) -> int | None:
         """Tokens of the longest row that trains one at a time, in multiples of STEP; None where layers run as modules."""

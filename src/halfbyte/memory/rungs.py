@@ -111,7 +111,9 @@ def ways(
     if len(embedding) > 1:
         found += [replace(rung, embedding_away=True) for rung in found if rung.recompute == modes[-1]]
     if len(paged) > 1:
-        found += [replace(rung, paged=True) for rung in found if rung.recompute == modes[-1] and rung.embedding_away == embedding[-1]]
+        found += [
+            replace(rung, paged=True) for rung in found if rung.recompute == modes[-1] and rung.embedding_away == embedding[-1]
+        ]
     found.append(replace(found[-1], chunks=CHUNKED))
     return [replace(rung, bytes=measure(rung)) for rung in found]
 

@@ -24,6 +24,9 @@ DECODED, FLOAT8_DECODED = 2.0 + 0.52, 1.0 + 0.52
 """Bytes written and read for one decoded weight: a 16-bit number, or one in e4m3."""
 FLOAT8 = 1.9
 """The rate of products in e4m3 over that of 16-bit ones."""
+BESIDE, APART = 4.0, 2.0
+"""Times of a copy that a byte takes where operands in e4m3 are written: beside 16-bit numbers, by a kernel that first looks for the
+row's largest; and by a pass of their own, what it reads included."""
 LAUNCHES = {"forward": 26, "backward": 46, "again": 4}
 """Kernels a layer; `again`: of each tensor that is computed again."""
 
@@ -99,8 +102,8 @@ def _quantising(one: Layer, tokens: int, c: int, rates: Rates, back: bool) -> fl
     if not one.float8:
         return 0.0
     apart = one.qkv if back else one.out
-    sizes = [(g.n if back else g.k) * (1 + c * (g is apart)) for g in one.groups if g.fits]
-    return tokens * sum(sizes) / rates.copy
+    passes = [(g.n if back else g.k) * (APART * (1 + c) if g is apart else BESIDE) for g in one.groups if g.fits]
+    return tokens * sum(passes) / rates.copy
 
 
 def ends_cost(tokens: int, hidden: int, vocabulary: int, c: int, rates: Rates, chunks: int = 1) -> float:

@@ -53,7 +53,18 @@ from halfbyte.train.state import Parts, State
 
 log = logging.getLogger("halfbyte")
 CHECKPOINTS = "checkpoints"
-TOLD = ("compute", "threads", "attention", "layers", "microbatch", "recompute", "offload", "moments", "embedding", "decoded weights")
+TOLD = (
+    "compute",
+    "threads",
+    "attention",
+    "layers",
+    "microbatch",
+    "recompute",
+    "offload",
+    "moments",
+    "embedding",
+    "decoded weights",
+)
 """Choices, in the order in which they are told."""
 
 
