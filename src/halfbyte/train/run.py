@@ -28,7 +28,7 @@ from halfbyte.config import Recipe
 from halfbyte.data import checks
 from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare
-from halfbyte.errors import RecipeError
+from halfbyte.errors import MemoryPlanError, RecipeError
 from halfbyte.generate.chat import answers
 from halfbyte.layers import decoded, embedding, forward, head, recompute
 from halfbyte.memory import measure
@@ -39,6 +39,7 @@ from halfbyte.memory.watch import Watch
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.flat import flatten
 from halfbyte.optim.scaling import LossScale
+from halfbyte.shortage import in_words, is_shortage
 from halfbyte.train import account as accounting
 from halfbyte.train import choices as choosing
 from halfbyte.train import finish, fusing, ladder, lock, loop, metrics, saving, signals
@@ -81,7 +82,7 @@ def train(recipe: Recipe, *, on_event: OnEvent | None = None, memory_timeline: b
     with lock.hold(output, report.tell), _words(report), deterministic(recipe.train.deterministic):
         resume.sweep(output / CHECKPOINTS, report.tell)
         stored = resume.newest(output / CHECKPOINTS, report.tell)
-        base, adapter, prepared, parts, plan, account = compose(recipe, report, stored, memory_timeline)
+        base, adapter, prepared, parts, plan, account = _composed(recipe, report, stored, memory_timeline)
         state = State() if stored is None else saving.restore(parts, stored)
         if stored is not None:
             report.tell(f"resuming at step {state.step} of {parts.total_steps}, from {CHECKPOINTS}/step-{state.step:08d}")
@@ -98,9 +99,22 @@ def train(recipe: Recipe, *, on_event: OnEvent | None = None, memory_timeline: b
         return finish.hand_over(recipe, base, adapter, prepared, parts, state, account, report)
 
 
-def compose(
-    recipe: Recipe, report: Report, stored: Contents | None, memory_timeline: bool
-) -> tuple[Base, Adapter, Prepared, Parts, Plan, Account]:
+Composed = tuple[Base, Adapter, Prepared, Parts, Plan, Account]
+
+
+def _composed(recipe: Recipe, report: Report, stored: Contents | None, memory_timeline: bool) -> Composed:
+    """`compose`; raises MemoryPlanError (train.out-of-memory) where others have taken the memory that the plan found free."""
+    try:
+        return compose(recipe, report, stored, memory_timeline)
+    except RuntimeError as error:
+        if not is_shortage(error):
+            raise
+        why = in_words(error, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    hint = f"end other programs on the device, or let the plan use less: memory.gpu is {recipe.memory.gpu}, a size such as 16GiB caps it"
+    raise MemoryPlanError(f"before the first step: {why}", hint=hint, code="train.out-of-memory")
+
+
+def compose(recipe: Recipe, report: Report, stored: Contents | None, memory_timeline: bool) -> Composed:
     """Everything a run is made of, checked."""
     started, device = measure.rss(), choosing.device(report.tell)
     choosing.require(recipe.compute, device)
