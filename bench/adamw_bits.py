@@ -3,8 +3,8 @@
     python bench/adamw_bits.py [--steps 80] [--seeds 0 1] [--compute bf16]      # writes bench/results/adamw_bits.json
 
 SmolLM2-135M in nf4, LoRA r=16 on all linear layers, `python-docs` (no network but for the model), batches of 4 x 256 tokens at the
-quickstart's rate of 1e-3. Every run is a process of its own, so that a kept heap is nobody's. Exit code 1 where the mean losses over
-the seeds differ by more than LIMIT. Cost: about 4 s a step on one CPU core, four runs.
+quickstart's rate of 1e-3. Every run is a process of its own, so that a kept heap is nobody's. Exit code 1 where the mean losses
+over the seeds differ by more than LIMIT. Cost: about 4 s a step on one CPU core, four runs.
 """
 
 from __future__ import annotations

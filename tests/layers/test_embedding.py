@@ -37,6 +37,9 @@ def test_the_same_bits_from_host_memory(family: str) -> None:
     assert found is table and embedding.send(model, torch.device("cpu")) == ""
     got_hidden, got = gradients_of(model, adapter)
     assert torch.equal(got_hidden, hidden) and all(torch.equal(got[name], grad) for name, grad in expected.items())
+    place = table.data_ptr()
+    embedding.bring_back(model, torch.device("cpu"))
+    assert embedding.away(model) is None and table.data_ptr() != place and torch.equal(table, before)
 
 
 def test_who_keeps_it_on_the_device() -> None:

@@ -67,7 +67,7 @@ def test_an_embedding_that_must_stay() -> None:
     assert tied.embedding == "auto: it is the output head too (tied), which the loss reads as a whole"
     learning = plan(recipe_of("adapter.modules_to_save=[embed_tokens]"), "24GiB", config=QWEN3_8B)
     assert learning.embedding == "auto: it learns"
-    with pytest.raises(RecipeError, match="memory.embedding: host cannot be had here: it is the output head too") as caught:
+    with pytest.raises(RecipeError, match=r"memory.embedding: host cannot be had here: it is the output head too") as caught:
         plan(recipe_of("memory.embedding=host"), "24GiB", config=SMOLLM2)
     assert caught.value.code == "memory.embedding"
 

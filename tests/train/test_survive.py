@@ -172,7 +172,7 @@ def test_answers_may_find_no_memory_too(tmp_path: Path) -> None:
 
 def test_where_no_rung_is_left_to_answer_on_the_run_is_saved(tmp_path: Path) -> None:
     parts = with_ladder(rig.build(tmp_path, steps=2, prompts=["one"]), rungs(Rung(2, False)))
-    with pytest.raises(MemoryPlanError, match="96.00 MiB could not be allocated, and nothing smaller is left"):
+    with pytest.raises(MemoryPlanError, match=r"96.00 MiB could not be allocated, and nothing smaller is left"):
         rig.run(answering(parts, range(1, 100)))
     stored = rig.resume.newest(parts.checkpoints, print)
     assert stored is not None and stored.step == 0

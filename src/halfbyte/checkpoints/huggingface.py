@@ -49,8 +49,8 @@ def load(
     embedding_away: the input embedding stays in host memory, where the device reads it (`layers.embedding`); where it cannot, that
     is logged and it comes to the device.
     A checkpoint that is packed already decides the format; it must agree with what `fmt` sets explicitly.
-    Raises CheckpointError, UnsafeFileError, ModelError or FormatError; each names the file or tensor. MemoryPlanError (`memory.load`)
-    where the device has no room for it.
+    Raises CheckpointError, UnsafeFileError, ModelError or FormatError; each names the file or tensor. Raises MemoryPlanError
+    (`memory.load`) where the device has no room for it.
     """
     wanted = ModelConfig(name=model) if isinstance(model, str) else model
     source, done = hub.locate(wanted), [0, 0]

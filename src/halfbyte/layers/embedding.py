@@ -1,8 +1,8 @@
 """The input embedding in host memory: pinned there, and read by the GPU row by row over the bus.
 
-Why: a step reads one row a token, 8 KB at 8B, and the table of 128k rows takes a GiB that nothing else may have. The parameter stays
-the model's own, of the same shape, dtype and device, with the same numbers: only its memory is elsewhere, so forward, generation,
-checkpoints and merging read it as before, at the speed of the bus.
+Why: a step reads one row a token, 8 KB at 8B, and the table of 128k rows takes a GiB that nothing else may have. The parameter
+stays the model's own, of the same shape, dtype and device, with the same numbers: only its memory is elsewhere, so forward,
+generation, checkpoints and merging read it as before, at the speed of the bus.
 Not so an embedding that is the output head too: the loss reads all of it for every chunk of tokens. And not one that learns.
 Cost: T H c bytes over the bus a microbatch, host memory for the table.
 """
@@ -57,6 +57,14 @@ def send(model: PreTrainedModel, device: torch.device) -> str:
     weight.data = there[0].view(weight.shape)
     _AWAY[model.get_input_embeddings()] = arena
     return ""
+
+
+def bring_back(model: PreTrainedModel, device: torch.device) -> None:
+    """The mirror of `send`."""
+    if _table(model) is not None:
+        weight = model.get_parameter(path_of(model))
+        weight.data = weight.detach().to(device, copy=True)
+        del _AWAY[model.get_input_embeddings()]
 
 
 def away(model: PreTrainedModel) -> Tensor | None:

@@ -62,11 +62,11 @@ class Plan:
 
     microbatch: rows at once; microbatches: of them in a step. recompute: in `none`, `some` or `all` layers. offloaded: bytes of
     what layers keep that wait in host memory, offload: why, or why not. paged: bytes of the optimizer's moments there, paging: why,
-    or why not. embedded: bytes of the input embedding there, embedding: why, or why not. streamed: bytes of weights there (0 here). reason: of the choice. advice: what would make it fit. help: the same of
-    the leanest way. rung: the choice; rungs: all that no other beats, fastest first. tokens_per_second, seconds (of a step),
-    run_seconds (of `train.max_steps`): predicted, null where the device's speed or the number of steps is not known. rates: where
-    the speeds of the device are from. neighbours: what less and more memory would choose. longest: tokens of the longest row that
-    this device trains.
+    or why not. embedded: bytes of the input embedding there, embedding: why, or why not. streamed: bytes of weights there (0 here).
+    reason: of the choice. advice: what would make it fit. help: the same of the leanest way. rung: the choice; rungs: all that no
+    other beats, fastest first. tokens_per_second, seconds (of a step), run_seconds (of `train.max_steps`): predicted, null where
+    the device's speed or the number of steps is not known. rates: where the speeds of the device are from. neighbours: what less
+    and more memory would choose. longest: tokens of the longest row that this device trains.
     """
 
     version: int

@@ -1,9 +1,10 @@
 """Every way in which fused layers can use memory that no other way beats in both bytes and seconds.
 
 A way is: rows at once, what the lean layers keep, how many they are, what the others keep, the chunks of the loss, where AdamW's
-moments are, where the input embedding is. Layers are alike, so which of them are lean is settled by rule (`rungs.places`) and their number can be enumerated: for
-two choices A and B and every k the bytes are sums of a few numbers a choice, made for all pairs at once in arrays; the seconds are
-those of the products, recomputed ones included, or of the bus, whichever takes longer, in forward and in backward.
+moments are, where the input embedding is. Layers are alike, so which of them are lean is settled by rule (`rungs.places`) and
+their number can be enumerated: for two choices A and B and every k the bytes are sums of a few numbers a choice, made for all pairs
+at once in arrays; the seconds are those of the products, recomputed ones included, or of the bus, whichever takes longer, in
+forward and in backward.
 Cost: about 0.3 s for an 8B model; what is chosen is counted again layer by layer (`memory.timeline`).
 
 Letters: A, B of the lean layers and the others, k of L layers are lean.
@@ -41,8 +42,8 @@ class Task:
     """layers: how many. tokens: of a microbatch; document: of a usual one. recompute, offload: what the recipe asks for. host:
     bytes of host memory that may be pinned for layers, None for any. room: bytes of the budget. fixed: bytes that are always there;
     moments: bytes of AdamW's on the device, by whether they are paged. decoded: bytes of decoded weights, by whether they are held.
-    embedding: bytes of the input embedding on the device, by whether it is in host memory. logits: bytes of the loss's chunk, by how
-    many times smaller it is than usual. tables: see `timeline.Ends`. numbers, bits: of the optimizer."""
+    embedding: bytes of the input embedding on the device, by whether it is in host memory. logits: bytes of the loss's chunk, by
+    how many times smaller it is than usual. tables: see `timeline.Ends`. numbers, bits: of the optimizer."""
 
     layers: int
     tokens: int

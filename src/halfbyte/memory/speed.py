@@ -113,7 +113,7 @@ def ends_cost(tokens: int, hidden: int, vocabulary: int, c: int, rates: Rates, c
 
 
 def embedding_cost(tokens: int, hidden: int, c: int, rates: Rates) -> float:
-    """Of a microbatch, what rows of the embedding take to come out of host memory: the GPU reads them itself, so nothing hides it."""
+    """Of a microbatch, what rows of the embedding take to come out of host memory: the GPU reads them itself, nothing hides it."""
     return tokens * hidden * c / (GATHER * rates.bus)
 
 

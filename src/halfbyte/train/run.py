@@ -110,7 +110,8 @@ def _composed(recipe: Recipe, report: Report, stored: Contents | None, memory_ti
         if not is_shortage(error):
             raise
         why = in_words(error, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    hint = f"end other programs on the device, or let the plan use less: memory.gpu is {recipe.memory.gpu}, a size such as 16GiB caps it"
+    less = f"memory.gpu is {recipe.memory.gpu}, a size such as 16GiB caps it"
+    hint = f"end other programs on the device, or let the plan use less: {less}"
     raise MemoryPlanError(f"before the first step: {why}", hint=hint, code="train.out-of-memory")
 
 
