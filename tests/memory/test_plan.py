@@ -40,6 +40,13 @@ def test_products_in_fp8_are_counted_and_timed_as_such() -> None:
     assert wide.seconds is not None and narrow.seconds is not None and 1.3 < wide.seconds / narrow.seconds < 1.6
 
 
+def test_a_card_without_fp8_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"compute: fp8 needs compute capability 8.9 or newer, which a100-80g has not") as caught:
+        plan(recipe_of("compute=fp8"), "a100-80g", config=SMOLLM2)
+    assert caught.value.code == "recipe.compute"
+    assert plan(recipe_of("compute=fp8"), "rtx4060ti", config=SMOLLM2).compute == "fp8"
+
+
 def test_the_embedding_waits_in_host_memory_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many bytes fewer as it has; slower by the bus alone; left on the GPU while something as fast fits."""
     size = 2 * 151_936 * 4096

@@ -17,12 +17,12 @@ from transformers import PretrainedConfig
 
 from halfbyte.checkpoints import description, hub
 from halfbyte.config import Recipe
-from halfbyte.errors import MemoryPlanError
+from halfbyte.errors import MemoryPlanError, RecipeError
 from halfbyte.memory import calibrate, speed
 from halfbyte.memory.budget import Budget
 from halfbyte.memory.budget import budget as budget_of
 from halfbyte.memory.choose import ASKED, Chooser, gib
-from halfbyte.memory.gpus import CARDS
+from halfbyte.memory.gpus import CARDS, FLOAT8
 from halfbyte.memory.part import Part
 from halfbyte.memory.parts import DTYPES
 from halfbyte.memory.rungs import Rung, below
@@ -131,7 +131,8 @@ class Plan:
 def plan(recipe: Recipe, budget: str | Budget | None = None, *, config: dict[str, Any] | PretrainedConfig | None = None) -> Plan:
     """The plan of a recipe. budget: a card, a size, or None for `memory.gpu`. config: of the model, else read from its source.
 
-    Raises RecipeError for a budget that is not understood; a plan that does not fit is returned, not raised (see `Plan.require`).
+    Raises RecipeError for a budget that is not understood, or a card without the products that are asked for; a plan that does not
+    fit is returned, not raised (see `Plan.require`).
     """
     return settled(chooser(recipe, budget, config=config))
 
@@ -141,6 +142,9 @@ def chooser(
 ) -> Chooser:
     """What `plan` chooses with; for who also wants the plan's curve (`memory.curve`)."""
     given = budget if isinstance(budget, Budget) else budget_of(budget or recipe.memory.gpu)
+    if recipe.compute == "fp8" and given.name in CARDS and not given.name.startswith(FLOAT8):
+        message = f"compute: fp8 needs compute capability 8.9 or newer, which {given.name} has not"
+        raise RecipeError(message, hint="set `compute: bf16` or `auto`", code="recipe.compute")
     if config is None:
         config = description.config_of(hub.locate(recipe.model, weights=False).path)
     compute = compute_of(recipe, given)
