@@ -129,10 +129,7 @@ def _where(draft: Draft, at: str, ours: str, take: Any) -> None:
             )
     for theirs, name in (("name", "config"), ("split", "split"), ("revision", "revision")):
         if (value := take(theirs)) is not None:
-            bare, bracket, _ = str(value).partition("[")
-            draft.put(f"{ours}.{name}", bare, f"{at}.{theirs}")
-            if bracket:
-                draft.note("refused", "a slice of a split: use `limit` for the first examples", f"{at}.{theirs}")
+            draft.put(f"{ours}.{name}", str(value), f"{at}.{theirs}")
 
 
 def _columns(draft: Draft, at: str, ours: str, shape: str, columns: Columns, take: Any, known: bool, kind: str) -> str:

@@ -6,7 +6,7 @@ Why every one is listed: a key that nobody knows is probably misspelt, and that 
 from __future__ import annotations
 
 from halfbyte.importers import common
-from halfbyte.importers.draft import Table, all_of, ignored, refused
+from halfbyte.importers.draft import Table, all_of, differs, ignored, refused
 
 _SPEED = """
 tf32 lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel fused_attn_kernel use_kernels experts_implementation
@@ -21,7 +21,7 @@ peft_autocast_adapter_dtype lora_fan_in_fan_out fp32_norms fp32_norm_classes exp
 """
 _ATTENTION = """
 attn_implementation flash_attention sdp_attention xformers_attention flex_attention sage_attention eager_attention
-gemma4_hybrid_attn_impl
+gemma4_hybrid_attn_impl flash_attn_rms_norm
 """
 _DEVICES = """
 fsdp fsdp_config fsdp_version fsdp_final_state_dict_type deepspeed ddp ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers
@@ -41,7 +41,7 @@ _ROWS = "pad_to_sequence_len pad_to_multiple_of batch_flattening eval_sample_pac
 _LOGS = """
 wandb_entity wandb_watch wandb_log_model wandb_name wandb_run_id wandb_mode profiler_steps profiler_steps_start
 include_tokens_per_second include_tkps use_otel_metrics otel_metrics_host otel_metrics_port strict axolotl_config_path
-save_safetensors save_only_model save_first_step tokenizer_save_jinja_files metric_for_best_model greater_is_better do_causal_lm_eval
+save_safetensors save_first_step tokenizer_save_jinja_files metric_for_best_model greater_is_better do_causal_lm_eval
 eval_causal_lm_metrics eval_table_size eval_max_new_tokens
 """
 _TRACKERS = """
@@ -74,7 +74,7 @@ lr_scheduler_kwargs lr_quadratic_warmup cosine_min_lr_ratio cosine_constant_lr_r
 embedding_lr embedding_lr_scale
 """
 _RELORA = """
-relora relora_steps relora_prune_ratio relora_prune_method relora_cpu_offload relora_warmup_steps relora_anneal_steps
+relora_steps relora_prune_ratio relora_prune_method relora_cpu_offload relora_warmup_steps relora_anneal_steps
 jagged_restart_steps jagged_restart_warmup_steps jagged_restart_anneal_steps
 """
 _VARIANTS = """
@@ -87,8 +87,8 @@ kd_normalize_topk kd_online_server kd_online_server_base_url kd_online_topk kd_o
 eaft_k curriculum_sampling use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks diffusion spectrum_top_fraction
 spectrum_model_name grokfast_alpha grokfast_lamb dense_mixer lisa_n_layers lisa_step_interval lisa_layers_attribute llmcompressor
 use_onebitllms model_quantization_config model_quantization_config_kwargs scaling_softmax scaling_softmax_factor scaling_softmax_bias
-reinit_weights s2_attention rope_scaling overrides_of_model_kwargs model_kwargs noisy_embedding_alpha neftune_noise_alpha
-llama4_linearized_experts tokenizer_use_mistral_common hatchery nemo_gym_enabled
+reinit_weights rope_scaling overrides_of_model_kwargs model_kwargs noisy_embedding_alpha neftune_noise_alpha
+hatchery nemo_gym_enabled
 """
 _EVALUATION = "do_bench_eval bench_dataset bench_split lm_eval_tasks lm_eval_batch_size lm_eval_post_train lm_eval_model"
 
@@ -103,6 +103,7 @@ REST: Table = {
     **all_of(ignored, common.GENERATION, _GENERATION),
     **all_of(ignored, "found from the model's own files", _MODEL),
     **all_of(ignored, common.RESUME, "resume_from_checkpoint auto_resume_from_checkpoints dynamic_checkpoint"),
+    **all_of(ignored, "checkpoints always hold the optimizer's state; the adapter lies apart", "save_only_model"),
     **all_of(ignored, common.REMOTE_CODE, "trust_remote_code"),
     **all_of(ignored, common.TOKEN, "hf_use_auth_token comet_api_key swanlab_api_key swanlab_lark_webhook_url swanlab_lark_secret"),
     **all_of(ignored, common.HUB, "hub_model_id hub_strategy hub_revision push_dataset_to_hub"),
@@ -125,7 +126,12 @@ REST: Table = {
     **all_of(ignored, "of preference learning, which is not built", _PREFERENCES),
     **all_of(ignored, "of optimizers other than AdamW", _OTHER_OPTIMIZERS),
     **all_of(refused, "a schedule other than a plain cosine, line or constant is not built", _SCHEDULE),
-    **all_of(refused, "ReLoRA's restarts are not built; a larger `lora_r` comes nearest", _RELORA),
+    "relora": refused("ReLoRA's restarts are not built; a larger `lora_r` comes nearest"),
+    **all_of(ignored, "of ReLoRA's restarts, which are not built", _RELORA),
+    "llama4_linearized_experts": refused("a checkpoint whose experts were split into linear layers is not read: name the original"),
+    "tokenizer_use_mistral_common": differs(
+        "text becomes tokens by the model's tokenizer.json; `halfbyte data preview` shows them"
+    ),
     **all_of(refused, "this variant of LoRA is not built; plain LoRA and rsLoRA are", _VARIANTS),
     **all_of(refused, "this method changes what is learned, and is not built", _METHODS),
     **all_of(
@@ -137,5 +143,5 @@ REST: Table = {
     **all_of(refused, "bases in GPTQ are not read; name the unquantised model, it is packed while it loads", "gptq"),
     **all_of(refused, "which weights learn is said by `adapter.targets` and `adapter.modules_to_save`", "unfrozen_parameters"),
     **all_of(refused, "plain text is a dataset with `type: completion`", "pretraining_dataset"),
-    **all_of(refused, "axolotl refuses it too: use sequence_len and sample_packing", "max_packed_sequence_len"),
+    **all_of(refused, "axolotl refuses it too: use sequence_len and sample_packing", "max_packed_sequence_len s2_attention"),
 }

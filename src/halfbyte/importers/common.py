@@ -22,6 +22,9 @@ TRUNCATE = "truncate"
 ALWAYS = 1000
 """Epochs that never come first: other trainers let `max_steps` win over the epochs."""
 
+SEVERAL = ("deepspeed", "fsdp", "fsdp_config", "context_parallel_size", "tensor_parallel_size")
+"""Keys of a run on several devices."""
+
 NEVER = "never imported: "
 REMOTE_CODE = f"{NEVER}code from a model or data repository is not run; a model that transformers knows needs none"
 TOKEN = f"{NEVER}log in with `hf auth login`, or set HF_TOKEN"
@@ -47,6 +50,8 @@ def batch(micro: str, accumulation: str, packed: str = "") -> Rule:
         total = rows * times * draft.processes
         counted = f"{rows} x {times} x {draft.processes} process{'es' if draft.processes > 1 else ''}"
         draft.put("train.batch", total, micro, accumulation, why=counted)
+        if draft.processes == 1 and (several := [k for k in SEVERAL if draft.on(k)]):
+            draft.note("differs", "counted for one process; if there were more, name their number with --processes", *several)
         if not (packed and draft.on(packed)):
             tokens = draft.recipe.get("data.tokens", draft.get("sequence_len"))
             room = f" of {tokens} tokens" if tokens else ""

@@ -17,7 +17,7 @@ from halfbyte.config import Recipe
 from halfbyte.config_base import Section
 from halfbyte.errors import RecipeError
 from halfbyte.importers import axolotl, llamafactory, trl, unsloth
-from halfbyte.importers.draft import KINDS, Draft, Kind, Line, Table, shown, unknown
+from halfbyte.importers.draft import KINDS, Draft, Kind, Line, Table, unknown
 from halfbyte.importers.source import Source, read
 from halfbyte.mistakes import sections_of
 from halfbyte.recipe import recipe_from
@@ -159,8 +159,7 @@ def _ours(path: str) -> Any:
 def _nested(flat: dict[str, Any], told: set[str]) -> dict[str, Any]:
     """Dotted keys as sections and lists, in the order of a recipe; only keys that the report tells."""
     nested: dict[str, Any] = {}
-    order = list(Recipe.model_fields)
-    for path in sorted((p for p in flat if p in told), key=lambda p: order.index(p.split(".")[0])):
+    for path in sorted((p for p in flat if p in told), key=_place):
         here: Any = nested
         *sections, leaf = path.split(".")
         for step in sections:
@@ -176,15 +175,28 @@ def _nested(flat: dict[str, Any], told: set[str]) -> dict[str, Any]:
     return nested
 
 
+def _place(path: str) -> tuple[int, ...]:
+    """Where a key stands in a recipe: sections and their keys in the order of their declaration."""
+    section: type[Section] = Recipe
+    found: list[int] = []
+    for step in path.split("."):
+        fields = list(section.model_fields)
+        found.append(int(step) if step.isdigit() else fields.index(step) if step in fields else len(fields))
+        if step in section.model_fields:
+            section = next(iter(sections_of(section.model_fields[step].annotation)), section)  # type: ignore[assignment]
+    return tuple(found)
+
+
 class _Dumper(yaml.SafeDumper):
     """YAML that reads back as it was: numbers such as 2e-4 in YAML 1.2's spelling, words that look like numbers quoted."""
 
 
 def _float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
-    text = str(int(value)) if value == int(value) and abs(value) < 1e15 else shown(value)
-    if float(text) != value:
-        text = repr(value)
-    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+    """2.0e-06, which every YAML reads as a number; 3 for 3.0."""
+    if value == int(value) and abs(value) < 1e15:
+        return dumper.represent_scalar("tag:yaml.org,2002:int", str(int(value)))
+    text = repr(value)
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text if "." in text else text.replace("e", ".0e"))
 
 
 def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
@@ -192,5 +204,11 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if looks else None)
 
 
+def _list(dumper: yaml.SafeDumper, value: list[Any]) -> yaml.Node:
+    """Words side by side, sections one below the other."""
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=not any(isinstance(v, dict) for v in value))
+
+
 _Dumper.add_representer(float, _float)
+_Dumper.add_representer(list, _list)
 _Dumper.add_representer(str, _text)

@@ -156,6 +156,15 @@ def refused(why: str, off: tuple[Any, ...] = ()) -> Rule:
     return rule
 
 
+def differs(why: str) -> Rule:
+    """Switched on, it has no counterpart here, and the rest of the run stands."""
+
+    def rule(draft: Draft, key: str, value: Any) -> None:
+        draft.note("differs" if is_on(value) else "ignored", why if is_on(value) else "off in the source", key)
+
+    return rule
+
+
 def read_with(other: str) -> Rule:
     """Told by the rule of another key, which is always there (it has a default)."""
 

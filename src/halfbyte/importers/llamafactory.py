@@ -33,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "finetuning_type": "lora",
     "quantization_bit": None,
     "lora_rank": 8,
+    "lora_alpha": None,
     "lora_dropout": 0.0,
     "lora_target": "all",
     "dataset_dir": "data",
@@ -71,7 +72,8 @@ def quantization(draft: Draft, key: str, value: Any) -> None:
         draft.put("format.kind", "none", key, why="a 16-bit base")
         if rest := [k for k in given if k != key]:
             draft.note("ignored", f"`{key}` is not set", *rest)
-        draft.note("differs", "a base that is quantised already (GPTQ, AWQ, AQLM) cannot be read: name the unquantised model")
+        if any(name in str(draft.get("model_name_or_path")).lower() for name in ("gptq", "awq", "aqlm")):
+            draft.note("refused", "bases in GPTQ, AWQ and AQLM are not read: name the unquantised model", "model_name_or_path")
     elif method not in ("bnb", "bitsandbytes"):
         draft.note("refused", "only bitsandbytes' formats are the same here; int4 (`format: int4`) comes nearest to hqq", *given)
     elif int(value) == 4:

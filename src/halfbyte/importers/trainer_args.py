@@ -53,8 +53,8 @@ _LOGS = """
 logging_dir logging_strategy logging_first_step logging_nan_inf_filter log_level log_level_replica disable_tqdm run_name project
 trackio_space_id trackio_bucket_id trackio_static_space_id include_num_input_tokens_seen include_tokens_per_second include_for_metrics
 include_inputs_for_metrics debug skip_memory_metrics metric_for_best_model greater_is_better prediction_loss_only batch_eval_metrics
-eval_delay eval_on_start save_safetensors save_only_model enable_jit_checkpoint restore_callback_states_from_checkpoint full_determinism
-overwrite_output_dir do_predict do_eval predict_with_generate generation_max_length generation_num_beams generation_config sortish_sampler
+eval_delay eval_on_start save_safetensors enable_jit_checkpoint restore_callback_states_from_checkpoint full_determinism
+do_predict do_eval predict_with_generate generation_max_length generation_num_beams generation_config sortish_sampler
 """
 
 TABLE: Table = {
@@ -94,7 +94,8 @@ TABLE: Table = {
     "trust_remote_code": ignored(common.REMOTE_CODE),
     **all_of(ignored, common.HUB, "push_to_hub hub_model_id hub_strategy hub_private_repo hub_always_push hub_revision"),
     **all_of(ignored, common.TOKEN, "hub_token push_to_hub_token"),
-    **all_of(ignored, common.RESUME, "resume_from_checkpoint"),
+    **all_of(ignored, common.RESUME, "resume_from_checkpoint overwrite_output_dir"),
+    "save_only_model": ignored("checkpoints always hold the optimizer's state; the adapter lies apart"),
     **all_of(ignored, common.SPEED, _SPEED),
     **all_of(ignored, common.DEVICES, _DEVICES),
     **all_of(ignored, common.LOADER, _LOADER),

@@ -98,7 +98,8 @@ def dataset(draft: Draft, key: str, value: Any) -> None:
     else:
         given = "dataset_test_split" if "dataset_test_split" in draft.given else "eval_strategy"
         draft.put("data.eval.0.path", place(draft, str(value)), key, given, why="its test split")
-        draft.put("data.eval.0.split", str(draft.get("dataset_test_split") or "test"), given)
+        why = "" if given != "eval_strategy" else "its test split"
+        draft.put("data.eval.0.split", str(draft.get("dataset_test_split") or "test"), given, why=why)
         if draft.get("dataset_config"):
             draft.put("data.eval.0.config", draft.get("dataset_config"), "dataset_config")
 

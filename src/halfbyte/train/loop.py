@@ -152,6 +152,6 @@ def at_boundary(parts: Parts, state: State) -> bool:
     return bool(finished(parts, state)) or any(due(state.step, n) for n in (config.log_every, config.eval_every, config.save_every))
 
 
-def due(step: int, every: int) -> bool:
+def due(step: int, every: float) -> bool:
     """Whether `step` is a multiple of `every`; 0 is never."""
     return every > 0 and step % every == 0

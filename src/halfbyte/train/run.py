@@ -186,9 +186,10 @@ def _parts(
     steps: Ladder,
     watch: Watch,
 ) -> Parts:
-    config, tokens = recipe.train, recipe.data.tokens
-    loader = Loader(prepared.train, tokens, config.batch, config.seed)
-    batches = loader.steps(config.epochs)
+    tokens = recipe.data.tokens
+    loader = Loader(prepared.train, tokens, recipe.train.batch, recipe.train.seed)
+    total = loader.steps(recipe.train.epochs, recipe.train.max_steps)
+    config = recipe.train.in_steps(total)
     full_model = recipe.adapter.kind == "none"
 
     def restore(tensors: Mapping[str, Tensor]) -> None:
@@ -215,7 +216,7 @@ def _parts(
         ladder=steps,
         watch=watch,
         row_tokens=tokens,
-        total_steps=min(batches, config.max_steps or batches),
+        total_steps=total,
         checkpoints=Path(recipe.output).expanduser() / CHECKPOINTS,
         identity=identity(
             recipe,
