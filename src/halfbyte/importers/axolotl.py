@@ -31,6 +31,7 @@ from halfbyte.importers.draft import (
 
 DEFAULTS: dict[str, Any] = {
     "adapter": None,
+    "datasets": None,
     "chat_template": None,
     "bf16": "auto",
     "sequence_len": 512,
@@ -40,6 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "learning_rate": None,
     "optimizer": "adamw_torch_fused",
     "lr_scheduler": "cosine",
+    "warmup_ratio": None,
     "val_set_size": 0.0,
     "excess_length_strategy": "drop",
     "evals_per_epoch": None,
@@ -90,7 +92,7 @@ def targets(draft: Draft, key: str, value: Any) -> None:
 def warmup(draft: Draft, key: str, value: Any) -> None:
     """Steps or a share; with neither, 3 % of the steps and 100 at most."""
     if draft.get("warmup_steps") is None and draft.get("warmup_ratio") is None:
-        draft.put("train.warmup", 0.03, "warmup_ratio")
+        draft.put("train.warmup", 0.03, "warmup_ratio", why="its rule")
         draft.note("differs", "without a warm-up axolotl takes 3 % of the steps, 100 at most; here 3 % without a limit")
     else:
         common.warmup("warmup_steps", "warmup_ratio")(draft, key, value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from halfbyte.importers.draft import Draft, Rule, is_on, shown, words
+from halfbyte.importers.draft import Draft, Rule, is_on, words
 
 FP32_MOMENTS = (
     "adamw adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_apex_fused adamw_hf adamw_anyprecision"
@@ -156,8 +156,7 @@ def every(path: str, strategy: str, steps: str) -> Rule:
                 path, draft.recipe.get("train.eval_every", 0), *given, why="after every evaluation; the best one is kept anyway"
             )
         else:
-            count = draft.get("logging_steps") if count is None else count
-            found = float(str(count))
+            found = draft.number(steps if count is not None or draft.get("logging_steps") is None else "logging_steps")
             draft.put(path, found if 0 < found < 1 else int(found), *given)
 
     return rule

@@ -90,7 +90,11 @@ def convert(given: list[str], tool: str = "", *, processes: int | None = None, d
     processes: training processes that the batch is counted for; what the source says, or 1. dataset_info: LLaMA-Factory's registry.
     Raises RecipeError (`import.*`) for a source that cannot be read, a value that is no value, or a recipe that contradicts itself.
     """
-    source = read(given, tool)
+    return from_source(read(given, tool), processes=processes, dataset_info=dataset_info)
+
+
+def from_source(source: Source, *, processes: int | None = None, dataset_info: str | None = None) -> Imported:
+    """The same for a source that was read already."""
     chosen, data = _tool(source)
     draft = Draft(
         tool=chosen.name,
@@ -109,6 +113,7 @@ def convert(given: list[str], tool: str = "", *, processes: int | None = None, d
         if key in draft.source:
             rule(draft, key, draft.source[key])
     chosen.differences(draft)
+    draft.complete()
     lines = _told(draft)
     recipe = _nested(draft.recipe, {line.to for line in lines})
     found = Imported(source.tool, source.reason, source.where, recipe, lines)

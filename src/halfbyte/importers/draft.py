@@ -25,14 +25,15 @@ from halfbyte.mistakes import nearest
 Kind = Literal["mapped", "derived", "default", "differs", "ignored", "refused", "unknown"]
 KINDS: tuple[Kind, ...] = ("mapped", "derived", "default", "differs", "ignored", "refused", "unknown")
 HIDDEN = "(hidden)"
+SILENT = "without effect beside the other settings"
 _SECRET = re.compile(
-    r"(^|[._])(hub|hf|ms|om|wandb|auth|access|api)_?(token|key)$|password|secret|webhook|auth_token|(^|\.)env($|\.)"
+    r"(^|[._])(hub|hf|ms|om|wandb|auth|access|api)_?(token|key)$|(^|\.)token$|password|secret|webhook|auth_token|(^|\.)env($|\.)"
 )
 
 
 @dataclass(frozen=True)
 class Line:
-    """What became of one or more keys of the source. values: theirs. to, result: our key and its value (mapped, derived, default)."""
+    """What became of one or more keys of the source. values: theirs. to, result: our key and its value, if it has one."""
 
     kind: Kind
     keys: tuple[str, ...]
@@ -50,7 +51,8 @@ class Line:
         pairs = zip(self.keys, self.values, strict=True)
         said = ", ".join(f"{key}: {shown(value)}" if value is not None else key for key, value in pairs)
         became = f"{' -> ' if said else ''}{self.to}: {shown(self.result)}" if self.to else ""
-        return f"{said}{became}{': ' if said and self.why and not became else ''}{f' ({self.why})' if became and self.why else self.why}"
+        why = f" ({self.why})" if became and self.why else f": {self.why}" if said and self.why else self.why
+        return f"{said}{became}{why}"
 
 
 @dataclass
@@ -112,6 +114,12 @@ class Draft:
     def place(self, key: str) -> str:
         """`config.yml:12: `, for errors."""
         return f"{self.where}:{self.places[key]}: " if key in self.places else f"{self.where}: "
+
+    def complete(self) -> None:
+        """A line for keys that no rule had a word for: a rule may depend on other keys."""
+        told = {key for line in self.lines for key in line.keys}
+        for key in sorted(self.given - told - {key.partition(".")[0] for key in told}):
+            self.note("ignored", SILENT, key)
 
     @property
     def refused(self) -> list[Line]:
@@ -206,7 +214,8 @@ def unknown(draft: Draft, dotted: str, name: str, table: Mapping[str, Any]) -> N
     """A key that the tool does not know, with the nearest one that it does."""
     guess = nearest(name, table)
     hint = f"; did you mean `{guess}`?" if guess else ""
-    draft.note("unknown", f"no key of {draft.tool} that is known here{hint}", dotted, value=HIDDEN if is_secret(dotted) else None)
+    doubtful = is_secret(dotted) or re.search("token|key|secret|auth", dotted.lower())
+    draft.note("unknown", f"no key of {draft.tool} that is known here{hint}", dotted, value=HIDDEN if doubtful else None)
 
 
 def number(value: Any, key: str, place: str) -> float:

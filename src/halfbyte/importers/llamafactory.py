@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "lora_alpha": None,
     "lora_dropout": 0.0,
     "lora_target": "all",
+    "dataset": None,
     "dataset_dir": "data",
     "cutoff_len": 2048,
     "val_size": 0.0,
@@ -151,20 +152,21 @@ def validation(draft: Draft, key: str, value: Any) -> None:
 
 
 _SPEED = """
-flash_attn shift_attn use_unsloth use_unsloth_gc enable_liger_kernel disable_gradient_checkpointing use_reentrant_gc low_cpu_mem_usage
-offload_folder use_kv_cache use_v1_kernels infer_dtype upcast_layernorm upcast_lmhead_output quantization_device_map
-preprocessing_num_workers preprocessing_batch_size overwrite_cache data_shared_file_system tokenized_path streaming buffer_size
-enable_torch_profiler profiler_output_dir profiler_wait_steps profiler_warmup_steps profiler_active_steps profiler_repeat
-profiler_record_shapes profiler_profile_memory profiler_with_stack profile_modules fp8_backend fp8_enable_fsdp_float8_all_gather
+flash_attn shift_attn use_unsloth use_unsloth_gc enable_liger_kernel disable_gradient_checkpointing use_reentrant_gc
+low_cpu_mem_usage offload_folder use_kv_cache use_v1_kernels infer_dtype upcast_layernorm upcast_lmhead_output
+quantization_device_map preprocessing_num_workers preprocessing_batch_size overwrite_cache data_shared_file_system
+tokenized_path streaming buffer_size enable_torch_profiler profiler_output_dir profiler_wait_steps profiler_warmup_steps
+profiler_active_steps profiler_repeat profiler_record_shapes profiler_profile_memory profiler_with_stack profile_modules
+fp8_backend fp8_enable_fsdp_float8_all_gather
 """
 _LOGS = """
 plot_loss print_param_status compute_accuracy include_effective_tokens_per_second eval_on_each_dataset eval_num_beams
 ignore_pad_token_for_loss swanlab_project swanlab_workspace swanlab_run_name swanlab_mode swanlab_logdir use_swanlab
 """
 _GENERATION = """
-do_sample temperature top_p top_k num_beams max_length max_new_tokens repetition_penalty length_penalty skip_special_tokens default_system
-enable_thinking preserve_thinking infer_backend vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank vllm_config sglang_maxlen
-sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend
+do_sample temperature top_p top_k num_beams max_length max_new_tokens repetition_penalty length_penalty skip_special_tokens
+default_system enable_thinking preserve_thinking infer_backend vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank
+vllm_config sglang_maxlen sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend
 """
 _EXPORT = """
 export_dir export_size export_device export_legacy_format export_quantization_bit export_quantization_dataset
@@ -172,19 +174,19 @@ export_quantization_nsamples export_quantization_maxlen adapter_folder
 """
 _OTHER = """
 use_galore use_apollo use_badam use_adam_mini use_muon use_llama_pro use_dft_loss use_asft_loss use_eaft_loss mixture_of_depths
-use_mca use_megatron_bridge use_hyper_parallel use_kt moe_aux_loss_coef train_from_scratch rope_scaling pissa_init pissa_convert use_dora
-create_new_adapter reward_model ref_model resize_vocab add_tokens add_special_tokens new_special_tokens_config
+use_mca use_megatron_bridge use_hyper_parallel use_kt moe_aux_loss_coef train_from_scratch rope_scaling pissa_init pissa_convert
+use_dora create_new_adapter reward_model ref_model resize_vocab add_tokens add_special_tokens new_special_tokens_config
 """
 _DETAILS = """
 galore_target galore_rank galore_update_interval galore_scale galore_proj_type galore_layerwise apollo_target apollo_rank
-apollo_update_interval apollo_scale apollo_proj apollo_proj_type apollo_scale_type apollo_layerwise apollo_scale_front badam_mode
-badam_start_block badam_switch_mode badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose asft_alpha eaft_alpha
-hyper_parallel_args hyper_parallel_cp_size pissa_iter freeze_trainable_layers freeze_trainable_modules freeze_extra_modules
-module_dropout oft_rank oft_block_size oft_target pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight
-kto_rejected_weight simpo_gamma ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards ref_model_adapters
-ref_model_quantization_bit reward_model_adapters reward_model_quantization_bit reward_model_type ld_alpha init_special_tokens
-kt_cpu_activation kt_weight_path kt_non_expert_weight_path kt_expert_checkpoint_path kt_use_lora_experts kt_lora_expert_num
-kt_lora_expert_intermediate_size
+apollo_update_interval apollo_scale apollo_proj apollo_proj_type apollo_scale_type apollo_layerwise apollo_scale_front
+badam_mode badam_start_block badam_switch_mode badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose asft_alpha
+eaft_alpha hyper_parallel_args hyper_parallel_cp_size pissa_iter freeze_trainable_layers freeze_trainable_modules
+freeze_extra_modules module_dropout oft_rank oft_block_size oft_target pref_beta pref_ftx pref_bco_weight pref_loss
+dpo_label_smoothing kto_chosen_weight kto_rejected_weight simpo_gamma ppo_buffer_size ppo_epochs ppo_score_norm ppo_target
+ppo_whiten_rewards ref_model_adapters ref_model_quantization_bit reward_model_adapters reward_model_quantization_bit
+reward_model_type ld_alpha init_special_tokens kt_cpu_activation kt_weight_path kt_non_expert_weight_path
+kt_expert_checkpoint_path kt_use_lora_experts kt_lora_expert_num kt_lora_expert_intermediate_size
 """
 _MEDIA = """
 image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches video_max_pixels video_min_pixels video_fps video_maxlen

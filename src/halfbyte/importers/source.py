@@ -90,7 +90,8 @@ def detect(data: dict[str, Any]) -> tuple[str, str]:
     """(tool, the keys that told), or ("", "") when nothing does."""
     if "base_model" in data:
         return "axolotl", "`base_model`"
-    if "model_name_or_path" in data and (told := [k for k in ("finetuning_type", "stage", "template", "cutoff_len") if k in data]):
+    factory = ["finetuning_type", "stage", "template", "cutoff_len"]
+    if "model_name_or_path" in data and (told := [k for k in factory if k in data]):
         return "llamafactory", f"`model_name_or_path` and `{told[0]}`"
     if isinstance(data.get("lora"), dict) and isinstance(data.get("training"), dict):
         return "unsloth", "sections `lora` and `training`"
@@ -134,7 +135,7 @@ def _of_tool(words: list[str], line: str, where: str, folder: Path) -> Source | 
     for i, word in enumerate(words):
         name = Path(word).name
         following = words[i + 1] if i + 1 < len(words) else ""
-        if name == "trl" and following in _STAGES or name.removesuffix(".py") in _STAGES and name.endswith(".py"):
+        if (name == "trl" and following in _STAGES) or (name.endswith(".py") and name.removesuffix(".py") in _STAGES):
             message = f"{where}: `{word} {following}`: only supervised fine-tuning (`trl sft`) is built"
             raise RecipeError(message, code="import.refused")
         if name == "trl" and following == "sft":

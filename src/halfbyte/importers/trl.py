@@ -16,7 +16,6 @@ from halfbyte.importers.draft import (
     all_of,
     ignored,
     is_on,
-    number,
     read_with,
     refused,
     section,
@@ -24,8 +23,8 @@ from halfbyte.importers.draft import (
     text,
     to,
     unknown,
+    words,
 )
-from halfbyte.importers.draft import whole, words
 
 DEFAULTS: dict[str, Any] = {
     **trainer_args.DEFAULTS,
@@ -38,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "lora_alpha": 32,
     "lora_dropout": 0.05,
     "lora_target_modules": None,
+    "dataset_name": None,
     "dataset_train_split": "train",
     "max_length": 1024,
     "assistant_only_loss": False,
@@ -55,7 +55,7 @@ def adapter(draft: Draft, key: str, value: Any) -> None:
 
 def base(draft: Draft, key: str, value: Any) -> None:
     """How the base is stored."""
-    given = [k for k in ("load_in_4bit", "bnb_4bit_quant_type") if k in draft.given]
+    given: list[str] = [k for k in ("load_in_4bit", "bnb_4bit_quant_type") if k in draft.given]
     if is_on(value):
         draft.put("format.kind", str(draft.get("bnb_4bit_quant_type") or "nf4"), *given)
         nested = draft.on("use_bnb_nested_quant")
@@ -148,7 +148,7 @@ def held_out(draft: Draft, key: str, value: Any) -> None:
 
 def loss(draft: Draft, key: str, value: Any) -> None:
     """The whole conversation, unless told otherwise."""
-    given = [k for k in ("assistant_only_loss", "completion_only_loss") if k in draft.given]
+    given: list[str] = [k for k in ("assistant_only_loss", "completion_only_loss") if k in draft.given]
     if draft.on("assistant_only_loss") or draft.on("completion_only_loss"):
         draft.put("data.loss_on", "assistant", *given)
     else:
@@ -223,8 +223,9 @@ MODEL: Table = {
     **all_of(ignored, common.SPEED, "attn_implementation dtype torch_dtype use_cache device_map low_cpu_mem_usage"),
 }
 _PEFT_OFF = """
-peft_config.bias peft_config.alpha_pattern peft_config.rank_pattern peft_config.init_lora_weights peft_config.layers_to_transform
-peft_config.layers_pattern peft_config.exclude_modules peft_config.layer_replication peft_config.trainable_token_indices
+peft_config.bias peft_config.alpha_pattern peft_config.rank_pattern peft_config.init_lora_weights
+peft_config.layers_to_transform peft_config.layers_pattern peft_config.exclude_modules peft_config.layer_replication
+peft_config.trainable_token_indices
 """
 TABLE: Table = {
     "model_name_or_path": to("model.name", text),

@@ -192,7 +192,7 @@ TABLE: Table = {
         d.put("log.to", ["tensorboard"], k) if is_on(v) else d.note("ignored", "off in the source", k)
     ),
     **all_of(ignored, common.LOGS, "wandb_project tensorboard_dir"),
-    **dict.fromkeys("save_model save_method save_gguf save_path quantization".split(), merged),
+    **dict.fromkeys(("save_model", "save_method", "save_gguf", "save_path", "quantization"), merged),
     **all_of(ignored, common.HUB, "push_model push_gguf hub_path"),
     **all_of(ignored, common.TOKEN, "hub_token hf_token wandb_token"),
     **all_of(ignored, f"{common.MULTIMODAL}; text is learned", "vision_all_linear finetune_vision_layers"),
