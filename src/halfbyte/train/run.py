@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.adapters import checks as checks_of_adapter
 from halfbyte.adapters import full, lora
 from halfbyte.adapters import state as adapter_state
 from halfbyte.adapters.lora import Adapter
-from halfbyte.checkpoints import cache, description, hub, huggingface, resume
+from halfbyte.checkpoints import cache, description, hub, huggingface, peft_config, resume, vllm
 from halfbyte.checkpoints.base import Base
 from halfbyte.checkpoints.resume import Contents
 from halfbyte.config import Recipe
@@ -170,7 +171,18 @@ def _adapter(recipe: Recipe, base: Base, report: Report) -> Adapter:
     else:
         adapter = lora.attach(base.model, recipe.adapter, recipe.train.seed)
         report.tell(f"adapter: {adapter.summary()}")
+        _doubts(adapter, base, report)
     return adapter
+
+
+def _doubts(adapter: Adapter, base: Base, report: Report) -> None:
+    """What is doubtful about the adapter, and whether vLLM will load it: told before anything is learned."""
+    config = peft_config.to_peft(adapter, base)
+    refused = vllm.obstacles(config, adapter_state.names(adapter))
+    for finding in [*checks_of_adapter.findings(adapter), *refused]:
+        report.tell(f"WARNING: {finding}")
+    if not refused:
+        report.tell(f"vLLM loads this adapter with {vllm.flags(config)}")
 
 
 def _parts(
