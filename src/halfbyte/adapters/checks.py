@@ -2,9 +2,9 @@
 
     adapter.part-of-layers  some layers get an adapter, others of the same kind do not
     adapter.router          a router of experts is among the targets
-    adapter.head            the output head is among the targets
+    adapter.head            the output head is among the targets: an error, the loss reads its weight without an adapter
 
-Targets that match nothing at all are an error of `targets.py` (`adapter.no-target`). Why warnings: each of the three may be meant,
+Targets that match nothing at all are an error of `targets.py` (`adapter.no-target`). Why the others are warnings: each may be meant,
 and none shows in the loss curve where it is not. What can only be seen while it learns is in `train/proofs.py`, what another
 program makes of the files in `checkpoints/vllm.py`. Cost: one walk over the module names.
 """
@@ -29,11 +29,12 @@ _ROUTERS = ("router", "gate", "wg", "shared_expert_gate", "expert_gate")
 
 @dataclass(frozen=True)
 class Finding:
-    """One warning: what was found, what to do (`hint`), and the id of the check (`code`)."""
+    """What was found, what to do (`hint`), the id of the check (`code`), and whether training has to stop for it."""
 
     message: str
     hint: str
     code: str
+    stops: bool = False
 
     def __str__(self) -> str:
         return f"{self.message} [{self.code}]; {self.hint}"
@@ -115,12 +116,11 @@ def _head(adapter: Adapter) -> Iterator[Finding]:
     path = next((path for path, layer in adapter.layers.items() if layer is head), None)
     if path is None:
         return
-    rank, (vocabulary, hidden) = adapter.layers[path].lora_a.shape[0], shape_of(adapter.layers[path].base_layer)
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    why = " and shares its weight with the embedding, so that it cannot be merged" if tied else ""
-    message = f"the output head `{path}` is among the targets: {rank * (vocabulary + hidden):,} parameters{why}"
-    hint = f"`adapter.targets: all-linear` leaves it out; to teach new tokens train it whole: `adapter.modules_to_save: [{path}]`"
-    yield Finding(message, hint=hint, code="adapter.head")
+    message = (
+        f"the output head `{path}` is among the targets; the loss is computed from its weight alone, so nothing there would learn"
+    )
+    hint = f"`adapter.targets: all-linear` leaves it out; it can be trained whole: `adapter.modules_to_save: [{path}]`"
+    yield Finding(message, hint=hint, code="adapter.head", stops=True)
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

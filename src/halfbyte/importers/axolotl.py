@@ -78,9 +78,9 @@ def targets(draft: Draft, key: str, value: Any) -> None:
     names = words(listed) if isinstance(listed, list) else []
     given = [k for k in ("lora_target_linear", "lora_target_modules") if k in draft.given]
     outside = [name for name in names if name.rpartition(".")[2] in ("embed_tokens", "wte", "lm_head", "embed_out")]
-    if outside and (linear or any("embed" in name or "wte" in name for name in outside)):
-        why = "low-rank matrices on the embedding or, besides `all-linear`, on the head are not built; train them whole:"
-        draft.note("refused", f"{why} `lora_modules_to_save`", "lora_target_modules")
+    if outside:
+        why = "low-rank matrices on the embedding or the head are not built; train them whole: `lora_modules_to_save`"
+        draft.note("refused", why, "lora_target_modules")
     elif linear:
         draft.put("adapter.targets", "all-linear", *given, why="every linear layer but the head" if names else "")
     elif listed:

@@ -29,6 +29,7 @@ from halfbyte.config import Recipe
 from halfbyte.data import checks
 from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare
+from halfbyte.errors import ModelError
 from halfbyte.generate.chat import answers
 from halfbyte.layers import decoded, forward, head, recompute
 from halfbyte.memory import measure
@@ -176,10 +177,13 @@ def _adapter(recipe: Recipe, base: Base, report: Report) -> Adapter:
 
 
 def _doubts(adapter: Adapter, base: Base, report: Report) -> None:
-    """What is doubtful about the adapter, and whether vLLM will load it: told before anything is learned."""
+    """What is doubtful about the adapter, and whether vLLM will load it: told before anything is learned. Raises ModelError for
+    what cannot be trained (`adapter.head`)."""
     config = peft_config.to_peft(adapter, base)
     refused = vllm.obstacles(config, adapter_state.names(adapter))
     for finding in [*checks_of_adapter.findings(adapter), *refused]:
+        if finding.stops:
+            raise ModelError(finding.message, hint=finding.hint, code=finding.code)
         report.tell(f"WARNING: {finding}")
     if not refused:
         report.tell(f"vLLM loads this adapter with {vllm.flags(config)}")
