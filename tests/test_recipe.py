@@ -133,6 +133,14 @@ def test_overrides(tmp_path: Path) -> None:
     assert (recipe.model.name, recipe.model.revision, recipe.train.prompts) == ("m", "abc", ["a", "b"])
 
 
+def test_prompts_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "ask.txt").write_text("\ufeffWhat is it?\n\n  Why é?  \n", encoding="utf-8")
+    recipe = load_recipe(write(tmp_path, GOOD), [f"train.prompts={tmp_path / 'ask.txt'}"])
+    assert recipe.train.prompts == ["What is it?", "Why é?"]
+    with pytest.raises(RecipeError, match=r"nothing\.txt` is not a text file with one question a line \(FileNotFoundError\)"):
+        load_recipe(write(tmp_path, GOOD), ["train.prompts=nothing.txt"])
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [

@@ -183,23 +183,31 @@ def test_the_recipes_system_message(learn: Any, special: Any, chat: Any) -> None
     ("template", "code", "word"),
     [
         ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "data.no-eot", "never stop"),
-        ("{% for m in messages %}{{ m['role'] + eos_token }}{% endfor %}", "data.template", "does not write"),
+        ("{% for m in messages %}{{ m['role'] + eos_token }}{% endfor %}", "data.template", "words of both sides"),
         (
             LLAMA2.replace("{{ bos_token + '[INST] ' + m['content']|trim + ' [/INST]' }}", "{{ '[INST]' }}"),
             "data.template",
-            "drops",
+            "words of both sides",
         ),
-        ("{% for m in messages %}{{ m['content']|upper + eos_token }}{% endfor %}", "data.template", "does not write"),
+        ("{% for m in messages %}{{ m['content']|upper + eos_token }}{% endfor %}", "data.template", "words of both sides"),
         ("{% for m in messages", "data.template", "refused"),
         (
-            "{% for m in messages %}{{ m['role'] + ': ' }}{% generation %}{{ m['content'] }}"
-            "{% if loop.last %}{{ eos_token }}{% endif %}{% endgeneration %}{% endfor %}",
+            "{% for m in messages %}{{ m['role'] + ': ' }}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+            "{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
             "data.mask",
-            "2 generation blocks",
+            "around words of user",
+        ),
+        (
+            "{% for m in messages %}{{ m['role'] + ': ' }}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+            "{% endfor %}",
+            "data.template",
+            "generation prompt does not write",
         ),
         (
             "{% for m in messages %}{{ m['role'] + ': ' }}{% if m['role'] == 'user' %}{{ m['content'] }}{% else %}{% generation %}"
-            "{{ m['content'] }}{% if loop.last %}{{ eos_token }}{% endif %}{% endgeneration %}{% endif %}{% endfor %}",
+            "{{ m['content'] }}{% if loop.last %}{{ eos_token }}{% endif %}{% endgeneration %}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
             "data.no-eot",
             "after the answer",
         ),

@@ -16,6 +16,8 @@ from halfbyte.data import checks, templates
 from halfbyte.data.config import DataConfig
 from halfbyte.data.encode import Encoder
 from halfbyte.data.prepare import Prepared, prepare
+from halfbyte.data.rendering import Renderer
+from halfbyte.data.turns import Message
 from halfbyte.errors import DataError
 
 
@@ -51,7 +53,7 @@ def test_equal_examples_stay_on_one_side(run: Any, chat: Any) -> None:
 def test_a_small_set_still_holds_out_one(run: Any, chat: Any) -> None:
     prepared = run([chat(f"One {i}?", "two") for i in range(3)])
     assert len(prepared.train) == 2 and len(held_out(prepared)) == 1
-    with pytest.raises(DataError, match="one example cannot be both"):
+    with pytest.raises(DataError, match="one example, or one group of them, cannot be both"):
         run([chat("One?", "two")])
     assert run([chat("One?", "two")], eval=0).eval == {}
 
@@ -195,7 +197,7 @@ def test_templates_resolve(make_tokenizer: Any, tokenizer: Any, tmp_path: Path) 
 def test_templates_run_in_a_sandbox(tokenizer: Any) -> None:
     text = "{{ messages.__class__.__mro__ }}{{ messages[0]['content'] + eos_token }}"
     with pytest.raises(DataError, match="unsafe"):
-        templates.Renderer(templates.Template("x", text), tokenizer)([templates.Message("user", "a")])
+        Renderer(templates.Template("x", text), tokenizer)([Message("user", "a")])
 
 
 def test_the_cache(run: Any, chat: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ Why errors: each of these leaves a normal loss curve and a useless model. Cost: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from halfbyte.errors import DataError
 DROP_LIMIT = 0.05  # share of the trained tokens that may be dropped without a word from the user
 
 
-def source(tokens: Tokens, loss_on: str) -> None:
+def source(tokens: Tokens, loss_on: str | Sequence[str]) -> None:
     """Raises `data.empty` or `data.zero-trained` for a source without anything to learn."""
     if not len(tokens):
         reasons = "; ".join(tokens.notes)

@@ -64,6 +64,13 @@ class Problems:
         if len(self.shown) < SHOWN:
             self.shown.append(Problem(where, name, expected, got, code))
 
+    def merge(self, other: Problems) -> None:
+        """Adds what was found in a later part of the same data."""
+        self.total += other.total
+        self.shown += other.shown[: max(0, SHOWN - len(self.shown))]
+        self.skipped.update(other.skipped)
+        self.noted.update(other.noted)
+
     def raise_any(self) -> None:
         """Raises one `DataError` with the first ten mistakes and the total, if there is any."""
         if not self.total:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from halfbyte.config_base import Section
 
 Every = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)]
+
+
+def _prompts(value: Any) -> Any:
+    """The lines of a file, so that the recipe which a run stores is whole."""
+    if not isinstance(value, str):
+        return value
+    try:
+        lines = Path(value).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{value}` is not a text file with one question a line ({type(error).__name__})") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 class TrainConfig(Section):
@@ -48,8 +60,8 @@ class TrainConfig(Section):
     """Export the adapter of the lowest held-out loss instead of the last one."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations without a lower held-out loss."""
-    prompts: list[str] = Field(default_factory=list)
-    """Questions answered before, during and after the run."""
+    prompts: Annotated[list[str], BeforeValidator(_prompts, json_schema_input_type=str | list[str])] = Field(default_factory=list)
+    """Questions answered before, during and after the run: a list, or a text file with one a line."""
     sample_tokens: int = Field(default=48, ge=1)
     """Longest answer to such a question, in tokens."""
 
