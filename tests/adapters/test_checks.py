@@ -35,16 +35,25 @@ def test_the_same_modules_of_every_layer_are_clean(settings: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     ("settings", "messages"),
     [
-        ({"targets": ["layers.1.self_attn.q_proj", "v_proj"]}, ["q_proj: 3 of 4 layers of `model.layers` get no adapter (0, 2 to 3)"]),
+        (
+            {"targets": ["layers.1.self_attn.q_proj", "v_proj"]},
+            ["q_proj: 3 of 4 layers of `model.layers` get no adapter (0, 2 to 3)"],
+        ),
         ({"exclude": ["layers.3.mlp.down_proj"]}, ["down_proj: 1 of 4 layers of `model.layers` get no adapter (3)"]),
-        ({"modules_to_save": ["layers.2.mlp"]}, ["down_proj, gate_proj, up_proj: 1 of 4 layers of `model.layers` get no adapter (2)"]),
+        (
+            {"modules_to_save": ["layers.2.mlp"]},
+            ["down_proj, gate_proj, up_proj: 1 of 4 layers of `model.layers` get no adapter (2)"],
+        ),
         ({"targets": r".*layers\.[01]\..*(q|v)_proj"}, ["q_proj, v_proj: 2 of 4 layers of `model.layers` get no adapter (2 to 3)"]),
         (
             {"targets": ["layers.0.self_attn.q_proj", "layers.3.mlp.up_proj"]},
-            ["up_proj: 3 of 4 layers of `model.layers` get no adapter (0 to 2)", "q_proj: 3 of 4 layers of `model.layers` get no adapter (1 to 3)"],
+            [
+                "up_proj: 3 of 4 layers of `model.layers` get no adapter (0 to 2)",
+                "q_proj: 3 of 4 layers of `model.layers` get no adapter (1 to 3)",
+            ],
         ),
     ],
-)  # fmt: skip
+)
 def test_targets_that_match_a_part_of_the_layers(settings: dict[str, Any], messages: list[str]) -> None:
     found = told(changes={"num_hidden_layers": 4}, **settings)
     assert {f.message for f in found} == set(messages)

@@ -63,7 +63,7 @@ def test_axolotl(here: Path) -> None:
         "data": {
             "train": [{"path": "fozziethebeat/alpaca_messages_2k_test", "shape": "sharegpt", "split": "train[:20%]"}],
             "eval": 0.1,
-            "template": "auto",
+            "template": "llama3",
             "tokens": 4096,
         },
         "train": {
@@ -77,7 +77,6 @@ def test_axolotl(here: Path) -> None:
     batch = line_of(found, "micro_batch_size")
     assert (batch.kind, batch.to, batch.result, batch.why) == ("derived", "train.batch", 8, "2 x 4 x 1 process")
     assert batch.keys == ("micro_batch_size", "gradient_accumulation_steps") and batch.values == (2, 4) and batch.line == 25
-    assert "llama3 is not the tokenizer's text" in line_of(found, "chat_template").why
     assert {line.to for line in found.of("default")} == {"train.seed", "train.keep", "train.best"}
     assert "lora_fan_in_fan_out" in next(line for line in found.report() if "empty in the source" in line)
     (here / "recipe.yaml").write_text(found.yaml())
@@ -106,6 +105,33 @@ def test_llamafactory(here: Path) -> None:
     assert any("divide `train.batch: 16` by the examples in a row" in line.why for line in found.of("differs"))
 
 
+def test_tags_and_columns_of_a_dataset_info(here: Path) -> None:
+    entry = {
+        "file_name": "d/chats.jsonl",
+        "formatting": "sharegpt",
+        "columns": {"messages": "dialog", "system": "sys"},
+        "tags": {
+            "role_tag": "who",
+            "content_tag": "said",
+            "user_tag": "customer",
+            "assistant_tag": "agent",
+            "observation_tag": "api",
+        },
+    }
+    (here / "info.json").write_text(
+        json.dumps({"mine": entry, "plain": {"file_name": "p.json", "columns": {"prompt": "q", "response": "a"}}})
+    )
+    source = Source("settings", "llamafactory", "the test", LEAST["llamafactory"] | {"dataset": "mine,plain"})
+    found = from_source(source, dataset_info="info.json")
+    assert found.recipe["data"]["train"] == [
+        {
+            "path": "d/chats.jsonl", "shape": "messages", "columns": {"messages": "dialog", "system": "sys"},
+            "keys": {"role": "who", "content": "said"}, "roles": {"customer": "user", "agent": "assistant", "api": "tool"},
+        },
+        {"path": "p.json", "shape": "alpaca", "columns": {"instruction": "q", "output": "a"}},
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [
@@ -117,6 +143,71 @@ def test_llamafactory(here: Path) -> None:
 def test_datasets_that_cannot_be_learned_from_are_refused(name: str, told: str) -> None:
     refused = imported("llamafactory", dataset=name).of("refused")
     assert refused and told in refused[0].why
+
+
+DATASETS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"path": "a", "type": "chat_template"}, {"path": "a", "shape": "messages"}),
+    ({"path": "a", "type": "completion", "field": "chapter"}, {"path": "a", "shape": "text", "columns": {"text": "chapter"}}),
+    ({"path": "json", "type": "alpaca", "data_files": "x.jsonl"}, {"path": "x.jsonl", "shape": "alpaca"}),
+    (
+        {"path": "a", "name": "en", "revision": "r1", "type": "sharegpt"},
+        {"path": "a", "shape": "sharegpt", "config": "en", "revision": "r1"},
+    ),
+    (
+        {"path": "a", "type": "alpaca_w_system.load_open_orca"},
+        {"path": "a", "shape": "alpaca", "columns": {"instruction": "question", "output": "response", "system": "system_prompt"}},
+    ),
+    (
+        {
+            "path": "a",
+            "type": "chat_template",
+            "field_messages": "turns",
+            "message_property_mappings": {"role": "who", "content": "said"},
+            "roles": {"user": ["customer", "user"], "assistant": ["agent"]},
+        },
+        {
+            "path": "a",
+            "shape": "messages",
+            "columns": {"messages": "turns"},
+            "keys": {"role": "who", "content": "said"},
+            "roles": {"customer": "user", "agent": "assistant"},
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), DATASETS, ids=lambda e: e.get("type") if "type" in e else "")
+def test_datasets_of_axolotl(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    found = imported("axolotl", datasets=[theirs])
+    assert not found.of("refused") and not found.of("unknown")
+    assert found.recipe["data"]["train"] == [ours]
+    told = {key.rpartition(".")[2] for line in found.lines for key in line.keys if key.startswith("datasets.0.")}
+    assert told == set(theirs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"val_set_size": 0.1}, {"eval": 0.1}),
+        ({"val_set_size": 200}, {"eval": 200}),
+        ({"test_datasets": [{"path": "t.jsonl", "type": "alpaca"}]}, {"eval": [{"path": "t.jsonl", "shape": "alpaca"}]}),
+        ({"train_on_inputs": True}, {"loss_on": "all"}),
+        (
+            {"datasets": [{"path": "a", "type": "chat_template", "roles_to_train": ["assistant", "human"]}]},
+            {"loss_on": ["assistant", "user"]},
+        ),
+        ({"chat_template": "tokenizer_default"}, {"template": "auto"}),
+        ({"chat_template": "qwen3"}, {"template": "auto"}),
+        ({"chat_template": "mistral_v7_tekken"}, {"template": "mistral-v7"}),
+        ({"chat_template": "jinja", "chat_template_jinja": "mine.jinja"}, {"template": "mine.jinja"}),
+        ({"datasets": [{"path": "a", "type": "alpaca"}]}, {"template": "alpaca"}),
+        ({"excess_length_strategy": "truncate"}, {"too_long": "truncate"}),
+        ({"excess_length_strategy": "raise"}, {"too_long": "error"}),
+    ],
+)
+def test_what_is_learned_of_the_data(settings: dict[str, Any], expected: dict[str, Any]) -> None:
+    data = imported("axolotl", **settings).recipe["data"]
+    assert {key: data.get(key) for key in expected} == expected
 
 
 def test_a_dataset_that_is_not_registered_is_an_error_with_the_nearest_name(here: Path) -> None:

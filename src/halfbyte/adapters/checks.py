@@ -4,8 +4,8 @@
     adapter.router          a router of experts is among the targets
     adapter.head            the output head is among the targets: an error, the loss reads its weight without an adapter
 
-Targets that match nothing at all are an error of `targets.py` (`adapter.no-target`). Why the others are warnings: each may be meant,
-and none shows in the loss curve where it is not. What can only be seen while it learns is in `train/proofs.py`, what another
+Targets that match nothing at all are an error of `targets.py` (`adapter.no-target`). Why the others are warnings: each may be
+meant, and none shows in the loss curve where it is not. What can only be seen while it learns is in `train/proofs.py`, what another
 program makes of the files in `checkpoints/vllm.py`. Cost: one walk over the module names.
 """
 

@@ -226,6 +226,7 @@ TABLE: Table = {
     "test_datasets": held_out,
     "val_set_size": held_out,
     "train_on_inputs": read_with("datasets"),
+    "chat_template_kwargs": to("data.template_kwargs"),
     "default_system_message": to("data.system", text),
     "excess_length_strategy": lambda d, k, v: d.put("data.too_long", {"raise": "error"}.get(str(v), v or "drop"), k),
     "special_tokens": section(SPECIAL),

@@ -36,8 +36,11 @@ TYPES: dict[str, tuple[str, dict[str, str], str]] = {
 }
 """type -> shape, columns of other names, and the kind of template that it implies."""
 
-NAMED = ("chatml", "alpaca")
-"""Names of templates that mean the same here."""
+NAMED = {
+    **{name: name for name in ("chatml", "alpaca", "llama3", "gemma")},
+    **{"phi_3": "phi3", "mistral_v2v3": "mistral", "mistral_v3_tekken": "mistral-tekken", "mistral_v7_tekken": "mistral-v7"},
+}
+"""Templates of a family's own format, which stand here under these names."""
 
 IGNORED = {
     **dict.fromkeys(("shards", "shards_idx", "preprocess_shards"), "all of the split is read; `limit` takes the first examples"),
@@ -164,13 +167,14 @@ def _columns(draft: Draft, at: str, ours: str, shape: str, columns: Columns, tak
 def _turns(draft: Draft, at: str, take: Any) -> None:
     """Which turns and which of their tokens are learned."""
     if (roles := take("roles_to_train")) is not None:
-        wanted = {name.lower() for name in words(roles)}
-        plain = wanted <= {"assistant", "gpt"}
-        draft.note(
-            "ignored" if plain else "refused",
-            WHOLE_TURN if plain else "only the assistant's turns can be learned",
-            f"{at}.roles_to_train",
-        )
+        spoken = {"human": "user", "gpt": "assistant", "model": "assistant"}
+        wanted = [spoken.get(name.lower(), name.lower()) for name in words(roles)]
+        if wanted == ["assistant"]:
+            draft.note("ignored", WHOLE_TURN, f"{at}.roles_to_train")
+        elif set(wanted) <= {"assistant", "user", "system"}:
+            draft.put("data.loss_on", wanted, f"{at}.roles_to_train")
+        else:
+            draft.note("refused", "only turns of system, user and assistant can be learned", f"{at}.roles_to_train")
     for name in ("train_on_eos", "train_on_eot"):
         if (when := take(name)) is not None:
             same = str(when).lower() in ("turn", "true")
@@ -210,7 +214,7 @@ def _template(draft: Draft, kinds: list[str]) -> None:
         else:
             draft.note("refused", "save the text of the template in a file, and give its path", *keys)
     elif name in NAMED:
-        draft.put("data.template", name, "chat_template")
+        draft.put("data.template", NAMED[name], "chat_template")
     elif name:
         own = "" if name.startswith("tokenizer_default") else f"; {draft.tool}'s copy named {name} is not the tokenizer's text"
         draft.put("data.template", "auto", "chat_template", why=f"the tokenizer's own{own}")

@@ -122,7 +122,6 @@ REST: Table = {
     **all_of(ignored, "a step that is not finite is skipped and named; a high loss alone ends no run", "loss_watchdog_threshold"),
     **all_of(ignored, "a step that is not finite is skipped and named; a high loss alone ends no run", "loss_watchdog_patience"),
     **all_of(ignored, "not in axolotl's schema either: it was dropped there", "gptq_groupsize gptq_model_v1"),
-    **all_of(ignored, "settings of the chat template other than its text are not imported", "chat_template_kwargs"),
     **all_of(ignored, "duplicates are found by the data checks", "dataset_exact_deduplication"),
     **all_of(ignored, "of preference learning, which is not built", _PREFERENCES),
     **all_of(ignored, "of optimizers other than AdamW", _OTHER_OPTIMIZERS),

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from halfbyte.data.config import SourceConfig
 from halfbyte.importers.draft import Draft
 
 LISTS = ("messages", "conversations", "conversation")
@@ -48,13 +47,9 @@ class Columns:
 
 
 def put_columns(draft: Draft, at: str, shape: str, columns: Columns, *keys: str) -> None:
-    """Writes the names below `at` (`data.train.0`), or refuses them where this version cannot rename."""
+    """Writes the names below `at` (`data.train.0`)."""
     for name, value in columns.named(shape).items():
-        if name in SourceConfig.model_fields:
-            draft.put(f"{at}.{name}", value, *keys, why="names of its columns")
-        else:
-            why = f"columns have other names ({', '.join(f'{a}: {b}' for a, b in value.items())}); rename them in the data"
-            draft.note("refused", why, *keys)
+        draft.put(f"{at}.{name}", value, *keys, why="names of its columns")
 
 
 def place(draft: Draft, path: str) -> str:

@@ -42,7 +42,7 @@ def datasets(draft: Draft, key: str, value: Any) -> None:
     if not value:
         draft.note("refused", "no dataset to learn from", key)
     if (strategy := draft.get("mix_strategy")) not in (None, "concat"):
-        why = f"{strategy} by probabilities is not imported: give each source a `weight`"
+        why = f"{strategy} by probabilities is not imported: give a source a `share` or a `weight`"
         draft.note("refused", why, *[k for k in ("mix_strategy", "interleave_probs") if k in draft.given])
 
 
@@ -142,6 +142,8 @@ def _shape(draft: Draft, name: str, entry: dict[str, Any], at: str, key: str) ->
     columns.role = str(tags.get("role_tag") or ("role" if openai else "from"))
     columns.content = str(tags.get("content_tag") or ("content" if openai else "value"))
     columns.roles = {str(tags[f"{role}_tag"]): role for role in ("user", "assistant", "system") if tags.get(f"{role}_tag")}
+    if tags.get("observation_tag"):
+        columns.roles[str(tags["observation_tag"])] = "tool"
     if named.get("system"):
         columns.of["system"] = str(named["system"])
     if named.get("tools"):

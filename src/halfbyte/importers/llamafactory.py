@@ -43,8 +43,11 @@ DEFAULTS: dict[str, Any] = {
     "template": None,
     "output_dir": "saves",
 }
-TEMPLATES = {"chatml": "chatml", "alpaca": "alpaca", "empty": "plain"}
-"""Its templates that are the same here; all others have a copy of the model's own."""
+TEMPLATES = {
+    **{name: name for name in ("chatml", "alpaca", "vicuna", "llama2", "llama3", "mistral", "gemma", "zephyr")},
+    **{"empty": "plain", "phi": "phi3"},
+}
+"""Its templates of a family's own format, which stand here under these names; all others are copies of a model's own."""
 
 
 def stage(draft: Draft, key: str, value: Any) -> None:
@@ -165,7 +168,7 @@ ignore_pad_token_for_loss swanlab_project swanlab_workspace swanlab_run_name swa
 """
 _GENERATION = """
 do_sample temperature top_p top_k num_beams max_length max_new_tokens repetition_penalty length_penalty skip_special_tokens
-default_system enable_thinking preserve_thinking infer_backend vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank
+preserve_thinking infer_backend vllm_maxlen vllm_gpu_util vllm_enforce_eager vllm_max_lora_rank
 vllm_config sglang_maxlen sglang_mem_fraction sglang_tp_size sglang_config sglang_lora_backend
 """
 _EXPORT = """
@@ -213,6 +216,8 @@ TABLE: Table = {
     "dataset_dir": read_with("dataset"),
     **all_of(read_with, "dataset", "max_samples mix_strategy interleave_probs"),
     "template": template,
+    "enable_thinking": lambda d, k, v: d.put("data.template_kwargs", {"enable_thinking": is_on(v)}, k, why="read by the template"),
+    "default_system": to("data.system", text),
     "cutoff_len": cutoff,
     **dict.fromkeys(("train_on_prompt", "mask_history"), loss),
     "packing": packing,

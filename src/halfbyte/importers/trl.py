@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from halfbyte.importers import common, trainer_args
-from halfbyte.importers.data import LOADERS, place
+from halfbyte.importers.data import LOADERS, Columns, place, put_columns
 from halfbyte.importers.draft import (
     Draft,
     Table,
@@ -156,6 +156,15 @@ def loss(draft: Draft, key: str, value: Any) -> None:
         draft.put("data.loss_on", "all", *(given or [key]), why=why)
 
 
+def text_field(draft: Draft, key: str, value: Any) -> None:
+    """Column of plain text; it matters only where there is one."""
+    if value in (None, "text"):
+        draft.note("ignored", "plain text is read from `text` here too", key)
+    else:
+        draft.put("data.train.0.shape", "text", key, why="plain text in a column of its own name")
+        put_columns(draft, "data.train.0", "text", Columns({"text": str(value)}), key)
+
+
 def length(draft: Draft, key: str, value: Any) -> None:
     """Longer examples are cut at their end."""
     if value is None:
@@ -249,9 +258,7 @@ TABLE: Table = {
     "test_split_size": held_out,
     **all_of(read_with, "dataset_name", "dataset_config dataset_train_split dataset_test_split"),
     **all_of(ignored, common.LOADER, "dataset_streaming streaming dataset_num_proc shuffle_dataset dataset_kwargs"),
-    "dataset_text_field": lambda d, k, v: d.note(
-        "ignored" if v == "text" else "refused", f"plain text is read from `text`{'' if v == 'text' else ': rename the column'}", k
-    ),
+    "dataset_text_field": text_field,
     "max_length": length,
     **all_of(read_with, "max_length", "truncation_mode packing_strategy max_seq_length"),
     "packing": packing,
