@@ -21,6 +21,7 @@ CASES: dict[str, list[Case]] = {
     "full-on-gpu": [Case("halfbyte", recompute="full")],
     "short": _turns("unsloth", "peft-bnb-liger", rows=1, recompute="full"),
     "fp8": [Case("halfbyte", compute="fp8"), Case("unsloth"), Case("halfbyte", compute="fp8")],
+    "held": [Case("halfbyte", compute=compute, held=True) for compute in ("fp8", "bf16")],
     "16bit": _turns("halfbyte-bf16"),
     "16bit-short": _turns("halfbyte-bf16", rows=1),
     "long": _turns("unsloth", rows=1, tokens=32768, recompute="full", offload=True)[:2],
@@ -36,10 +37,18 @@ CASES: dict[str, list[Case]] = {
 PROOF_LAYERS = 2
 
 
+def select(cases: list[Case], impls: list[str] | None, once: bool) -> list[Case]:
+    """Those of a group that are asked for: of some implementations only, no case twice."""
+    some = [case for case in cases if impls is None or case.impl in impls]
+    return list(dict.fromkeys(some)) if once else some
+
+
 def proof(case: Case) -> Case:
     """The two-layer case whose gradients stand for those of `case`."""
     size = "tiny" if case.size == "tiny" else "8b"
-    return Case("halfbyte", size, PROOF_LAYERS, recompute=case.recompute, offload=case.offload, compute=case.compute)
+    return Case(
+        "halfbyte", size, PROOF_LAYERS, recompute=case.recompute, offload=case.offload, compute=case.compute, held=case.held
+    )
 
 
 def checkpoints(name: str, case: Case) -> list[Case]:

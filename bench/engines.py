@@ -22,7 +22,10 @@ BATCHES = 8
 
 @dataclass(frozen=True)
 class Case:
-    """What is run. layers: 0 means all. recompute: none or full; offload: layer inputs go to the host. packed: real examples."""
+    """What is run. layers: 0 means all. recompute: none or full; offload: layer inputs go to the host. packed: real examples.
+
+    held: decoded weights stay, where memory is no matter.
+    """
 
     impl: str
     size: str = "8b"
@@ -34,6 +37,7 @@ class Case:
     compute: str = "bf16"
     optimizer: str = "theirs"
     packed: bool = False
+    held: bool = False
 
     @property
     def dense(self) -> bool:
@@ -177,7 +181,7 @@ def _fuse(model: Any, case: Case, products: Any) -> None:
     from halfbyte.layers.fused.prepare import prepare
 
     keep = OFFLOADED if case.offload else INPUTS if case.recompute == "full" else EVERYTHING
-    done = prepare(model, keep, products, in_place=True)
+    done = prepare(model, keep, products, in_place=True, decoded=case.held)
     assert not done.left, done.summary()
 
 

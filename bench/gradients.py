@@ -35,7 +35,7 @@ Gradients = tuple[dict[str, Any], float]
 
 def gate(case: Case, where: Path, device: str, rows: int = 2, tokens: int = 512) -> dict[str, Any]:
     """{"gate": "green" or "red", "ours": error by kind of matrix, "honest": ..., "of_bound": the worst share of a bound}."""
-    case = Case("halfbyte", case.size, case.layers, rows, tokens, case.recompute, case.offload, case.compute)
+    case = Case("halfbyte", case.size, case.layers, rows, tokens, case.recompute, case.offload, case.compute, held=case.held)
     batches = feed(case, where, None, device)[:1]
     engine, watched = prepared(case, where, batches, device)
     start = {name: p.detach().clone() for name, p in learning(engine)}

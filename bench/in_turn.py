@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, TextIO
 
-from cases import CASES, checkpoints, proof
+from cases import checkpoints, proof
 from engines import Case
 from random_model import exists, remove
 
@@ -30,7 +30,7 @@ EXPECTED = {"gate": 30.0, "make": 30.0, "launches": 40.0, "run": 30.0}
 """Seconds that a first process of a kind is thought to take; later ones as long as the longest so far."""
 
 SHOWN = (
-    *("group", "impl", "size", "layers", "rows", "tokens", "recompute", "offload", "compute", "optimizer", "cache", "gate"),
+    *("group", "impl", "size", "layers", "rows", "tokens", "recompute", "offload", "held", "compute", "optimizer", "cache", "gate"),
     *("tokens_per_s", "trained_tokens_per_s", "step_s", "host_s", "peak_GiB", "reserved_GiB", "driver_GiB", "share", "hot_tflops"),
     *("sm_mhz", "launches", "kernels_a_layer", "first_step_s", "load_s", "of_bound", "made", "seconds", "failed", "left_out"),
 )
@@ -72,9 +72,9 @@ class Turns:
     def __post_init__(self) -> None:
         self.begun = self.clock()
 
-    def everything(self, names: Sequence[str]) -> None:
-        """The groups `names` of `CASES`, in their order."""
-        runs = [(name, case) for name in names for case in CASES[name]]
+    def everything(self, groups: Mapping[str, Sequence[Case]]) -> None:
+        """The cases of every group, in their order."""
+        runs = [(name, case) for name, cases in groups.items() for case in cases]
         proofs = list(dict.fromkeys(proof(case) for _, case in runs if case.impl == "halfbyte"))
         self._make(proofs, runs)
         first = [] if not runs else [c for c in checkpoints(*runs[0]) if not exists(c.directory(self.root))]
@@ -83,9 +83,9 @@ class Turns:
             outcomes = list(pool.map(lambda case: self._one("gate", "gate", case), proofs))
             making.result()
         proven = {case for case, found in zip(proofs, outcomes, strict=True) if found.get("gate") == "green"}
-        for name in names:
-            red = [case for case in CASES[name] if case.impl == "halfbyte" and proof(case) not in proven]
-            for at, case in enumerate(CASES[name]):
+        for name, cases in groups.items():
+            red = [case for case in cases if case.impl == "halfbyte" and proof(case) not in proven]
+            for at, case in enumerate(cases):
                 runs.pop(0)
                 if red:
                     self._write({"group": name, "impl": case.impl, "failed": "no figures: our gradients here are not proven"})

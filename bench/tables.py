@@ -33,6 +33,7 @@ ROLES = {
     "full-on-gpu": "4 x 2,048, full recompute",
     "short": "1 x 2,048, full recompute",
     "fp8": "4 x 2,048, `compute: fp8`",
+    "held": "4 x 2,048, decoded weights held",
     "16bit": "4 x 2,048, 16-bit weights",
     "16bit-short": "1 x 2,048, 16-bit weights",
     "long": "1 x 32,768, full recompute, offloaded",
@@ -90,14 +91,17 @@ def throughput(results: Path) -> str:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[str]:
-    """Ours (mean of its runs) over each other implementation of a group; `optimizer` stands against ours of `nocheckpoint`."""
-    speeds: dict[str, dict[str, list[float]]] = {}
+    """Ours (mean of its runs) over each other implementation of a group in the same call on a machine (`call`, where a file holds
+    several); `optimizer` stands against ours of `nocheckpoint`."""
+    speeds: dict[tuple[str, int], dict[str, list[float]]] = {}
     for row in rows:
         if row.get("group") in ROLES and row.get("gate") == "green" and row["group"] != "70b":
-            speeds.setdefault(row["group"], {}).setdefault(row["impl"], []).append(row["trained_tokens_per_s"])
+            speeds.setdefault((row["group"], row.get("call", 0)), {}).setdefault(row["impl"], []).append(
+                row["trained_tokens_per_s"]
+            )
     text = ["| measured | ours against | ratio |", "| --- | --- | ---: |"]
-    for group, found in speeds.items():
-        mine = found.get("halfbyte") or (speeds.get("nocheckpoint", {}).get("halfbyte") if group == "optimizer" else None)
+    for (group, call), found in speeds.items():
+        mine = found.get("halfbyte") or (speeds.get(("nocheckpoint", call), {}).get("halfbyte") if group == "optimizer" else None)
         for impl, other in found.items():
             if mine and impl != "halfbyte":
                 text.append(f"| {ROLES[group]} | {impl} | {mean(mine) / mean(other):.3f} |")
@@ -171,6 +175,33 @@ def decoded(results: Path) -> str:
     return "\n".join(text)
 
 
+def generated(results: Path) -> str:
+    """Tokens a second of the engine as a caller sees it (256 tokens behind a short prompt), and replays of its graph by depth."""
+    rows = [r for r in read(results) if r["what"] == "engine" and "ms_at_256" in r and r["early"] and not r["cut"]]
+    bf16 = {r["rows"]: r["ms_at_256"] for r in rows if r["weights"] == "bf16"}
+    text = [
+        "| weights | rows | tokens/s, a caller's | ms a token, 256 before it | 1,984 before it | against bf16 |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for r in rows:
+        ratio = f"{bf16[r['rows']] / r['ms_at_256']:.2f}" if r["rows"] in bf16 else "-"
+        text.append(
+            f"| {r['weights']} | {r['rows']} | {r['tokens_per_s']:,} | {r['ms_at_256']:.3f} | {r['ms_at_1984']:.3f} | {ratio} |"
+        )
+    return "\n".join(text)
+
+
+def losses(results: Path) -> str:
+    """The loss of the 8B shape over its products: those of all labelled rows in one piece, and those that it runs itself."""
+    rows = [r for r in read(results) if r["what"] == "loss" and r["case"].startswith("8B")]
+    text = ["| case | | ms | of one piece | MiB |", "| --- | --- | ---: | ---: | ---: |"]
+    for r in rows:
+        if r["name"] in ("bare", "bare 1024", "default", "exact", "tiled", "smoothing and z", "nf4 head"):
+            extra = "" if r["extra_mib"] is None else f"{r['extra_mib']:.0f}"
+            text.append(f"| {r['case']} | {r['name']} | {r['ms']:.2f} | {r['of_bare']:.3f} | {extra} |")
+    return "\n".join(text)
+
+
 DECODED = {"nested": "4096/4, dependent, normal", "plain": "2048/4, dependent, normal"}
 """The variant of `bench/decode_gpu.py` that `kernels.dequantize.words.tiling_of` takes, by the format's scales."""
 
@@ -182,6 +213,8 @@ TABLES: list[tuple[str, str, Callable[[Path], str], str]] = [
     ("performance.md", "throughput", throughput, "2026-11-22-h200-steps.jsonl"),
     ("performance.md", "profile", profiled, "2026-11-22-h200-profile.txt"),
     ("performance.md", "decode", decoded, "2026-11-22-h200-decode.jsonl"),
+    ("performance.md", "generation", generated, "2026-11-22-h200-generation.jsonl"),
+    ("performance.md", "loss", losses, "2026-11-22-h200-loss.jsonl"),
     ("performance.md", "fp8", lambda results: fp8_quality_gpu.verdict(results)[0], "2026-11-22-h200-fp8-quality.jsonl"),
     ("performance.md", "roofline", roofline.markdown, "2026-11-22-h200-roofline.jsonl"),
     ("performance.md", "facts", facts_tables.markdown, "2026-11-22-h200-facts.jsonl"),

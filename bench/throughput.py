@@ -22,7 +22,7 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from cases import CASES, PROOF_LAYERS
+from cases import CASES, PROOF_LAYERS, select
 from engines import Case
 
 
@@ -58,7 +58,12 @@ def gate(args: argparse.Namespace) -> None:
 
     case = replace(_case(args), layers=PROOF_LAYERS)
     found = prove(case, case.directory(args.dir), DEVICE)
-    print(json.dumps({"what": "gradients", "compute": case.compute, "recompute": case.recompute, "offload": case.offload} | found))
+    print(
+        json.dumps(
+            {"what": "gradients", "compute": case.compute, "recompute": case.recompute, "offload": case.offload, "held": case.held}
+            | found
+        )
+    )
     sys.exit(0 if found["gate"] == "green" else 1)
 
 
@@ -70,10 +75,11 @@ def everything(args: argparse.Namespace) -> None:
     unknown = set(names) - set(CASES)
     assert not unknown, f"no such cases: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}"
     assert args.data or not any(case.packed for name in names for case in CASES[name]), "packed rows need --data"
+    chosen = {name: select(CASES[name], args.impls.split(",") if args.impls else None, args.once) for name in names}
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a") as file:
-        Turns(args.dir, args.tokenizer, args.data, args.limit, file).everything(names)
+        Turns(args.dir, args.tokenizer, args.data, args.limit, file).everything(chosen)
 
 
 def table(args: argparse.Namespace) -> None:
@@ -94,10 +100,12 @@ def main() -> None:
     parser.add_argument("--data", help="examples for packed rows")
     parser.add_argument("--out", default="bench/results/throughput.jsonl", help="lines are added")
     parser.add_argument("--cases", default="all", help="comma-separated: " + ", ".join(CASES))
+    parser.add_argument("--impls", help="comma-separated: only these; a group without one of ours is compared with nothing")
+    parser.add_argument("--once", action="store_true", help="every case of a group once, not ours before and after the peers")
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which `all` starts no further case")
     parser.add_argument("--first", action="store_true", help="only the first step")
     for field in fields(Case):
-        if field.name in ("offload", "packed"):
+        if field.name in ("offload", "packed", "held"):
             parser.add_argument(f"--{field.name}", action="store_true")
         else:
             default = "halfbyte" if field.name == "impl" else field.default

@@ -38,8 +38,9 @@ class Pretended:
 def turns(tmp_path: Path, names: Sequence[str], limit: float = 1e9, **pretended: Any) -> tuple[Pretended, list[dict[str, Any]]]:
     root = tmp_path / "m"
     stub = Pretended(root, pretended.pop("seconds", {}), **pretended)
+    groups = {name: bench("cases").CASES[name] for name in names}
     with (tmp_path / "out.jsonl").open("a") as file:
-        bench("in_turn").Turns(str(root), "tokenizer", None, limit, file, stub.spawn, lambda: stub.now).everything(names)
+        bench("in_turn").Turns(str(root), "tokenizer", None, limit, file, stub.spawn, lambda: stub.now).everything(groups)
     return stub, [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
 
@@ -57,6 +58,14 @@ def test_proofs_come_first_and_ours_frames_the_peers(tmp_path: Path) -> None:
     assert [line["group"] for line in lines[3:]] == ["nocheckpoint"] * 4 + ["optimizer"]
     unsloth = [seconds for _, impl, seconds in stub.calls if impl == "unsloth"]
     assert unsloth == [210, 90]  # its first run compiles
+
+
+def test_cases_may_be_chosen() -> None:
+    cases = bench("cases")
+    chosen = [case.impl for case in cases.select(cases.CASES["full"], ["halfbyte", "unsloth"], once=True)]
+    assert chosen == ["halfbyte", "unsloth"]
+    assert cases.select(cases.CASES["full"], None, once=False) == cases.CASES["full"]
+    assert len(cases.select(cases.CASES["70b"], ["unsloth"], once=True)) == 2
 
 
 def test_no_figures_without_a_proof(tmp_path: Path) -> None:

@@ -12,7 +12,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CONCEPTS, RESULTS = ROOT / "docs" / "concepts", ROOT / "bench" / "results"
-MARKERS = ["quality", "before", "kernels", "throughput", "profile", "decode", "fp8", "roofline", "facts", "equivalence"]
+MARKERS = [
+    "quality",
+    "before",
+    "kernels",
+    "throughput",
+    "profile",
+    "decode",
+    "generation",
+    "loss",
+    "fp8",
+    "roofline",
+    "facts",
+    "equivalence",
+]
 
 
 def bench(name: str) -> ModuleType:

@@ -26,8 +26,8 @@ from halfbyte.kernels.norm.reference import NormSpec
 
 LONGEST = 16384
 """Features of a norm whose rows stay in registers."""
-RUN = 2048
-"""Features of a GLU that a program takes at a time."""
+RUN, RUN_BACK = (2048, 8), (4096, 8)
+"""Features of a GLU that a program takes at a time and its warps, as measured on an H200: forward, backward."""
 NUMBERS = {"LARGEST": LARGEST, "TINY": TINY, "INTERPRETED": INTERPRETED}
 
 
@@ -215,16 +215,15 @@ def add_norm(
     return residual, rstd, mean
 
 
-def _run(width: int, run: Tile | None) -> Tile:
-    """Features at a time and warps: 8 features a thread, 16 bytes of bf16."""
-    if run is not None:
-        return run
-    block = min(max(triton.next_power_of_2(width), 16), RUN)
-    return block, max(block // 256, 1)
+def _run(width: int, run: Tile) -> Tile:
+    """Features at a time and warps: `run`, or less where a row is shorter."""
+    most, warps = run
+    block = min(max(triton.next_power_of_2(width), 16), most)
+    return block, max(warps * block // most, 1)
 
 
-def glu(gate: Tensor, up: Tensor | None, activation: Activation, out: Tensor, rows: Rows, run: Tile | None = None) -> None:
-    """`kernels.glu.glu`, with h in `rows` too. run: measured otherwise."""
+def glu(gate: Tensor, up: Tensor | None, activation: Activation, out: Tensor, rows: Rows, run: Tile = RUN) -> None:
+    """`kernels.glu.glu`, with h in `rows` too. run: features at a time and warps."""
     length, width = gate.shape
     block, warps = _run(width, run)
     if length:
@@ -235,10 +234,10 @@ def glu(gate: Tensor, up: Tensor | None, activation: Activation, out: Tensor, ro
         )  # fmt: skip
 
 
-def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, activation: Activation, rows: Rows, run: Tile | None = None) -> None:
-    """`kernels.glu.glu_backward`, with [d gate | d up] `[T, 2F]` in `rows` too; without `up`, d gate. run: measured otherwise.
+def glu_backward(dh: Tensor, gate: Tensor, up: Tensor | None, activation: Activation, rows: Rows, run: Tile = RUN_BACK) -> None:
+    """`kernels.glu.glu_backward`, with [d gate | d up] `[T, 2F]` in `rows` too; without `up`, d gate.
 
-    gate and up lie behind each other, as the group of gate and up has its outputs.
+    run: features at a time and warps. gate and up lie behind each other, as the group of gate and up has its outputs.
     """
     length, width = gate.shape
     block, warps = _run(width, run)
