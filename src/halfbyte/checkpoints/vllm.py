@@ -55,18 +55,22 @@ def _refused(config: Mapping[str, Any]) -> Iterator[Finding]:
         hint = f"lower `adapter.rank` (and `adapter.rank_pattern`), {_MERGE}"
         yield Finding(f"vLLM takes ranks up to {RANKS[-1]}, and this adapter has {rank}", hint=hint, code="adapter.vllm-rank")
     if variants := [name for key, name in _VARIANTS.items() if config.get(key)]:
-        message = f"vLLM does not load {', '.join(variants)}"
-        yield Finding(message, hint=f"train a plain LoRA, {_MERGE}", code="adapter.vllm-variant")
+        hint = f"train a plain LoRA, {_MERGE}"
+        yield Finding(f"vLLM does not load {', '.join(variants)}", hint=hint, code="adapter.vllm-variant")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init not in _INITS:
-        message = f"vLLM does not load adapters that began with `{init}`: it changed the base"
-        yield Finding(message, hint=f"convert it to plain LoRA when saving it, {_MERGE}", code="adapter.vllm-variant")
-    if config.get("bias", "none") != "none":
-        message = f"vLLM loads no biases, and `adapter.bias` is {config['bias']}"
-        yield Finding(message, hint=f"`adapter.bias: none`, {_MERGE}", code="adapter.vllm-bias")
+        hint = f"convert it to plain LoRA when saving it, {_MERGE}"
+        yield Finding(
+            f"vLLM does not load adapters begun with `{init}`, which changes the base", hint=hint, code="adapter.vllm-variant"
+        )
+    if (bias := config.get("bias", "none")) != "none":
+        hint = f"`adapter.bias: none`, {_MERGE}"
+        yield Finding(f"vLLM loads no biases, and `adapter.bias` is {bias}", hint=hint, code="adapter.vllm-bias")
     if saved := [name for name in config.get("modules_to_save") or [] if name.rpartition(".")[2] not in _SAVED]:
-        message = f"vLLM loads no modules that are trained whole (`adapter.modules_to_save`: {', '.join(saved[:SHOWN])})"
-        yield Finding(message, hint=f"leave them out, {_MERGE}", code="adapter.vllm-modules")
+        names, hint = ", ".join(saved[:SHOWN]), f"leave them out, {_MERGE}"
+        yield Finding(
+            f"vLLM loads no modules trained whole (`adapter.modules_to_save`: {names})", hint=hint, code="adapter.vllm-modules"
+        )
 
 
 def _unread(config: Mapping[str, Any], tensors: Iterable[str]) -> Iterator[Finding]:

@@ -33,7 +33,7 @@ def import_(
 
     \b
     halfbyte import qlora.yml --out recipe.yaml
-    halfbyte import "trl sft --model_name_or_path Qwen/Qwen3-8B --dataset_name trl-lib/Capybara --use_peft"
+    halfbyte import "trl sft --model_name_or_path Qwen/Qwen3-8B --dataset_name org/chats"
     """
     from halfbyte.cli.console import emit, say
     from halfbyte.errors import RecipeError
