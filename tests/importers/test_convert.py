@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from halfbyte.errors import RecipeError
-from halfbyte.importers import axolotl, llamafactory, trl, unsloth
+from halfbyte.importers import axolotl, llamafactory, trainer_args, trl, unsloth
 from halfbyte.importers.convert import Imported, convert, from_source
 from halfbyte.importers.draft import SILENT, Line
 from halfbyte.importers.source import Source
@@ -42,8 +44,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def imported(tool: str, **settings: Any) -> Imported:
-    return from_source(Source("settings", tool, "the test", LEAST[tool] | settings))
+def imported(tool: str, **chosen: Any) -> Imported:
+    return from_source(Source("settings", tool, "the test", LEAST[tool] | chosen))
 
 
 def line_of(found: Imported, key: str) -> Line:
@@ -186,7 +188,7 @@ def test_datasets_of_axolotl(theirs: dict[str, Any], ours: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("chosen", "expected"),
     [
         ({"val_set_size": 0.1}, {"eval": 0.1}),
         ({"val_set_size": 200}, {"eval": 200}),
@@ -205,8 +207,8 @@ def test_datasets_of_axolotl(theirs: dict[str, Any], ours: dict[str, Any]) -> No
         ({"excess_length_strategy": "raise"}, {"too_long": "error"}),
     ],
 )
-def test_what_is_learned_of_the_data(settings: dict[str, Any], expected: dict[str, Any]) -> None:
-    data = imported("axolotl", **settings).recipe["data"]
+def test_what_is_learned_of_the_data(chosen: dict[str, Any], expected: dict[str, Any]) -> None:
+    data = imported("axolotl", **chosen).recipe["data"]
     assert {key: data.get(key) for key in expected} == expected
 
 
@@ -331,7 +333,7 @@ def test_unknown_keys_get_the_nearest_known_one(tool: str, key: str, guess: str)
 
 
 @pytest.mark.parametrize(
-    ("tool", "settings", "told"),
+    ("tool", "chosen", "told"),
     [
         ("axolotl", {"rl": "dpo"}, "preferences"),
         ("axolotl", {"peft_use_dora": True}, "variant of LoRA"),
@@ -354,8 +356,8 @@ def test_unknown_keys_get_the_nearest_known_one(tool: str, key: str, guess: str)
         ("unsloth", {"loftq_config": "{}"}, "variant of LoRA"),
     ],
 )
-def test_what_is_not_built_is_refused(tool: str, settings: dict[str, Any], told: str) -> None:
-    assert any(told in line.why for line in imported(tool, **settings).of("refused"))
+def test_what_is_not_built_is_refused(tool: str, chosen: dict[str, Any], told: str) -> None:
+    assert any(told in line.why for line in imported(tool, **chosen).of("refused"))
 
 
 @pytest.mark.parametrize(
@@ -378,7 +380,7 @@ def test_remote_code_and_uploads_are_not_imported(tool: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("chosen", "expected"),
     [
         ({"max_steps": 50, "num_epochs": 3}, {"max_steps": 50, "epochs": 1000}),
         ({"lr_scheduler": "constant", "warmup_steps": 10}, {"schedule": "constant", "warmup": 0}),
@@ -393,13 +395,13 @@ def test_remote_code_and_uploads_are_not_imported(tool: str) -> None:
         ({"save_total_limit": 1}, {"keep": 2}),
     ],
 )
-def test_arithmetic_of_a_run(settings: dict[str, Any], expected: dict[str, Any]) -> None:
-    train = imported("axolotl", **settings).recipe["train"]
+def test_arithmetic_of_a_run(chosen: dict[str, Any], expected: dict[str, Any]) -> None:
+    train = imported("axolotl", **chosen).recipe["train"]
     assert {key: train.get(key) for key in expected} == expected
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("chosen", "expected"),
     [
         ({"bf16": True}, "bf16"),
         ({"bf16": False, "fp16": True}, "fp16"),
@@ -409,8 +411,8 @@ def test_arithmetic_of_a_run(settings: dict[str, Any], expected: dict[str, Any])
         ({"fp8": True, "adapter": "qlora", "lora_target_linear": True}, "fp8"),
     ],
 )
-def test_number_types(settings: dict[str, Any], expected: str) -> None:
-    assert imported("axolotl", **settings).recipe.get("compute", "auto") == expected
+def test_number_types(chosen: dict[str, Any], expected: str) -> None:
+    assert imported("axolotl", **chosen).recipe.get("compute", "auto") == expected
 
 
 @pytest.mark.parametrize(
@@ -461,6 +463,39 @@ def test_a_value_that_is_none_names_file_line_and_key(here: Path) -> None:
         convert(["a.yml"])
 
 
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", "auto", "no", "2e-4", "a,b", "epoch"])
+    | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["path", "type", "role"]), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_nothing_but_our_errors_come_out(data: st.DataObject) -> None:
+    tool = data.draw(st.sampled_from(sorted(TABLES)))
+    keys = data.draw(st.lists(st.sampled_from([*TABLES[tool], "strange"]), max_size=6, unique=True))
+    chosen = {key: data.draw(ANYTHING, label=key) for key in keys}
+    try:
+        found = imported(tool, **chosen)
+    except RecipeError:
+        return
+    assert set(chosen) <= {key.partition(".")[0] for line in found.lines for key in line.keys}
+    assert load_text(found.yaml()) == found.recipe
+
+
+def load_text(text: str) -> Any:
+    """A written recipe as YAML 1.2 reads it."""
+    from halfbyte.recipe import parse
+
+    return parse(text, "written").data
+
+
 @pytest.mark.cpu
 def test_trl_defaults_and_keys_are_those_of_trl() -> None:
     """Against the installed TRL: every field of its arguments is known, and every default that we fill in is its own."""
@@ -475,3 +510,17 @@ def test_trl_defaults_and_keys_are_those_of_trl() -> None:
     assert set(fields) <= set(trl.TABLE), sorted(set(fields) - set(trl.TABLE))
     ours = {key: value for key, value in trl.DEFAULTS.items() if key not in ("bf16", "output_dir")}  # set after construction
     assert {key: fields[key] for key in ours} == ours
+
+
+@pytest.mark.cpu
+def test_trainer_arguments_are_those_of_transformers() -> None:
+    import dataclasses
+
+    from transformers import Seq2SeqTrainingArguments
+
+    fields = {f.name: f.default for f in dataclasses.fields(Seq2SeqTrainingArguments)}
+    assert set(fields) <= set(llamafactory.TABLE), sorted(set(fields) - set(llamafactory.TABLE))
+    ours = trainer_args.DEFAULTS
+    assert {key: str(getattr(fields[key], "value", fields[key])) for key in ours} == {
+        key: str(value) for key, value in ours.items()
+    }

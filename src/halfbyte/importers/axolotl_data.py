@@ -58,7 +58,7 @@ WHOLE_TURN = "the answer and its end-of-turn token are learned, nothing else"
 
 def datasets(draft: Draft, key: str, value: Any) -> None:
     """The training sources, what of them is learned, and the template."""
-    kinds = [_entry(draft, f"datasets.{i}", f"data.train.{i}", entry) for i, entry in enumerate(value or [])]
+    kinds = [_entry(draft, f"datasets.{i}", f"data.train.{i}", entry) for i, entry in enumerate(draft.sections(key))]
     if not kinds:
         draft.note("refused", "no dataset to learn from", key)
     _learned(draft)
@@ -68,7 +68,7 @@ def datasets(draft: Draft, key: str, value: Any) -> None:
 def held_out(draft: Draft, key: str, value: Any) -> None:
     """`val_set_size` (a share, or a count from 1 on), or sources of their own in `test_datasets`."""
     if key == "test_datasets":
-        for i, entry in enumerate(value or []):
+        for i, entry in enumerate(draft.sections(key)):
             _entry(draft, f"{key}.{i}", f"data.eval.{i}", entry)
         if not value:
             draft.note("ignored", "empty in the source", key)
@@ -84,11 +84,8 @@ def held_out_share(draft: Draft, key: str) -> None:
     draft.put("data.eval", int(size) if size >= 1 or size == 0 else size, key)
 
 
-def _entry(draft: Draft, at: str, ours: str, entry: Any) -> str:
+def _entry(draft: Draft, at: str, ours: str, entry: dict[str, Any]) -> str:
     """One dataset; returns the kind of template it implies."""
-    if not isinstance(entry, dict):
-        draft.note("refused", "expected a section with `path` and `type`", at, value=entry)
-        return ""
     rest = dict(entry)
     for name, value in entry.items():
         draft.source[f"{at}.{name}"] = value

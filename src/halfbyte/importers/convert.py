@@ -7,6 +7,7 @@ are not written, so that the recipe holds the source's settings and the differen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -198,9 +199,9 @@ class _Dumper(yaml.SafeDumper):
 
 def _float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
     """2.0e-06, which every YAML reads as a number; 3 for 3.0."""
-    if value == int(value) and abs(value) < 1e15:
+    if math.isfinite(value) and value == int(value) and abs(value) < 1e15:
         return dumper.represent_scalar("tag:yaml.org,2002:int", str(int(value)))
-    text = repr(value)
+    text = repr(value) if math.isfinite(value) else f".{value}"
     return dumper.represent_scalar("tag:yaml.org,2002:float", text if "." in text else text.replace("e", ".0e"))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from halfbyte.errors import RecipeError
 from halfbyte.importers import common
 from halfbyte.importers.data import Columns, list_turn_shape, put_columns
-from halfbyte.importers.draft import Draft, unknown, words
+from halfbyte.importers.draft import Draft, unknown, whole, words
 from halfbyte.mistakes import nearest
 
 INFO = "dataset_info.json"
@@ -110,7 +110,9 @@ def _entry(draft: Draft, key: str, name: str, entry: dict[str, Any], at: str, fo
             draft.put(f"{at}.{ours}", str(entry[theirs]), f"{name}.{theirs}")
     if entry.get("folder"):
         draft.note("refused", "a folder within a Hub dataset cannot be named: download it and give its path", f"{name}.folder")
-    limits = [int(n) for n in (entry.get("num_samples"), draft.get("max_samples")) if n]
+    limits = [
+        whole(n, "num_samples or max_samples", draft.place(key)) for n in (entry.get("num_samples"), draft.get("max_samples")) if n
+    ]
     if limits:
         keys = [k for k, n in ((f"{name}.num_samples", entry.get("num_samples")), ("max_samples", draft.get("max_samples"))) if n]
         draft.put(f"{at}.limit", min(limits), *keys)

@@ -14,6 +14,7 @@ that says what became of it, and so does every default that the source tool woul
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -102,10 +103,14 @@ class Draft:
 
     def whole(self, key: str) -> int:
         """The value of `key` as a whole number."""
-        found = self.number(key)
-        if found != int(found):
-            raise RecipeError(f"{self.place(key)}`{key}` must be a whole number, but is {shown(found)}", code="import.value")
-        return int(found)
+        return whole(self.get(key), key, self.place(key))
+
+    def sections(self, key: str) -> list[dict[str, Any]]:
+        """The value of `key` as a list of sections; empty when it is."""
+        value = self.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            raise RecipeError(f"{self.place(key)}`{key}` must be a list of sections, but is {shown(value)}", code="import.value")
+        return value
 
     def on(self, key: str) -> bool:
         """Whether a switch is set."""
@@ -222,12 +227,13 @@ def number(value: Any, key: str, place: str) -> float:
     """A number, written as one or as text (`2e-4` is text to YAML 1.1). Raises RecipeError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise RecipeError(f"{place}`{key}` must be a number, but is {shown(value)}", code="import.value")
-    if isinstance(value, int | float):
-        return value
     try:
-        return float(value)
+        found = float(value) if isinstance(value, str) else value
     except ValueError:
         raise RecipeError(f"{place}`{key}` must be a number, but is `{value}`", code="import.value") from None
+    if not math.isfinite(found):
+        raise RecipeError(f"{place}`{key}` must be a finite number", code="import.value")
+    return found
 
 
 def whole(value: Any, key: str, place: str) -> int:

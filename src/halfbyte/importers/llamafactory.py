@@ -80,11 +80,11 @@ def quantization(draft: Draft, key: str, value: Any) -> None:
             draft.note("refused", "bases in GPTQ, AWQ and AQLM are not read: name the unquantised model", "model_name_or_path")
     elif method not in ("bnb", "bitsandbytes"):
         draft.note("refused", "only bitsandbytes' formats are the same here; int4 (`format: int4`) comes nearest to hqq", *given)
-    elif int(value) == 4:
+    elif draft.whole(key) == 4:
         draft.put("format.kind", str(draft.get("quantization_type") or "nf4"), *[k for k in given if k != "double_quantization"])
         nested = draft.get("double_quantization") is None or draft.on("double_quantization")
         draft.put("format.nested", nested, *(["double_quantization"] if "double_quantization" in given else [key]))
-    elif int(value) == 8:
+    elif draft.whole(key) == 8:
         draft.put("format.kind", "int8", *given, why="one scale a channel; LLM.int8() keeps outlier columns in 16 bits besides")
     else:
         draft.note("refused", f"{shown(value)} bits are not built; 4 and 8 are", key)

@@ -115,7 +115,7 @@ def _split(draft: Draft, i: int, config: str, split: str, path: str) -> None:
 
 def mixture(draft: Draft, key: str, value: Any) -> None:
     """`datasets`: a list of sections."""
-    for i, entry in enumerate(value or []):
+    for i, entry in enumerate(draft.sections(key)):
         at, ours = f"datasets.{i}", f"data.train.{i}"
         known = {"path": "path", "name": "config", "split": "split"}
         for name, given in entry.items():
@@ -238,9 +238,7 @@ peft_config.trainable_token_indices
 """
 TABLE: Table = {
     "model_name_or_path": to("model.name", text),
-    "model_revision": lambda d, k, v: (
-        d.put("model.revision", v, k) if v != "main" else d.note("ignored", "the default here too", k)
-    ),
+    "model_revision": to("model.revision", text),
     "use_peft": adapter,
     "load_in_4bit": base,
     **all_of(read_with, "load_in_4bit", "load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant"),
