@@ -154,14 +154,6 @@ def model_class(draft: Draft, key: str, value: Any) -> None:
     draft.note("ignored", why if value else "empty in the source", key)
 
 
-def initialisation(draft: Draft, key: str, value: Any) -> None:
-    """How A and B start."""
-    if value in (None, True, "gaussian", "orthogonal"):
-        draft.note("ignored", "A is drawn uniformly (PEFT's default) and B is zero", key)
-    else:
-        draft.note("refused", "it changes the base; only PEFT's default start is built", key)
-
-
 def precision(draft: Draft, key: str, value: Any) -> None:
     """bf16 or fp16 (`bfloat16`, `float16` without autocast), or neither."""
     whole_model = next((k for k in ("bfloat16", "float16", "float32") if draft.on(k)), None)
@@ -217,7 +209,7 @@ TABLE: Table = {
     **all_of(lambda _: to("adapter.rslora", switch), "", "peft_use_rslora"),
     "lora_rank_pattern": to("adapter.rank_pattern"),
     "lora_alpha_pattern": to("adapter.alpha_pattern"),
-    "peft_init_lora_weights": initialisation,
+    "peft_init_lora_weights": common.initialisation,
     "loraplus_lr_ratio": to("optim.lora_plus", number),
     # from what
     "sequence_len": to("data.tokens", whole),

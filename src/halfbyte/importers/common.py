@@ -232,3 +232,14 @@ def neftune(draft: Draft, key: str, value: Any) -> None:
     draft.note(
         "refused" if is_on(value) else "ignored", "NEFTune's noise on embeddings is not built" if is_on(value) else "off", key
     )
+
+
+def initialisation(draft: Draft, key: str, value: Any) -> None:
+    """How A and B start."""
+    plain = value in (None, True, "true", "gaussian", "orthogonal")
+    why = (
+        "A is drawn uniformly (PEFT's default) and B is zero"
+        if plain
+        else "it changes the base; only PEFT's default start is built"
+    )
+    draft.note("ignored" if plain else "refused", why, key)

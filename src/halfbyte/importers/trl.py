@@ -232,10 +232,23 @@ MODEL: Table = {
     **all_of(ignored, common.SPEED, "attn_implementation dtype torch_dtype use_cache device_map low_cpu_mem_usage"),
 }
 _PEFT_OFF = """
-peft_config.bias peft_config.alpha_pattern peft_config.rank_pattern peft_config.init_lora_weights
-peft_config.layers_to_transform peft_config.layers_pattern peft_config.exclude_modules peft_config.layer_replication
-peft_config.trainable_token_indices
+layers_to_transform layers_pattern layer_replication trainable_token_indices lora_bias use_qalora use_bdlora loftq_config
+corda_config eva_config lora_ga_config kasa_config arrow_config alora_invocation_tokens ensure_weight_tying
 """
+_PEFT_PASSIVE = """
+peft_type peft_version auto_mapping base_model_name_or_path revision inference_mode fan_in_fan_out megatron_config megatron_core
+qalora_group_size runtime_config
+"""
+PEFT: Table = {
+    "bias": to("adapter.bias", text),
+    "rank_pattern": to("adapter.rank_pattern"),
+    "alpha_pattern": to("adapter.alpha_pattern"),
+    "exclude_modules": to("adapter.exclude", lambda v, *_: words(v)),
+    "init_lora_weights": common.initialisation,
+    **all_of(refused, "this variant of LoRA is not built; plain LoRA and rsLoRA are", _PEFT_OFF),
+    **all_of(ignored, "who wrote it and for what; it changes no number", _PEFT_PASSIVE),
+}
+"""Fields of a LoraConfig that `trl sft` has no option for."""
 TABLE: Table = {
     "model_name_or_path": to("model.name", text),
     "model_revision": to("model.revision", text),
@@ -274,7 +287,7 @@ TABLE: Table = {
     **all_of(ignored, common.SPEED, "attn_implementation dtype torch_dtype ignore_bias_buffers"),
     "env": ignored("never imported: environment variables may hold tokens"),
     "config": ignored("read, and overridden by the command line"),
-    **all_of(refused, "set on its own here: see `adapter` in the recipe reference", _PEFT_OFF),
+    **{f"peft_config.{key}": rule for key, rule in PEFT.items()},
     **all_of(refused, "another way to learn, which is not built", "teacher_model_name_or_path"),
 }
 """How every key of `trl sft` is read; keys with a default come in this order."""
