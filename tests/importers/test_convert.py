@@ -86,12 +86,14 @@ def test_axolotl(here: Path) -> None:
 
 
 def test_llamafactory(here: Path) -> None:
-    (here / "sft.yaml").write_text(LLAMAFACTORY)
-    found = convert(["sft.yaml"], processes=2)
+    (here / "conf").mkdir()
+    (here / "conf" / "sft.yaml").write_text(LLAMAFACTORY)
+    (here / "dataset_info.json").rename(here / "conf" / "dataset_info.json")
+    found = convert(["conf/sft.yaml"], processes=2)
     assert found.tool == "llamafactory" and not found.of("refused") and not found.of("unknown")
     assert found.recipe["data"] == {
         "train": [
-            {"path": "mine.json", "shape": "alpaca", "limit": 1000},
+            {"path": "conf/mine.json", "shape": "alpaca", "limit": 1000},
             {"path": "org/theirs", "shape": "messages", "split": "validation", "config": "en", "limit": 50},
         ],
         "eval": 0.1,

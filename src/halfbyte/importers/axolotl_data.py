@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.importers import common
-from halfbyte.importers.data import LOADERS, Columns, list_turn_shape, place, put_columns
+from halfbyte.importers.data import LOADERS, Columns, list_turn_shape, put_columns
 from halfbyte.importers.draft import Draft, is_on, unknown, words
 
 TYPES: dict[str, tuple[str, dict[str, str], str]] = {
@@ -116,13 +116,13 @@ def _entry(draft: Draft, at: str, ours: str, entry: dict[str, Any]) -> str:
 
 def _where(draft: Draft, at: str, ours: str, take: Any) -> None:
     path, files = str(take("path", "")), words(take("data_files"))
-    if files and (path in LOADERS or Path(draft.folder, path).is_dir()):
+    if files and (path in LOADERS or Path(path).is_dir()):
         base = "" if path in LOADERS else f"{path.rstrip('/')}/"
         if len(files) > 1:
             draft.note("refused", "several files: give each an entry of its own", f"{at}.data_files")
-        draft.put(f"{ours}.path", place(draft, base + files[0]), f"{at}.path", f"{at}.data_files", why="the file itself")
+        draft.put(f"{ours}.path", base + files[0], f"{at}.path", f"{at}.data_files", why="the file itself")
     else:
-        draft.put(f"{ours}.path", place(draft, path), f"{at}.path")
+        draft.put(f"{ours}.path", path, f"{at}.path")
         if files:
             draft.note(
                 "refused", "single files of a Hub dataset cannot be named: download them and give their path", f"{at}.data_files"
@@ -206,8 +206,8 @@ def _template(draft: Draft, kinds: list[str]) -> None:
         draft.note("differs", "alpaca types get the run's one chat template here, not alpaca's headings")
     if name == "jinja":
         path = str(draft.get("chat_template_jinja") or "")
-        if path and (Path(draft.folder, path).is_file() or path.endswith((".jinja", ".jinja2"))):
-            draft.put("data.template", str(Path(draft.folder, path)), *keys)
+        if path.endswith((".jinja", ".jinja2")) or ("\n" not in path and path and Path(path).is_file()):
+            draft.put("data.template", path, *keys)
         else:
             draft.note("refused", "save the text of the template in a file, and give its path", *keys)
     elif name in NAMED:

@@ -7,7 +7,6 @@ itself, so that a recipe stays as short as its data is ordinary.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from halfbyte.importers.draft import Draft
@@ -50,13 +49,6 @@ def put_columns(draft: Draft, at: str, shape: str, columns: Columns, *keys: str)
     """Writes the names below `at` (`data.train.0`)."""
     for name, value in columns.named(shape).items():
         draft.put(f"{at}.{name}", value, *keys, why="names of its columns")
-
-
-def place(draft: Draft, path: str) -> str:
-    """A path of the source as it is seen from here: files are relative to where the tool ran, Hub ids stay as they are."""
-    local = Path(draft.folder) / path
-    looks_local = path.startswith((".", "/", "~")) or path.endswith(FILES) or path.removesuffix(".gz").endswith(FILES)
-    return str(local) if not Path(path).is_absolute() and not path.startswith("~") and looks_local and draft.folder != "." else path
 
 
 def list_turn_shape(columns: Columns) -> str:

@@ -68,10 +68,9 @@ def _sources(draft: Draft, key: str, value: Any, ours: str) -> None:
 
 def _info(draft: Draft) -> tuple[dict[str, Any], Path]:
     """The registry: given, or in `dataset_dir`, or beside the source."""
-    folder = Path(draft.folder)
+    folder, named = Path(draft.folder), Path(str(draft.get("dataset_dir")))
     given = draft.extra.get("dataset_info")
-    tried = [Path(given)] if given else [folder / str(draft.get("dataset_dir")) / INFO, folder / INFO]
-    tried += [] if given else [Path(str(draft.get("dataset_dir"))) / INFO]
+    tried = [Path(given)] if given else [named / INFO, folder / named / INFO, folder / INFO]
     found = next((path for path in tried if path.is_file()), None)
     if found is None:
         places = " or ".join(dict.fromkeys(str(path) for path in tried))

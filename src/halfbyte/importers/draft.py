@@ -60,7 +60,7 @@ class Line:
 class Draft:
     """The recipe so far. source: the tool's keys with its hidden defaults filled in. given: keys that the source itself holds.
 
-    where: the file, for errors. places: line of each key. folder: where relative paths start. processes: training processes.
+    where: the file, for errors. places: line of each key. folder: the file's directory. processes: training processes.
     """
 
     tool: str

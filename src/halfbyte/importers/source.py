@@ -75,7 +75,7 @@ def _file(path: Path) -> Source:
     else:
         return _command(text, str(path), path.parent)
     found, reason = detect(data)
-    return Source(str(path), found, reason, data, lines)
+    return Source(str(path), found, reason, data, lines, str(path.parent))
 
 
 def _yaml(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:

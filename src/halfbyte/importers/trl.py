@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from halfbyte.importers import common, trainer_args
-from halfbyte.importers.data import LOADERS, Columns, place, put_columns
+from halfbyte.importers.data import LOADERS, Columns, put_columns
 from halfbyte.importers.draft import (
     Draft,
     Table,
@@ -91,13 +91,13 @@ def dataset(draft: Draft, key: str, value: Any) -> None:
     if not value:
         draft.note("refused", "no dataset to learn from", key)
         return
-    draft.put("data.train.0.path", place(draft, str(value)), key)
+    draft.put("data.train.0.path", str(value), key)
     _split(draft, 0, "dataset_config", "dataset_train_split", str(value))
     if str(draft.get("eval_strategy") or "no") == "no":
         draft.put("data.eval", 0, "eval_strategy", why="nothing is held out without it")
     else:
         given = "dataset_test_split" if "dataset_test_split" in draft.given else "eval_strategy"
-        draft.put("data.eval.0.path", place(draft, str(value)), key, given, why="its test split")
+        draft.put("data.eval.0.path", str(value), key, given, why="its test split")
         why = "" if given != "eval_strategy" else "its test split"
         draft.put("data.eval.0.split", str(draft.get("dataset_test_split") or "test"), given, why=why)
         if draft.get("dataset_config"):
@@ -122,7 +122,7 @@ def mixture(draft: Draft, key: str, value: Any) -> None:
             draft.source[f"{at}.{name}"] = given
             if name == "path":
                 files = words(entry.get("data_files")) if given in LOADERS else []
-                draft.put(f"{ours}.path", place(draft, files[0] if files else str(given)), f"{at}.{name}")
+                draft.put(f"{ours}.path", files[0] if files else str(given), f"{at}.{name}")
             elif name in known and given is not None:
                 draft.put(f"{ours}.{known[name]}", given, f"{at}.{name}")
             elif name == "data_files" and entry.get("path") in LOADERS and len(words(given)) == 1:
@@ -187,7 +187,7 @@ def packing(draft: Draft, key: str, value: Any) -> None:
 def template(draft: Draft, key: str, value: Any) -> None:
     """A file, or another model's tokenizer."""
     if str(value or "").endswith((".jinja", ".j2", ".jinja2")):
-        draft.put("data.template", place(draft, str(value)) if "/" in str(value) else str(value), key)
+        draft.put("data.template", str(value), key)
     elif value:
         draft.note("refused", "another tokenizer's template: save its text in a .jinja file and give that path", key)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from halfbyte.importers import common
-from halfbyte.importers.data import FILES, place
+from halfbyte.importers.data import FILES
 from halfbyte.importers.draft import (
     Draft,
     Table,
@@ -94,7 +94,7 @@ def dataset(draft: Draft, key: str, value: Any) -> None:
     files = words(draft.get("local_dataset")) or words(draft.get("raw_text_file"))
     used = "local_dataset" if draft.get("local_dataset") else "raw_text_file" if draft.get("raw_text_file") else key
     for i, path in enumerate(files or [str(value)]):
-        draft.put(f"data.train.{i}.path", place(draft, path), used)
+        draft.put(f"data.train.{i}.path", path, used)
         if used == "raw_text_file":
             draft.put(f"data.train.{i}.shape", "text", used)
         elif not studio and not path.endswith(FILES):
