@@ -173,7 +173,9 @@ def run(arguments: argparse.Namespace) -> None:
 
         versions = {name: __import__(name).__version__ for name in ("trl", "transformers", "tokenizers", "datasets")}
         cores = len(os.sched_getaffinity(0))
-        report(what="setting", examples=arguments.examples, bytes=data.stat().st_size, cores=cores, load=os.getloadavg(), **versions)
+        report(
+            what="setting", examples=arguments.examples, bytes=data.stat().st_size, cores=cores, load=os.getloadavg(), **versions
+        )
         seconds: dict[str, list[float]] = {}
         for turn in range(arguments.turns):
             for side in ("ours", "again", *arguments.theirs):
@@ -182,7 +184,9 @@ def run(arguments: argparse.Namespace) -> None:
                     shutil.rmtree(work / "datasets", ignore_errors=True)
                 found = measured(side, data, work)
                 seconds.setdefault(side, []).append(found["seconds"])
-                report(what="turn", turn=turn, per_second=round(arguments.examples / found["seconds"]), load=os.getloadavg(), **found)
+                report(
+                    what="turn", turn=turn, per_second=round(arguments.examples / found["seconds"]), load=os.getloadavg(), **found
+                )
         times = {side: median(values) for side, values in seconds.items()}
         report(what="medians", **{side: round(value, 2) for side, value in times.items()})
         report(what="times as fast as TRL", **{side: round(times[side] / times["ours"], 2) for side in arguments.theirs})

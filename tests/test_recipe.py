@@ -105,7 +105,7 @@ def test_single_mistakes(tmp_path: Path, text: str, told: str) -> None:
         ("data: {train: []}\nmodel: m\n", "recipe.yaml:1: `data.train` must be a list with at least one entry"),
         ("data:\n  train:\n  - weight: 2\nmodel: m\n", "recipe.yaml:3: `data.train.0.path` is missing"),
         ("data: {train: a, eval: [{path: b, weight: 2}]}\nmodel: m\n", "`data.eval`: a held-out source has no `weight`"),
-        ("data: {train: a, eval: 1.5}\nmodel: m\n", "`data.eval` must be less than 1, or a list, but is 1.5"),
+        ("data: {train: a, eval: 1.5}\nmodel: m\n", "`data.eval` must be less than 1, or a whole number, or a list, but is 1.5"),
     ],
 )
 def test_whole_files(tmp_path: Path, text: str, told: str) -> None:

@@ -95,9 +95,11 @@ def test_too_much_too_long_is_an_error(policy: str, run: Any, chat: Any) -> None
 
 def test_truncate_and_split(run: Any, chat: Any) -> None:
     records = [chat("One?", LONG), chat(LONG, "two")]
-    cut = run(records, eval=0, too_long="truncate")
+    cut = run(records, eval=0, too_long="truncate_right")
     assert cut.train.lengths.tolist() == [64] and cut.report.sources[0].truncated == 2  # of the second, only the question was left
     assert any("nothing in them would be learned" in note for note in cut.report.notes)
+    end = run(records, eval=0, too_long="truncate_left")
+    assert end.train.lengths.tolist() == [64, 64] and end.train.stop.tolist() == end.train.sources[0].offsets[1:].tolist()
     parts = run(records, eval=0, too_long="split")
     assert parts.report.sources[0].split == 2 and int(parts.train.lengths.max()) <= 64
     first = parts.train.take(parts.train.example == 0)

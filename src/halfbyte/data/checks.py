@@ -62,7 +62,8 @@ def too_long(longest: int, tokens: int, dropped: int, lost: int, total: int, whe
     if policy == "error" or share > DROP_LIMIT:
         places = ", ".join(where[:3]) + (", ..." if dropped > 3 else "")
         message = f"{dropped} examples are longer than a row of {tokens} tokens ({share:.1%} of the trained tokens): {places}"
-        hint = f"set `data.tokens: {-(-longest // 64) * 64}` (the longest has {longest}), or `data.too_long: truncate` or `split`"
+        policies = "`data.too_long: split`, `truncate_left` or `truncate_right`"
+        hint = f"set `data.tokens: {-(-longest // 64) * 64}` (the longest has {longest}), or {policies}"
         raise DataError(message, hint=hint, code="data.too-long")
 
 

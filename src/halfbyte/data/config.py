@@ -77,6 +77,19 @@ def _sources(value: Any) -> Any:
 Sources = Annotated[list[SourceConfig], Field(min_length=1)]
 
 
+class CheckConfig(Section):
+    """What is looked for in the data before the first step; docs/reference/checks.md lists the checks by their ids."""
+
+    near: float = Field(default=0.8, ge=0, le=1)
+    """From which share of common three-token sequences (Jaccard) on two examples are near copies; 0 looks for exact copies only."""
+    private: bool = False
+    """Look for personal data and secrets."""
+    ignore: list[str] = Field(default_factory=list)
+    """Ids of checks whose findings are not told."""
+    stop: list[str] = Field(default_factory=list)
+    """Ids of checks that stop the run at their first finding."""
+
+
 Learnable = Literal["system", "user", "assistant"]  # what a tool answered is never learned
 
 
@@ -106,8 +119,11 @@ class DataConfig(Section):
     """Row length: every row holds exactly so many tokens."""
     workers: int | None = Field(default=None, ge=0)
     """Processes that tokenise besides this one; null: one a core for large sources, none for small ones."""
-    too_long: Literal["drop", "truncate", "split", "error"] = "drop"
-    """What happens to an example longer than a row; plain text is always split."""
+    too_long: Literal["drop", "truncate_right", "truncate_left", "split", "error"] = "drop"
+    """What happens to an example longer than a row; plain text is always split. truncate_right loses the end of it, truncate_left
+    the beginning."""
+    check: CheckConfig = Field(default_factory=CheckConfig)
+    """What is looked for before the first step."""
 
     @field_validator("eval")
     @classmethod

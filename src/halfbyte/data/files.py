@@ -129,7 +129,7 @@ def open_bytes(file: Path) -> IO[bytes]:
 
 
 def chunks(file: Path, size: int = 1 << 20) -> Iterator[bytes]:
-    """The decompressed bytes in pieces. Raises `DataError` (`data.bad-file`) for a damaged file, and for one that cannot be read."""
+    """The decompressed bytes in pieces. Raises `DataError` (`data.bad-file`) for a damaged file."""
     try:
         with open_bytes(file) as stream:
             while chunk := stream.read(size):

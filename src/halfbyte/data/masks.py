@@ -7,7 +7,7 @@ taken from renders of the conversation cut short. `{% generation %}` blocks narr
 words of a learned answer are inside, no others, and no header. Whatever does not fit is an error, never a guess.
 
 Why so strict: a wrong mask leaves a normal loss curve (TRL #3781, axolotl's FAQ, and many more). Cost: what stands between the
-words of one conversation stands there in the next, so after the first few a conversation takes one render.
+words of a plain conversation is known from a few probes, and takes one render; anything else takes about three an answer.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from halfbyte.data.probe import marks
-from halfbyte.data.rendering import RESERVED, THOUGHT_TAG, Piece, Place, Renderer, Tools, marked_copy, shared
-from halfbyte.data.turns import Example, Message
+from halfbyte.data.rendering import RESERVED, Piece, Place, Renderer, Tools, marked_copy, shared
+from halfbyte.data.turns import Example, Message, Role
 from halfbyte.errors import DataError
 
 Span = tuple[int, int]
-GAPS, LONGEST = 32, 4096  # how many texts between two words are remembered, and of what length
+ROLES: dict[str, Role] = {"s": "system", "u": "user", "a": "assistant"}
+PROBES = ("ua", "uaua", "uauaua", "sua", "suaua", "suauaua")  # conversations whose texts between words are remembered
 
 
 class Unsafe(Exception):
@@ -89,9 +90,36 @@ class Masker:
     def __init__(self, renderer: Renderer, tokenizer: Any) -> None:
         self.marks = marks(renderer, tokenizer)
         self._render = renderer
-        self._gaps: dict[tuple[str, str], dict[str, None]] = {}  # roles on both sides: texts between their words
+        self._gaps: dict[tuple[str, str], list[str]] = {}  # roles on both sides: texts between their words
         self._starts: dict[tuple[str, str], tuple[int, str]] = {}  # role before, text between: how much is not the answer's
         self._stops: dict[tuple[str, str], int] = {}  # role after, text between: how much of it is the answer's
+        for probe in PROBES:
+            self._learn(probe)
+
+    def _learn(self, roles: str) -> None:
+        """Remembers what stands between the words of a conversation of these roles (s, u, a). Only probes are remembered: what
+        comes out for an example must not depend on the examples before it."""
+        messages = tuple(Message(ROLES[role], f"{role}qwertz{i}") for i, role in enumerate(roles))
+        try:
+            talk = self._located(messages, (), self._render(messages), [])
+            plain = [place.piece for place in talk.places] == [Piece(i, "content", m.content) for i, m in enumerate(messages)]
+            learn = [i for i, m in enumerate(messages) if m.role == "assistant"] if plain else []
+            starts, stops = [self._start(talk, i) for i in learn], [self._stop(talk, i) for i in learn]
+        except (Unsafe, DataError):
+            return
+        at, before = 0, ""
+        for number, place in enumerate((*talk.places, None) if plain else ()):
+            gap = talk.text[at : place.start if place else None]
+            after = talk.role(place)
+            known = self._gaps.setdefault((before, after), [])
+            if gap not in known:
+                known.append(gap)
+            if after == "assistant":
+                self._starts[before, gap] = (starts[learn.index(number)][0] - at, starts[learn.index(number)][1])
+            stop = stops[learn.index(number - 1)] if before == "assistant" else None
+            if stop is not None:
+                self._stops[after, gap] = stop - at
+            at, before = place.stop if place else at, after
 
     def spans(self, example: Example, loss_on: str | Collection[str]) -> tuple[str, list[Learned] | None]:
         """The rendered text, and the spans to learn in their order (None: all of it).
@@ -120,49 +148,42 @@ class Masker:
     def _rendered(self, example: Example, learn: Sequence[int]) -> Rendered:
         """The conversation with its words located: by the texts known to stand between words, else by marks."""
         messages, tools = example.messages, example.tools
-        if any(RESERVED.search(text) for m in messages for text in (m.content, m.reasoning)):
-            raise Unsafe("text", "noncharacters of Unicode (U+FDD0 to U+FDE1)")
         text = self._render(messages, tools=tools)
         places = self._parsed(messages, text)
-        if places is None:
-            again, places = self._render.places(messages, tools=tools)
-            if again != text:
-                raise Unsafe("words that the template writes as they are", "a template that reads them and acts on what they say")
-            _nothing_lost(messages, places, learn)
-            self._remember(Rendered(messages, tools, text, places))
+        if places is not None:
+            talk = Rendered(messages, tools, text, places)
+        else:
+            talk = self._located(messages, tools, text, learn)
         unseen = next((name for tool in tools if (name := _name(tool)) not in text), None)
         if unseen is not None:
             raise Unsafe(f"the tool `{unseen}` in the rendered text", "a template that does not show tools", "data.template")
+        return talk
+
+    def _located(self, messages: Sequence[Message], tools: Tools, text: str, learn: Sequence[int]) -> Rendered:
+        if any(RESERVED.search(text) for m in messages for text in (m.content, m.reasoning)):
+            raise Unsafe("text", "noncharacters of Unicode (U+FDD0 to U+FDE1)")
+        again, places = self._render.places(messages, tools=tools)
+        if again != text:
+            raise Unsafe("words that the template writes as they are", "a template that reads them and acts on what they say")
+        _nothing_lost(messages, places, learn)
         return Rendered(messages, tools, text, places)
 
     def _parsed(self, messages: Sequence[Message], text: str) -> list[Place] | None:
-        """The words of plain messages, if all that stands between them is known from earlier conversations."""
+        """The words of plain messages, with or without the space around them, if all that stands between them is known."""
         places: list[Place] = []
         at, before = 0, ""
         for number, message in enumerate(messages):
             words = message.content.strip()
-            if not words or message.reasoning or message.tool_calls or THOUGHT_TAG.search(words):
+            if not words or message.reasoning or message.tool_calls:
                 return None
-            known = self._gaps.get((before, message.role), {})
-            gap = next((g for g in known if text.startswith(g, at) and text.startswith(words, at + len(g))), None)
-            if gap is None:
+            known = self._gaps.get((before, message.role), ())
+            tried = ((at + len(g), w) for g in known if text.startswith(g, at) for w in (message.content, words))
+            start, said = next(((start, w) for start, w in tried if text.startswith(w, start)), (0, ""))
+            if not said:
                 return None
-            at += len(gap) + len(words)
-            places.append(Place(Piece(number, "content", words), at - len(words), at))
-            before = message.role
-        return places if text[at:] in self._gaps.get((before, ""), {}) else None
-
-    def _remember(self, talk: Rendered) -> None:
-        plain = [place.piece for place in talk.places]
-        if plain != [Piece(i, "content", m.content.strip()) for i, m in enumerate(talk.messages)]:
-            return
-        at, before = 0, ""
-        for place in (*talk.places, None):
-            gap = talk.text[at : place.start if place else None]
-            known = self._gaps.setdefault((before, talk.role(place)), {})
-            if len(known) < GAPS and len(gap) <= LONGEST:
-                known[gap] = None
-            at, before = place.stop if place else at, talk.role(place)
+            at, before = start + len(said), message.role
+            places.append(Place(Piece(number, "content", words), start, at))
+        return places if text[at:] in self._gaps.get((before, ""), ()) else None
 
     def _start(self, talk: Rendered, i: int) -> tuple[int, str]:
         """Where an answer begins: behind the generation prompt, or behind its header where the finished turn has less than that."""
@@ -184,7 +205,7 @@ class Masker:
                 prompted = prompt[length:] if prompt and before else ""
             if any(mark and mark in gap[length:] for mark in (*self.marks.ends, self.marks.header)):
                 raise Unsafe("nothing of another turn between the generation prompt and the answer", repr(gap[length:][:60]))
-            self._starts[key] = length, prompted
+            return at + length, prompted
         length, prompted = self._starts[key]
         return at + length, prompted
 
@@ -213,8 +234,6 @@ class Masker:
             if after is None and self.marks.borrowed:
                 return None
             raise Unsafe(f"the end-of-turn token {self.marks.ends[0]} after the answer", repr(gap[:20]), "data.no-eot")
-        if plain and len(gap) <= LONGEST:
-            self._stops[key] = length
         return last + length
 
     def _closing(self, talk: Rendered, i: int, gap: str, plain: bool) -> int | None:
@@ -273,7 +292,10 @@ class Masker:
             if not parts or any(not any(a <= p.start and p.stop <= b for a, b in parts) for p in mine if p.piece.kind != "thought"):
                 raise Unsafe("a generation block around every word of an answer", "none around some of them")
             parts[-1] = (parts[-1][0], span.stop)
-            kept += [Learned(a, b, span.message) for a, b in parts]
+            joined = [Learned(*parts[0], span.message, span.prompted)]
+            for a, b in parts[1:]:
+                joined[-1:] = [replace(joined[-1], stop=b)] if a == joined[-1].stop else [joined[-1], Learned(a, b, span.message)]
+            kept += joined
         return kept
 
 

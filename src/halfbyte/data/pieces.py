@@ -1,6 +1,6 @@
 """Pieces: what of each example goes into rows, once the rule for long ones (`data.too_long`) has been applied.
 
-Why apart from the tokens: rules and row lengths change without anything being tokenised again. Cost: a few arrays of numbers, one an
+Why apart from the tokens: rules and row lengths change without anything being tokenised again. Cost: a few numbers an
 example.
 """
 
@@ -54,9 +54,12 @@ def fit(source: Tokens, config: DataConfig, report: Report, label: str = "") -> 
             checks.too_long(counts.longest, size, int(long.sum()), lost, counts.trained, where, config.too_long)
             counts.dropped, counts.dropped_trained = int(long.sum()), lost
             pieces = pieces.take(~long)
-        elif config.too_long == "truncate":
+        elif config.too_long == "truncate_right":
             counts.truncated = int(long.sum())
             pieces = Pieces(example, start, np.minimum(stop, start + size))
+        elif config.too_long == "truncate_left":
+            counts.truncated = int(long.sum())
+            pieces = Pieces(example, np.maximum(start, stop - size), stop)
         else:
             counts.split = int(long.sum())
             parts = -(-lengths // size)

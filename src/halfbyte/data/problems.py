@@ -55,13 +55,14 @@ class Problems:
 
     shown: list[Problem] = field(default_factory=list)
     total: int = 0
+    keep: int = SHOWN  # how many are listed, when all are wanted
     skipped: Counter[str] = field(default_factory=Counter)  # why -> examples left out on purpose, for the report
     noted: Counter[str] = field(default_factory=Counter)  # what -> examples that are odd but learned, for the report
 
     def add(self, where: Where, name: str, expected: str, got: str, code: str = "data.bad-example") -> None:
         """Notes a mistake; reading goes on."""
         self.total += 1
-        if len(self.shown) < SHOWN:
+        if len(self.shown) < self.keep:
             self.shown.append(Problem(where, name, expected, got, code))
 
     def merge(self, other: Problems) -> None:
@@ -75,9 +76,9 @@ class Problems:
         """Raises one `DataError` with the first ten mistakes and the total, if there is any."""
         if not self.total:
             return
-        lines = [f"  {problem}" for problem in self.shown]
-        if self.total > len(self.shown):
-            lines.append(f"  ... and {self.total - len(self.shown)} more")
+        lines = [f"  {problem}" for problem in self.shown[:SHOWN]]
+        if self.total > SHOWN:
+            lines.append(f"  ... and {self.total - SHOWN} more")
         count = "1 example is wrong" if self.total == 1 else f"{self.total} examples are wrong"
         code = self.shown[0].code
         raise DataError("\n".join([f"{count}:", *lines]), hint=HINTS.get(code, ""), code=code)

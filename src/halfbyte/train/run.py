@@ -27,6 +27,7 @@ from halfbyte.checkpoints.base import Base
 from halfbyte.checkpoints.resume import Contents
 from halfbyte.config import Recipe
 from halfbyte.data import checks
+from halfbyte.data.check import run as checking
 from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.errors import ModelError
@@ -153,8 +154,9 @@ def _data(recipe: Recipe, report: Report) -> Prepared:
     """The token sets; needs the tokenizer only, so that mistakes in data are told before a model is loaded."""
     tokenizer = description.read(hub.locate(recipe.model, weights=False).path).tokenizer
     prepared = prepare(recipe.data, tokenizer, recipe.train.seed, cache.cache_root(), report.display.advance)
+    checked = checking.before_training(prepared, tokenizer, cache.cache_root(), report.display.advance)
     report.display.settled()
-    for line in prepared.report.lines():
+    for line in [*prepared.report.lines(), *checked.lines()]:
         report.tell(line)
     return prepared
 
