@@ -99,7 +99,7 @@ def test_llamafactory(here: Path) -> None:
         "eval": 0.1,
         "template": "auto",
         "tokens": 512,
-        "too_long": "truncate",
+        "too_long": "truncate_right",
     }
     assert found.recipe["format"] == {"kind": "nf4", "nested": False}
     assert found.recipe["adapter"] == {"kind": "lora", "rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
@@ -205,7 +205,7 @@ def test_datasets_of_axolotl(theirs: dict[str, Any], ours: dict[str, Any]) -> No
         ({"chat_template": "mistral_v7_tekken"}, {"template": "mistral-v7"}),
         ({"chat_template": "jinja", "chat_template_jinja": "mine.jinja"}, {"template": "mine.jinja"}),
         ({"datasets": [{"path": "a", "type": "alpaca"}]}, {"template": "alpaca"}),
-        ({"excess_length_strategy": "truncate"}, {"too_long": "truncate"}),
+        ({"excess_length_strategy": "truncate"}, {"too_long": "truncate_right"}),
         ({"excess_length_strategy": "raise"}, {"too_long": "error"}),
     ],
 )
@@ -236,7 +236,7 @@ def test_trl_script(here: Path) -> None:
         "eval": [{"path": "trl-lib/Capybara", "split": "test", "config": "en"}],
         "loss_on": "assistant",
         "tokens": 2048,
-        "too_long": "truncate",
+        "too_long": "truncate_right",
     }
     assert found.recipe["adapter"]["targets"] == ["q_proj", "k_proj", "v_proj"]
     assert found.recipe["format"] == {"kind": "nf4", "nested": True}
@@ -252,6 +252,19 @@ def test_trl_writes_out_what_it_hides() -> None:
     assert defaults["format.nested"] is False
     assert (defaults["data.tokens"], defaults["train.lr"], defaults["adapter.dropout"]) == (1024, 2e-5, 0.05)
     assert "batch" not in found.recipe["train"]  # 8 in both
+
+
+@pytest.mark.parametrize(
+    ("chosen", "policy"),
+    [
+        ({}, "truncate_right"),
+        ({"truncation_mode": "keep_end"}, "truncate_left"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "split"),
+        ({"packing_strategy": "wrapped"}, "truncate_right"),
+    ],
+)
+def test_what_trl_does_with_long_examples(chosen: dict[str, Any], policy: str) -> None:
+    assert imported("trl", **chosen).recipe["data"]["too_long"] == policy
 
 
 def test_trl_as_json_and_as_yaml(here: Path) -> None:
@@ -292,7 +305,7 @@ def test_unsloth() -> None:
     }  # fmt: skip
     assert found.recipe["data"] == {
         "train": [{"path": "yahma/alpaca-cleaned", "shape": "alpaca"}], "eval": 0, "template": "alpaca", "loss_on": "all",
-        "tokens": 8192, "too_long": "truncate",
+        "tokens": 8192, "too_long": "truncate_right",
     }  # fmt: skip
     assert (found.recipe["train"]["max_steps"], found.recipe["train"]["epochs"]) == (400, 1000)
     assert "whatever the epochs" in next(line.why for line in found.lines if line.to == "train.epochs")

@@ -128,6 +128,16 @@ def packing(draft: Draft, key: str, value: Any) -> None:
         draft.note("ignored", "rows are always packed, and no example sees another", key)
 
 
+def excess(draft: Draft, key: str, value: Any) -> None:
+    """What happens to longer examples."""
+    policies = {"drop": "drop", "truncate": common.TRUNCATE, "raise": "error"}
+    name = str(value or "drop")
+    if name in policies:
+        draft.put("data.too_long", policies[name], key)
+    else:
+        draft.note("refused", f"one of {', '.join(policies)}", key)
+
+
 def rl(draft: Draft, key: str, value: Any) -> None:
     """Preference and reinforcement learning."""
     draft.note("refused" if is_on(value) else "ignored", common.PREFERENCES if is_on(value) else "empty in the source", key)
@@ -220,7 +230,7 @@ TABLE: Table = {
     "train_on_inputs": read_with("datasets"),
     "chat_template_kwargs": to("data.template_kwargs"),
     "default_system_message": to("data.system", text),
-    "excess_length_strategy": lambda d, k, v: d.put("data.too_long", {"raise": "error"}.get(str(v), v or "drop"), k),
+    "excess_length_strategy": excess,
     "special_tokens": section(SPECIAL),
     "chat_template_jinja": read_with("chat_template"),
     # how

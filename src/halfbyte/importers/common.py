@@ -18,7 +18,7 @@ FEWER = "adamw_torch_4bit ao_adamw_4bit ao_adamw_fp8"
 PAGED = {"paged_adamw": "paged_adamw_32bit", "paged_adamw_32bit": "paged_adamw_32bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 TRACKERS = ("tensorboard", "wandb")
-TRUNCATE = "truncate"
+TRUNCATE = "truncate_right"
 ALWAYS = 1000
 """Epochs that never come first: other trainers let `max_steps` win over the epochs."""
 

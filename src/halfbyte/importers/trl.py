@@ -172,10 +172,14 @@ def length(draft: Draft, key: str, value: Any) -> None:
         return
     draft.put("data.tokens", draft.whole(key), key)
     wrapped = draft.get("packing_strategy") == "wrapped" and draft.on("packing")
-    if str(draft.get("truncation_mode") or "keep_start") != "keep_start":
-        draft.note("refused", "longer examples are cut at their end (`truncate`), split or left out", "truncation_mode")
-    draft.put("data.too_long", "split" if wrapped else common.TRUNCATE, *(["packing_strategy"] if wrapped else []),
-              why="wrapped rows cut examples in two" if wrapped else "it cuts what is longer at the end")  # fmt: skip
+    if wrapped:
+        draft.put("data.too_long", "split", "packing_strategy", why="wrapped rows cut examples in two")
+    elif draft.get("truncation_mode") == "keep_end":
+        draft.put("data.too_long", "truncate_left", "truncation_mode")
+    else:
+        draft.put(
+            "data.too_long", common.TRUNCATE, *([m] if (m := "truncation_mode") in draft.given else []), why="it cuts the end"
+        )
 
 
 def packing(draft: Draft, key: str, value: Any) -> None:
