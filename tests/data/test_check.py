@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from halfbyte.data.check import duplicates, lines, private, repair, run, texts
 from halfbyte.data.check.findings import CHECKS, Findings, brief
@@ -161,6 +164,14 @@ def test_a_training_stops_or_tells(tokenizer: Any, jsonl: Any, chat: Any, tmp_pa
             assert again.lines() == found.lines() and again.passed() == found.passed()
 
 
+def test_what_stops_for_good_is_not_ignored(looked: Any, chat: Any) -> None:
+    long = [chat(f"What is {i}?", "more and more " * 60) for i in range(10)]
+    found = looked([*long, *([chat("a", "b")] * 9)], check={"ignore": ["data.too-long", "data.duplicates"]}, tokens=64)
+    assert found.prepared is None and [f.id for f in found.findings.errors] == ["data.too-long"]
+    found = looked(long, too_long="split", tokens=64)
+    assert found.prepared is not None and not found.findings.errors and "data.too-long" in found.findings.ids()
+
+
 def test_a_large_set_is_looked_at_in_part(
     tokenizer: Any, jsonl: Any, chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,3 +231,26 @@ def test_checksums() -> None:
     assert private.iban("DE89370400440532013000") and not private.iban("DE89370400440532013001")
     assert set(private.found("mail a.b@c.org, key ghp_" + "a" * 36)) == {"data.private", "data.secret"}
     assert not list(private.found("In 2024-05-06 at 10.0.0.1 we sold 1234567890123 pieces for 12,345.67 to me@example.com"))
+
+
+LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12)
+NAMES = ["messages", "conversations", "role", "content", "from", "value", "prompt", "completion", "text", "instruction", "output"]
+KEYS = st.sampled_from([*NAMES, "chosen", "rejected", "label", "tools", "system"]) | st.text(max_size=3)
+VALUES = st.recursive(LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=8)
+LINES = st.one_of(st.binary(max_size=40), st.dictionaries(KEYS, VALUES, max_size=4).map(lambda d: json.dumps(d).encode()))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.lists(LINES, max_size=4))
+def test_whatever_stands_in_a_file(content: list[bytes], tokenizer: Any, tmp_path: Path) -> None:
+    """Everything ends in findings; repairing ends in a file, or in an error of ours."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\n".join(content))
+    found = run.check(DataConfig(train=[str(path)], eval=0), tokenizer, 0, tmp_path / "cache", private=True)
+    assert found.findings.errors or found.prepared is not None
+    json.dumps(found.as_dict())
+    for out in (tmp_path / "bad.jsonl", tmp_path / "fixed.jsonl"):
+        out.unlink(missing_ok=True)
+    lines.write(found.problems, [SourceConfig(path=str(path))], tmp_path, tmp_path / "bad.jsonl")
+    with contextlib.suppress(DataError):
+        repair.repair(SourceConfig(path=str(path)), tmp_path, ["</s>"], tmp_path / "fixed.jsonl")

@@ -56,6 +56,7 @@ ANSWERS = {
     "a list": "\n".join(f"{i}. point number {i}" for i in range(1, 40)),
     "numbers": "1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 987, 1597, 2584, 4181, 6765, 10946",
     "an interview": "Q: Who are you?\nA: A model, and nothing else.",
+    "examples in the question": "Q: 1 + 1?\nA: 2\nQ: 1 + 2?\nA: 3\nQ: 2 + 2?",
     "a heading": "### Response to the letter\nDear Ms Smith, thank you.",
     "an address": "See https://example.org/a/b?c=d&e=f#g, or write to me@example.com in 2024-05-06.",
     "one word": "Yes.",

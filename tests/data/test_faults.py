@@ -320,6 +320,13 @@ def test_planted_between_the_sets(
     assert all("held.jsonl" in where and "data.jsonl" in where for where in hit.where)
 
 
+def test_tools_that_the_template_does_not_show(demo: Callable[[str], str], tokenizer: Any, tmp_path: Path) -> None:
+    config = DataConfig(train=[{"path": demo("glaive_toolcall_en_demo.json"), "limit": 40}], tokens=4096, eval=0)
+    found = check(config, tokenizer, 0, tmp_path, private=False)
+    assert found.prepared is None and {f.id for f in found.findings.errors} <= {"data.template", "data.mask"}
+    assert any("tool" in problem.expected for problem in found.problems) and len(found.problems) >= 20
+
+
 def test_an_embedding_that_was_never_trained(base: Records, jsonl: Any, tokenizer: Any, tmp_path: Path) -> None:
     import torch
 
@@ -337,6 +344,7 @@ def test_an_embedding_that_was_never_trained(base: Records, jsonl: Any, tokenize
 BETWEEN = {
     "held-out examples that are learned": ("data.overlap", True),
     "held-out examples that are nearly learned": ("data.near-overlap", False),
+    "tools that the template does not show": ("data.template", True),
     "an embedding row that was never trained": ("data.new-special-tokens", True),
 }
 

@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 
 from data.golden import GRID, TOOL, encoded, family, fault, fitted, segments, trl_templates
-from halfbyte.data.encode import Encoded
-from halfbyte.data.problems import Where
+from halfbyte.data.encode import Encoded, Encoder, Options
+from halfbyte.data.problems import Problems, Where
 from halfbyte.data.rendering import PINNED, Form, Renderer, chat
 from halfbyte.data.templates import GENERATION, NAMED, Template, resolve
+from halfbyte.data.turns import Example
+from halfbyte.errors import DataError
 
 DOCS = Path(__file__).parents[2] / "docs" / "concepts" / "templates.md"
 REFUSED = {"data.mask", "data.template", "data.no-eot"}
@@ -112,12 +114,26 @@ def test_named_templates(name: str, make_tokenizer: Callable[..., Any]) -> None:
     assert all(found[case] in REFUSED for case in ("tool call", "words and tool call", "thought", "empty answer"))
 
 
+def last_of_each(tokenizer: Any, name: str, text: str) -> str:
+    """What is wrong with two turns with thoughts under `loss_on: each`."""
+    messages = GRID["thoughts in two turns"]
+    problems = Problems()
+    try:
+        parts = list(
+            Encoder(tokenizer, Template(name, text), Options(None, "each")).encode([Example(Where("g", 1), messages)], problems)
+        )
+    except DataError as error:
+        return error.code
+    if problems.total:
+        return problems.shown[0].code
+    first, second = (segments(tokenizer, part) for part in parts)
+    last = max(i for i, (learned, _) in enumerate(second) if learned)
+    before = "".join(words for _, words in second[:last])
+    return fault(family(name), messages[:2], first) or fault(family(name), messages[2:], [(False, before), *second[last:]])
+
+
 def test_each_answer_as_an_example_of_its_own(make_tokenizer: Callable[..., Any]) -> None:
     """The way out where earlier thoughts are stripped: two examples, each with its thought."""
-    from halfbyte.data.encode import Encoder, Options
-    from halfbyte.data.problems import Problems
-    from halfbyte.data.turns import Example
-
     tokenizer = fitted(make_tokenizer(), "qwen", STRIPPING)
     messages = GRID["thoughts in two turns"]
     encoder = Encoder(tokenizer, Template("qwen", STRIPPING), Options(None, "each"))
@@ -203,13 +219,15 @@ def test_trl_templates_are_masked_right_or_refused(trl: dict[str, tuple[Any, str
     rows = [f"| {case} | {sum(said[name, case] == 'exact' for name in trl)} |" for case in GRID]
     page = DOCS.read_text(encoding="utf-8")
     assert [row for row in rows if row not in re.sub(r"( \| \d+)( \|.*)", r"\1 |", page)] == []
+    each = [name for name, (tokenizer, text) in trl.items() if last_of_each(tokenizer, name, text) == ""]
+    assert len(each) == 30 and "all 22 are exact with `loss_on: each`" in page
     counts = Counter(said.values())
-    assert f"{counts['exact']} are exact and {len(said) - counts['exact']} are refused" in page
+    assert f"{counts['exact']} are exact and {len(said) - counts['exact']} are refused" in " ".join(page.split())
 
 
 @pytest.mark.slow
 def test_what_transformers_marks_holds_what_we_learn(trl: dict[str, tuple[Any, str]]) -> None:
-    """Where a template has generation blocks, transformers' mask covers ours but for a borrowed or appended end of turn."""
+    """Where a template has generation blocks, transformers' mask is ours or more. The counts are the page's."""
     compared: Counter[str] = Counter()
     for name, (tokenizer, text) in trl.items():
         if not GENERATION.search(text):
@@ -235,4 +253,5 @@ def test_what_transformers_marks_holds_what_we_learn(trl: dict[str, tuple[Any, s
                 name,
                 case,
             )
-    assert compared["same"] and compared["more"]
+    page = " ".join(DOCS.read_text(encoding="utf-8").split())
+    assert f"in {compared['same']} of {compared.total()} cases it is the same. In the other {compared['more']}" in page

@@ -19,7 +19,7 @@ def evaluate(
     target: str = typer.Argument(..., help="Run, adapter or base: a directory, Hub id, .gguf file or smollm2-135m."),
     data: list[str] = typer.Option(None, "--data", "-d", help="Files to evaluate on; default: the run's own held-out data."),
     tokens: int | None = typer.Option(None, "--tokens", min=16, help="Row length; default: the run's, or 1024."),
-    loss_on: str | None = typer.Option(None, "--loss-on", help="assistant, last or all."),
+    loss_on: str | None = typer.Option(None, "--loss-on", help="assistant, last, each or all."),
     kind: str = typer.Option("nf4", "--format", "-f", help="Format of a base without an adapter."),
     model: str | None = typer.Option(None, "--model", "-m", help="Base of the adapter, where it does not say or lies elsewhere."),
     other_base: bool = typer.Option(False, "--other-base", help="Allow a base whose weights differ from those it was trained on."),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +32,10 @@ class Aligner:
 
     def __init__(self, tokenizer: Any) -> None:
         self._backend = tokenizer.backend_tokenizer
-        self._bytes = _table(self._backend)
+
+    @cached_property
+    def _bytes(self) -> list[bytes] | None:
+        return _table(self._backend)
 
     def __call__(self, texts: Sequence[str], spans: Sequence[Sequence[Span] | None]) -> list[Aligned]:
         """The tokens of each text; where it has spans, with the run of tokens that spells each of them."""

@@ -88,11 +88,8 @@ class Encoder:
 
     def end_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer, if a conversation was encoded."""
-        return (
-            ()
-            if self._masker is None
-            else tuple(dict.fromkeys(i for end in self._masker.marks.ends for i in self._aligner.ids(end)[-1:]))
-        )
+        ends = () if self._masker is None else self._masker.marks.ends
+        return tuple(dict.fromkeys(token for end in ends for token in self._aligner.ids(end)[-1:]))
 
     def encode(self, examples: Iterable[Example], problems: Problems) -> Iterator[Encoded]:
         """Encodes examples in order; what cannot be encoded is noted in `problems` and passed over."""

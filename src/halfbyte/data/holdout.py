@@ -33,10 +33,13 @@ def hold_out(
     kept: list[Pieces] = []
     away: list[Pieces] = []
     for number, (source, pieces) in enumerate(zip(sources, whole, strict=True)):
-        out = np.isin(_mixed(source, pieces.example, seed), held)
+        mixed = _mixed(source, pieces.example, seed)
+        out = (
+            held[np.minimum(np.searchsorted(held, mixed), len(held) - 1)] == mixed if len(held) else np.zeros(len(mixed), np.bool_)
+        )
         kept.append(pieces.take(~out))
         away.append(pieces.take(out))
-        report.sources[number].held_out = len(np.unique(pieces.example[out]))
+        report.sources[number].held_out = len(away[-1].examples)
     if not sum(map(len, kept)) or not sum(map(len, away)):
         message = "one example, or one group of them, cannot be both learned and held out"
         raise DataError(message, hint="set `data.eval: 0`, or name held-out sources", code="data.empty")
@@ -49,7 +52,7 @@ def _mixed(source: Tokens, example: NDArray[np.int64], seed: int) -> Marks:
 
 def _marks(source: Tokens, pieces: Pieces, seed: int) -> Marks:
     """The mark of every example, sorted; several pieces are one example."""
-    return np.sort(_mixed(source, np.unique(pieces.example), seed))
+    return np.sort(_mixed(source, pieces.examples, seed))
 
 
 def _counts(marks: list[Marks], wanted: float) -> list[int]:

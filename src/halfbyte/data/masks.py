@@ -150,10 +150,7 @@ class Masker:
         messages, tools = example.messages, example.tools
         text = self._render(messages, tools=tools)
         places = self._parsed(messages, text)
-        if places is not None:
-            talk = Rendered(messages, tools, text, places)
-        else:
-            talk = self._located(messages, tools, text, learn)
+        talk = Rendered(messages, tools, text, places) if places else self._located(messages, tools, text, learn)
         unseen = next((name for tool in tools if (name := _name(tool)) not in text), None)
         if unseen is not None:
             raise Unsafe(f"the tool `{unseen}` in the rendered text", "a template that does not show tools", "data.template")
@@ -349,9 +346,11 @@ def _prove(talk: Rendered, found: Sequence[Learned], learn: Sequence[int]) -> No
         if place.start < place.stop and (touched != inside or touched not in wanted):
             raise Unsafe("only the answer's own words to learn", repr(talk.text[place.start : place.stop][:60]))
     for i in learn:
-        said = "".join(talk.text[span.start : span.stop] for span in found if span.message == i)
+        said = "".join(talk.text[span.start : span.stop] for span in found if span.message == i).replace("\\", "")
         for leaf in _leaves([call["function"]["arguments"] for call in talk.messages[i].tool_calls]):
-            if not any(form in said for form in (leaf, json.dumps(leaf)[1:-1], json.dumps(leaf, ensure_ascii=False)[1:-1])):
+            # As it is, as JSON or as Python; which quotes are escaped is the template's affair.
+            written = (leaf, json.dumps(leaf)[1:-1], json.dumps(leaf, ensure_ascii=False)[1:-1])
+            if not any(form.replace("\\", "") in said for form in written):
                 raise Unsafe("the tool call's arguments in the rendered text", "a template that drops or changes them")
 
 

@@ -30,6 +30,11 @@ class Pieces:
     def __len__(self) -> int:
         return len(self.example)
 
+    @property
+    def examples(self) -> Int:
+        """The examples they come from, each once: rising, as the pieces are."""
+        return self.example[np.flatnonzero(np.diff(self.example, prepend=-1))]
+
     def take(self, keep: NDArray[np.bool_]) -> Pieces:
         """Some of them."""
         return Pieces(self.example[keep], self.start[keep], self.stop[keep])

@@ -85,7 +85,7 @@ def prepare(config: DataConfig, tokenizer: Any, seed: int, cache_dir: Path, prog
         raise DataError(
             "nothing is left to train on", hint="see the counts above; lower `data.eval`, raise `data.tokens`", code="data.empty"
         )
-    visits = mixing.visits(config, [len(np.unique(part.example)) for part in kept], learned)
+    visits = mixing.visits(config, [len(part.examples) for part in kept], learned)
     train = _set(tuple(sources), kept, visits, _pad_id(tokenizer), cache)
     loader = Loader(train, config.tokens, 1, seed)
     report.rows, report.efficiency = loader.rows(0), loader.efficiency(0)

@@ -17,8 +17,8 @@ HINTS = {
     "data.bad-example": "mend these lines, or name the shape: `data.train: [{path: ..., shape: messages}]`",
     "data.bad-file": "a .jsonl file holds one JSON object a line; a .json file one array of objects, or one object a line",
     "data.tools": "tool calls cannot be trained on yet; leave out the examples with tools, or turn them into plain messages",
-    "data.mask": "where the template strips thoughts from earlier turns: `data.loss_on: last`; else `data.template: chatml`, one "
-    "with {% generation %} around the answer, or `data.loss_on: all`",
+    "data.mask": "where the template strips thoughts from earlier turns: `data.loss_on: each` or `data.loss_on: last`; where it "
+    "has no place for `reasoning_content`: <think>...</think> in the content; else another `data.template`, or `data.loss_on: all`",
     "data.template": "the chat template refused or dropped these messages; choose another one with `data.template`",
     "data.no-eot": "write the end-of-turn token after every answer in the template, or use `template: chatml`",
 }

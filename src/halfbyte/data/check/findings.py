@@ -36,7 +36,6 @@ CHECKS: dict[str, Check] = {
     "data.bad-example": Check("a field is missing or of another kind than expected", "mend it, or name the shape", 0),
     "data.shape": Check("the columns fit no shape that is built", "rename them, or name the shape", 0),
     "data.tools": Check("tool calls that cannot be learned", "leave these examples out, or turn them into plain messages", 0),
-    "data.images": Check("images, video or sound", "halfbyte learns from text: leave them out", 0),
     "data.empty": Check("there is no usable example", "every example needs an answer by the assistant, or text", 0),
     "data.template": Check("the chat template refuses, drops or changes messages", "choose another one with `data.template`", 0),
     "data.mask": Check("an answer cannot be told from what surrounds it", "`data.template: chatml`, or `data.loss_on: last`", 0),
@@ -47,7 +46,8 @@ CHECKS: dict[str, Check] = {
     "data.double-bos": Check("examples begin with two bos tokens", "write the bos token in one place: the template", 0),
     "data.new-special-tokens": Check("tokens whose embedding rows do not exist, or were never trained and stay frozen",
                                      "use the tokenizer of this model, or a template without them", 0),
-    "data.too-long": Check("examples longer than a row", "raise `data.tokens`, or choose another `data.too_long`", 0.05),
+    "data.too-long": Check("examples longer than a row; stops where dropping them would lose more than 5 % of what is learned",
+                           "raise `data.tokens`, or choose another `data.too_long`"),
     "data.zero-trained": Check("examples of which no token would be learned", "look at them with `data preview`", 0.05),
     "data.no-answer": Check("examples without an answer, or with an empty one, are left out", "give them an answer", 0.5),
     "data.empty-question": Check("a message by the user or the system is empty", "fill it, or leave the example out"),
@@ -131,13 +131,14 @@ class Findings:
                     raise RecipeError(f"`data.check.{key}`: no check is called `{name}`", hint=hint, code="recipe.invalid")
 
     def add(
-        self, name: str, source: str, count: int, total: int, where: tuple[str, ...] = (), *, detail: str = "", fix: str = ""
-    ) -> None:
-        """Notes what a check found, unless it found nothing or is ignored."""
-        if not count or name in self.ignore:
+        self, name: str, source: str, count: int, total: int, where: tuple[str, ...] = (), *,
+        detail: str = "", fix: str = "", error: bool = False,
+    ) -> None:  # fmt: skip
+        """Notes what a check found, unless it found nothing or is ignored. error: it stops a run, whatever is wished."""
+        if not count or (name in self.ignore and not error):
             return
         stops = 0.0 if name in self.stop else CHECKS[name].stops
-        error = stops is not None and (not total or count / total > stops)
+        error = error or (stops is not None and (not total or count / total > stops))
         self.found.append(Finding(name, source, count, total, where[:KEPT], detail, fix, error))
 
     @property

@@ -71,12 +71,12 @@ def check(
     try:
         prepared = prepare(config, tokenizer, seed, cache, progress)
     except DataError as error:
-        if error.code not in findings.ids():
+        if error.code not in {f.id for f in findings.errors}:
             more = _encoding(config, tokenizer, cache)
             problems += more
             _tell_problems("data", more, sum(s.examples for s in scans), findings)
-        if error.code not in findings.ids():
-            findings.add(error.code, "data", 1, 0, detail=error.message, fix=error.hint)
+        if error.code not in {f.id for f in findings.errors}:
+            findings.add(error.code, "data", 1, 0, detail=error.message, fix=error.hint, error=True)
         why = "since the data cannot be prepared yet"
         findings.not_run.update({name: why for name in (*TOKEN_LEVEL, *COPIES) if name not in findings.ids()})
     else:
@@ -153,7 +153,7 @@ def _tell(found: Scan, findings: Findings) -> None:
     _tell_problems(found.name, found.problems, found.examples + unread, findings)
     if found.error is not None:
         code, message, hint = found.error
-        findings.add(code if code in CHECKS else "data.bad-file", found.name, 1, 0, detail=message, fix=hint)
+        findings.add(code if code in CHECKS else "data.bad-file", found.name, 1, 0, detail=message, fix=hint, error=True)
     for name, count in found.counts.items():
         places = tuple(found.where.get(name, ()))
         findings.add(name, found.name, count, max(found.looked, count), places, detail=found.details.get(name, ""))

@@ -30,6 +30,7 @@ from halfbyte.data.problems import Problem, Problems, Where
 from halfbyte.data.sources import Record, Source, open_source
 from halfbyte.errors import DataError
 
+UNANSWERED = ("no answer by the assistant", "an empty answer", "empty text")
 VERSION = 1  # raise it when a test changes
 LISTED = 100_000  # mistakes that are listed one by one
 ABSURD, PLENTY = 50, 20_000  # a message so many times the median length, and at least so many characters long
@@ -121,10 +122,10 @@ class _Look:
         if self.reader is None:
             return
         self.found.looked += 1
-        skipped = sum(self.problems.skipped.values())
+        skipped = self.unanswered()
         example = self.reader.read(record, self.problems)
         if example is None:
-            if sum(self.problems.skipped.values()) > skipped:
+            if self.unanswered() > skipped:
                 self.found.hit("data.no-answer", record.where)
             return
         for name in self.tests(example):
@@ -134,13 +135,17 @@ class _Look:
             if size >= PLENTY:
                 self.large.append((size, str(record.where)))
 
+    def unanswered(self) -> int:
+        """Examples left out so far for want of an answer; others are left out on purpose."""
+        return sum(self.problems.skipped[why] for why in UNANSWERED)
+
     def end(self) -> Scan:
         """What was found."""
         found = self.found
         found.problems, found.wrong = self.problems.shown, self.problems.total
-        if self.problems.skipped:
-            reasons = sorted(self.problems.skipped.items())
-            found.details["data.no-answer"] = "left out: " + ", ".join(f"{why} ({n:,})" for why, n in reasons)
+        if "data.no-answer" in found.counts:
+            reasons = [f"{why} ({n:,})" for why, n in sorted(self.problems.skipped.items()) if why in UNANSWERED]
+            found.details["data.no-answer"] = f"left out: {', '.join(reasons)}"
         usual = median(self.sizes) if self.sizes else 0
         for size, where in self.large:
             if size > ABSURD * usual:

@@ -26,7 +26,7 @@ FOREIGN = re.compile(
 )
 HEADINGS = re.compile(
     r"^(?:### (?:Instruction|Human|User):?.*?^### (?:Response|Assistant)"
-    r"|(?:Human|User|USER|Q): .*?^(?:Assistant|AI|ASSISTANT|A): .*?^(?:Human|User|USER|Q): )", re.S | re.M
+    r"|(?:Human|User|USER): .*?^(?:Assistant|AI|ASSISTANT): .*?^(?:Human|User|USER): )", re.S | re.M
 )  # fmt: skip
 BLANK = re.compile(r"\{\{ ?[A-Za-z_]\w{0,30} ?\}\}")
 ENTITY = re.compile(r"&amp;(?:#?\w{2,6});|&(?:quot|nbsp|#39|#x27|apos);")

@@ -101,7 +101,7 @@ const parts = (example) => example.p.map((p) => Array.isArray(p) ? {ids: p[0], t
 for (const example of D.examples) {
   example.text = parts(example).map((p) => p.text).join("");
   example.low = example.text.toLowerCase();
-  example.start = example.r.length > 1 ? parts(example).slice(0, example.r[0]).reduce((n, p) => n + p.text.length, 0) : 0;
+  example.start = example.r.length > 1 && example.r[0] > 2 ? parts(example).slice(0, example.r[0]).reduce((n, p) => n + p.text.length, 0) : 0;
 }
 const list = $("list"), detail = $("detail"), query = document.querySelector("input"), [source, order] = document.querySelectorAll("select");
 source.append(el("option", {value: ""}, "all sources"), ...D.sources.map((name, i) => el("option", {value: i}, name)));
