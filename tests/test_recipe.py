@@ -86,7 +86,7 @@ def test_all_mistakes_at_once_with_lines(tmp_path: Path) -> None:
         ("format: {kind: nf4, symmetric: false}\n", "`format.symmetric`: only int4 has zero points"),
         ("log: {to: [wandbb]}\n", "`log.to.0` must be one of tensorboard, wandb, but is `wandbb`\n  hint: did you mean `wandb`?"),
         ("output: ''\n", "`output` must be not empty"),
-        ("a: &x 1\nb: *x\n", "recipe.yaml:5: aliases (`*x`) are not allowed in a recipe"),
+        ("a: &x 1\nb: *x\n", "recipe.yaml:5: aliases (`*x`) are not allowed"),
         ("a: [\n", "not valid YAML"),
         ("a: !!python/object/apply:os.system [x]\n", "not valid YAML"),
         ("\ta: 1\n", "indent with spaces"),
@@ -100,7 +100,7 @@ def test_single_mistakes(tmp_path: Path, text: str, told: str) -> None:
     ("text", "told"),
     [
         ("", "recipe.yaml is empty"),
-        ("- 1\n", "recipe.yaml:1: a recipe is a list of `key: value` lines"),
+        ("- 1\n", "recipe.yaml:1: expected a list of `key: value` lines"),
         ("model: m\n", "recipe.yaml: `data` is missing"),
         ("data: {train: []}\nmodel: m\n", "recipe.yaml:1: `data.train` must be a list with at least one entry"),
         ("data:\n  train:\n  - weight: 2\nmodel: m\n", "recipe.yaml:3: `data.train.0.path` is missing"),

@@ -16,7 +16,7 @@ from halfbyte.recipe import load_recipe
 def test_help_names_every_command(cli: Cli) -> None:
     said = cli("--help")
     assert said.code == 0
-    for command in ("init", "train", "plan", "inspect", "data", "chat", "eval", "quantize", "merge", "doctor", "schema"):
+    for command in ("init", "import", "train", "plan", "inspect", "data", "chat", "eval", "quantize", "merge", "doctor", "schema"):
         assert f"  {command} " in said.out
     assert cli().out == said.out
 

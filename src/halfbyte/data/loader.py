@@ -118,11 +118,19 @@ class Loader:
         """Batches that begin in the first epoch; later epochs may have one fewer (`batches(epoch)`)."""
         return self.batches(0)
 
-    def steps(self, epochs: float) -> int:
-        """Batches needed to see so many epochs: at least one, the last one filled up from what follows."""
-        whole = int(epochs)
-        rows = self._before(whole) + math.ceil((epochs - whole) * self.rows(whole) - 1e-9)
-        return max(1, -(-rows // self.batch_rows))
+    def steps(self, epochs: float, at_most: int | None = None) -> int:
+        """Batches needed to see so many epochs: at least one, the last one filled up from what follows.
+
+        at_most: epochs are not counted beyond so many batches.
+        """
+        whole, rows = int(epochs), 0
+        for epoch in range(whole):
+            if at_most is not None and rows >= at_most * self.batch_rows:
+                return at_most
+            rows += self.rows(epoch)
+        rows += math.ceil((epochs - whole) * self.rows(whole) - 1e-9) if epochs > whole else 0
+        steps = max(1, -(-rows // self.batch_rows))
+        return steps if at_most is None else min(steps, at_most)
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, row) of the first row of the batch number `step`."""

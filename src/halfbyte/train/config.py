@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from halfbyte.config_base import Section
+
+Every = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)]
 
 
 def _prompts(value: Any) -> Any:
@@ -45,10 +48,10 @@ class TrainConfig(Section):
     deterministic: bool = False
     """The same bits from two runs on one machine, by torch's deterministic algorithms: on a GPU slower, and an operation that has
     none is an error."""
-    eval_every: int = Field(default=100, ge=0)
-    """Optimizer steps between evaluations; 0 evaluates at the start and the end only."""
-    save_every: int = Field(default=100, ge=0)
-    """Optimizer steps between checkpoints; 0 saves at the end only."""
+    eval_every: Every = 100
+    """Optimizer steps between evaluations, or below 1 a share of all steps; 0 evaluates at the start and the end only."""
+    save_every: Every = 100
+    """Optimizer steps between checkpoints, or below 1 a share of all steps; 0 saves at the end only."""
     log_every: int = Field(default=1, ge=1)
     """Optimizer steps between log lines."""
     keep: int = Field(default=2, ge=2)
@@ -61,6 +64,14 @@ class TrainConfig(Section):
     """Questions answered before, during and after the run: a list, or a text file with one a line."""
     sample_tokens: int = Field(default=48, ge=1)
     """Longest answer to such a question, in tokens."""
+
+    def in_steps(self, total: int) -> TrainConfig:
+        """The same with `eval_every` and `save_every` in steps of a run of `total`: a share is rounded up."""
+        return self.model_copy(update={name: _steps(getattr(self, name), total) for name in ("eval_every", "save_every")})
+
+
+def _steps(every: float, total: int) -> int:
+    return math.ceil(round(every * total, 6)) if 0 < every < 1 else int(every)
 
 
 class LogConfig(Section):

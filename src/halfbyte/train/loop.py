@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halfbyte.errors import Interrupted, MemoryPlanError, TrainingError
 from halfbyte.kernels import gemm
-from halfbyte.train import metrics, saving
+from halfbyte.train import metrics, proofs, saving
 from halfbyte.train.evaluate import evaluate, record
 from halfbyte.train.signals import Stop
 from halfbyte.train.state import Batch, Parts, State
@@ -99,7 +99,9 @@ def gradient(parts: Parts, state: State, stop: Stop) -> tuple[Tensor, Batch] | N
         share = backward(parts, loss)
         total = share if total is None else total + share
     assert total is not None
-    return clip_gradient(parts, total), batch
+    values = clip_gradient(parts, total)
+    proofs.gradient(parts.proofs, parts.flat, values, batch.trained_tokens)
+    return values, batch
 
 
 def read(parts: Parts, state: State, pending: list[Outcome]) -> None:
@@ -153,6 +155,6 @@ def at_boundary(parts: Parts, state: State) -> bool:
     return bool(finished(parts, state)) or any(due(state.step, n) for n in (config.log_every, config.eval_every, config.save_every))
 
 
-def due(step: int, every: int) -> bool:
+def due(step: int, every: float) -> bool:
     """Whether `step` is a multiple of `every`; 0 is never."""
     return every > 0 and step % every == 0

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.adapters import checks as checks_of_adapter
 from halfbyte.adapters import full, lora
 from halfbyte.adapters import state as adapter_state
 from halfbyte.adapters.lora import Adapter
-from halfbyte.checkpoints import cache, description, hub, huggingface, resume
+from halfbyte.checkpoints import cache, description, hub, huggingface, peft_config, resume, vllm
 from halfbyte.checkpoints.base import Base
 from halfbyte.checkpoints.resume import Contents
 from halfbyte.config import Recipe
@@ -29,7 +30,7 @@ from halfbyte.data import checks
 from halfbyte.data.check import run as checking
 from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare
-from halfbyte.errors import MemoryPlanError, RecipeError
+from halfbyte.errors import MemoryPlanError, ModelError, RecipeError
 from halfbyte.generate.chat import answers
 from halfbyte.layers import decoded, embedding, forward, head, recompute
 from halfbyte.memory import measure
@@ -218,7 +219,21 @@ def _adapter(recipe: Recipe, base: Base, report: Report) -> Adapter:
     else:
         adapter = lora.attach(base.model, recipe.adapter, recipe.train.seed)
         report.tell(f"adapter: {adapter.summary()}")
+        _doubts(adapter, base, report)
     return adapter
+
+
+def _doubts(adapter: Adapter, base: Base, report: Report) -> None:
+    """What is doubtful about the adapter, and whether vLLM will load it: told before anything is learned. Raises ModelError for
+    what cannot be trained (`adapter.head`)."""
+    config = peft_config.to_peft(adapter, base)
+    refused = vllm.obstacles(config, adapter_state.names(adapter))
+    for finding in [*checks_of_adapter.findings(adapter), *refused]:
+        if finding.stops:
+            raise ModelError(finding.message, hint=finding.hint, code=finding.code)
+        report.tell(f"WARNING: {finding}")
+    if not refused:
+        report.tell(f"vLLM loads this adapter with {vllm.flags(config)}")
 
 
 def _parts(
@@ -234,9 +249,10 @@ def _parts(
     steps: Ladder,
     watch: Watch,
 ) -> Parts:
-    config, tokens = recipe.train, recipe.data.tokens
-    loader = Loader(prepared.train, tokens, config.batch, config.seed)
-    batches = loader.steps(config.epochs)
+    tokens = recipe.data.tokens
+    loader = Loader(prepared.train, tokens, recipe.train.batch, recipe.train.seed)
+    total = loader.steps(recipe.train.epochs, recipe.train.max_steps)
+    config = recipe.train.in_steps(total)
     full_model = recipe.adapter.kind == "none"
 
     def restore(tensors: Mapping[str, Tensor]) -> None:
@@ -263,7 +279,7 @@ def _parts(
         ladder=steps,
         watch=watch,
         row_tokens=tokens,
-        total_steps=min(batches, config.max_steps or batches),
+        total_steps=total,
         checkpoints=Path(recipe.output).expanduser() / CHECKPOINTS,
         identity=identity(
             recipe,

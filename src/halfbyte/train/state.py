@@ -18,6 +18,7 @@ from halfbyte.optim.flat import Flat
 from halfbyte.optim.scaling import LossScale
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.ladder import Ladder
+from halfbyte.train.proofs import Proofs
 
 
 class Microbatch(Protocol):
@@ -65,7 +66,8 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of. Nothing in it but tensors' contents changes, the rung of `ladder`, and what `watch` has seen.
+    """What a run is made of. Nothing in it but tensors' contents changes, the rung of `ladder`, what `watch` has seen, and what was
+    proven.
 
     forward: (input_ids, position_ids, cu_seqlens) -> hidden `[1, S, H]`. dropout: (seed, step, first row), numbers the masks.
     weights: the adapter's tensors for a checkpoint, by name; restore: the mirror. autocast: compute dtype of a model whose
@@ -96,6 +98,7 @@ class Parts:
     identity: Mapping[str, Any]
     choices: Mapping[str, Any]
     report: Reporter
+    proofs: Proofs = field(default_factory=Proofs)
 
     @property
     def microbatch(self) -> int:
