@@ -144,6 +144,15 @@ def test_each_answer_as_an_example_of_its_own(make_tokenizer: Callable[..., Any]
     assert first.group == second.group != ""
 
 
+@pytest.mark.parametrize(("name", "end"), [("gptoss channels", "<|call|>"), ("glm unclosed", "<|observation|>")])
+def test_the_ends_of_tool_calls_count_as_ends(name: str, end: str, make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = fitted(make_tokenizer(), name, MANNERS[name][0])
+    encoder = Encoder(tokenizer, Template(name, MANNERS[name][0]), Options(None, "assistant"))
+    for case, count in (("one turn", 0), ("tool call at the end", 1), ("tool call", 1)):
+        list(encoder.encode([Example(Where("g", 1), GRID[case], tools=(TOOL,))], Problems()))
+        assert encoder.end_ids().count(tokenizer.convert_tokens_to_ids(end)) == count
+
+
 def test_the_judge_sees_every_fault(make_tokenizer: Callable[..., Any]) -> None:
     """One token more or less at either end of any answer, or an answer left out, and the judge says so."""
     text = NAMED["chatml"].text

@@ -87,9 +87,9 @@ class Encoder:
         return self._masker
 
     def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer, if a conversation was encoded."""
-        ends = () if self._masker is None else self._masker.marks.ends
-        return tuple(dict.fromkeys(token for end in ends for token in self._aligner.ids(end)[-1:]))
+        """The tokens that ended an answer so far, if a conversation was encoded."""
+        ends = set() if self._masker is None else self._masker.ends
+        return tuple(sorted({token for end in ends for token in self._aligner.ids(end)[-1:]}))
 
     def encode(self, examples: Iterable[Example], problems: Problems) -> Iterator[Encoded]:
         """Encodes examples in order; what cannot be encoded is noted in `problems` and passed over."""

@@ -89,6 +89,7 @@ class Masker:
 
     def __init__(self, renderer: Renderer, tokenizer: Any) -> None:
         self.marks = marks(renderer, tokenizer)
+        self.ends = set(self.marks.ends)  # and those of tool calls, once one was seen
         self._render = renderer
         self._gaps: dict[tuple[str, str], list[str]] = {}  # roles on both sides: texts between their words
         self._starts: dict[tuple[str, str], tuple[int, str]] = {}  # role before, text between: how much is not the answer's
@@ -246,13 +247,21 @@ class Masker:
         turn = shared(gap, text[mine[-1].stop :]) if mine and mine[-1] is places[-1] else ""
         if self.marks.borrowed:
             opening = self.marks.specials.match(gap, len(turn) + len(gap[len(turn) :]) - len(gap[len(turn) :].lstrip()))
-            return opening.end() if opening else None
+            if opening is None:
+                return None
+            self.ends.add(opening[0])
+            return opening.end()
         ends = [(at, e) for e in self.marks.ends if (at := turn.find(e) if plain else turn.rfind(e)) >= 0]
         if ends:
             at, end = min(ends) if plain else max(ends)
             return at + len(end)
+        if plain:
+            return None
         before = talk.before(talk.of(i)[0].start)
-        return None if plain else self.marks.last_special(talk.text[before.stop if before else 0 : talk.of(i)[-1].stop], turn)
+        length = self.marks.last_special(talk.text[before.stop if before else 0 : talk.of(i)[-1].stop], turn)
+        if length is not None:
+            self.ends.add(self.marks.one.findall(turn[:length])[-1])
+        return length
 
     def _next_opening(self, talk: Rendered, i: int) -> str:
         """What follows an answer when the conversation goes on, up to the special token that opens the next turn."""
@@ -264,6 +273,7 @@ class Masker:
         opening = self.marks.specials.search(text, at + len(written)) if text.startswith(written, at) else None
         if opening is None or text[at + len(written) : opening.start()].strip():
             raise Unsafe("a token that ends the answer", "a template that closes no turn", "data.no-eot")
+        self.ends.add(opening[0])
         return text[at + len(written) : opening.end()]
 
     def _spoken(self, talk: Rendered, i: int) -> Learned:
