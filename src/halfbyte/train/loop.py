@@ -37,8 +37,8 @@ def train(parts: Parts, state: State, stop: Stop) -> None:
     """Train from where `state` stands to the end of the run. Raises Interrupted (exit code 75) after saving when asked to stop."""
     pending: list[Outcome] = []
     parts.model.train()
-    survey(parts, state, stop)
     try:
+        survey(parts, state, stop)
         steps(parts, state, stop, pending)
     except MemoryPlanError:
         read(parts, state, pending)
@@ -127,7 +127,8 @@ def survey(parts: Parts, state: State, stop: Stop) -> None:
         if scores is None:
             return
         record(parts, state, scores)
-        for prompt, answer in zip(parts.config.prompts, parts.answers(parts.config.prompts), strict=True):
+        told = rewinding(parts, state, lambda: list(parts.answers(parts.config.prompts)), lambda: None)
+        for prompt, answer in zip(parts.config.prompts, told, strict=True):
             sample = {"kind": "sample", "step": state.step, "prompt": prompt, "answer": answer}
             state.samples.append(sample)
             parts.report.event(sample)

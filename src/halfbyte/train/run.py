@@ -29,8 +29,9 @@ from halfbyte.data import checks
 from halfbyte.data.check import run as checking
 from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare
+from halfbyte.errors import MemoryPlanError, RecipeError
 from halfbyte.generate.chat import answers
-from halfbyte.layers import decoded, forward, head, recompute
+from halfbyte.layers import decoded, embedding, forward, head, recompute
 from halfbyte.memory import measure
 from halfbyte.memory import plan as planning
 from halfbyte.memory.plan import Plan
@@ -39,6 +40,7 @@ from halfbyte.memory.watch import Watch
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.flat import flatten
 from halfbyte.optim.scaling import LossScale
+from halfbyte.shortage import in_words, is_shortage
 from halfbyte.train import account as accounting
 from halfbyte.train import choices as choosing
 from halfbyte.train import finish, fusing, ladder, lock, loop, metrics, saving, signals
@@ -51,8 +53,20 @@ from halfbyte.train.ladder import Ladder
 from halfbyte.train.report import OnEvent, Report
 from halfbyte.train.state import Parts, State
 
+log = logging.getLogger("halfbyte")
 CHECKPOINTS = "checkpoints"
-TOLD = ("compute", "threads", "attention", "layers", "microbatch", "recompute", "offload", "moments", "decoded weights")
+TOLD = (
+    "compute",
+    "threads",
+    "attention",
+    "layers",
+    "microbatch",
+    "recompute",
+    "offload",
+    "moments",
+    "embedding",
+    "decoded weights",
+)
 """Choices, in the order in which they are told."""
 
 
@@ -69,7 +83,7 @@ def train(recipe: Recipe, *, on_event: OnEvent | None = None, memory_timeline: b
     with lock.hold(output, report.tell), _words(report), deterministic(recipe.train.deterministic):
         resume.sweep(output / CHECKPOINTS, report.tell)
         stored = resume.newest(output / CHECKPOINTS, report.tell)
-        base, adapter, prepared, parts, plan, account = compose(recipe, report, stored, memory_timeline)
+        base, adapter, prepared, parts, plan, account = _composed(recipe, report, stored, memory_timeline)
         state = State() if stored is None else saving.restore(parts, stored)
         if stored is not None:
             report.tell(f"resuming at step {state.step} of {parts.total_steps}, from {CHECKPOINTS}/step-{state.step:08d}")
@@ -86,9 +100,23 @@ def train(recipe: Recipe, *, on_event: OnEvent | None = None, memory_timeline: b
         return finish.hand_over(recipe, base, adapter, prepared, parts, state, account, report)
 
 
-def compose(
-    recipe: Recipe, report: Report, stored: Contents | None, memory_timeline: bool
-) -> tuple[Base, Adapter, Prepared, Parts, Plan, Account]:
+Composed = tuple[Base, Adapter, Prepared, Parts, Plan, Account]
+
+
+def _composed(recipe: Recipe, report: Report, stored: Contents | None, memory_timeline: bool) -> Composed:
+    """`compose`; raises MemoryPlanError (train.out-of-memory) where others have taken the memory that the plan found free."""
+    try:
+        return compose(recipe, report, stored, memory_timeline)
+    except RuntimeError as error:
+        if not is_shortage(error):
+            raise
+        why = in_words(error, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    less = f"memory.gpu is {recipe.memory.gpu}, a size such as 16GiB caps it"
+    hint = f"end other programs on the device, or let the plan use less: {less}"
+    raise MemoryPlanError(f"before the first step: {why}", hint=hint, code="train.out-of-memory")
+
+
+def compose(recipe: Recipe, report: Report, stored: Contents | None, memory_timeline: bool) -> Composed:
     """Everything a run is made of, checked."""
     started, device = measure.rss(), choosing.device(report.tell)
     choosing.require(recipe.compute, device)
@@ -111,8 +139,8 @@ def compose(
         report.tell(line)
     if stored is None:
         report.tell(plan.table())
-    base = huggingface.load(recipe.model, recipe.format, _stored_dtype(recipe, compute), device, report.display.advance)
-    report.display.settled()
+    base = _base(recipe, compute, device, rung, report)
+    chosen["embedding"], rung = _embedding(base, rung, chosen["embedding"])
     report.tell(f"base: {base.name}, {base.report.summary()}")
     chosen["attention"] = choosing.settle("attention", "auto", kept, lambda: Choice(_attention(base), "what the layers allow"))
     adapter = _adapter(recipe, base, report)
@@ -160,9 +188,27 @@ def _data(recipe: Recipe, report: Report) -> Prepared:
 
 
 def _check_embeddings(prepared: Prepared, base: Base) -> None:
-    embedding = base.model.get_input_embeddings().weight
-    assert isinstance(embedding, Tensor)
-    checks.embeddings(prepared.train, base.tokenizer, embedding, trainable=embedding.requires_grad)
+    table = base.model.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    checks.embeddings(prepared.train, base.tokenizer, table, trainable=table.requires_grad)
+
+
+def _base(recipe: Recipe, compute: torch.dtype, device: torch.device, rung: Rung, report: Report) -> Base:
+    stored, advance = _stored_dtype(recipe, compute), report.display.advance
+    base = huggingface.load(recipe.model, recipe.format, stored, device, advance, embedding_away=rung.embedding_away)
+    report.display.settled()
+    return base
+
+
+def _embedding(base: Base, rung: Rung, planned: Choice) -> tuple[Choice, Rung]:
+    """Where the input embedding really is. Raises RecipeError (`memory.embedding`) where it was asked to be elsewhere."""
+    device = next(base.model.parameters()).device
+    if not rung.embedding_away or not (reason := embedding.send(base.model, device)):
+        return planned, rung
+    if planned.reason == planning.ASKED:
+        message = f"memory.embedding: host cannot be had here: {reason}"
+        raise RecipeError(message, hint="set `memory.embedding: auto`", code="memory.embedding")
+    return Choice("on the device", f"auto: {reason}"), replace(rung, embedding_away=False)
 
 
 def _adapter(recipe: Recipe, base: Base, report: Report) -> Adapter:
@@ -237,6 +283,8 @@ def _ladder(plan: Plan, rung: Rung, base: Base, optimizer: AdamW, device: torch.
 
     def place(to: Rung) -> None:
         fusing.use(base.model, to)
+        if to.embedding_away and (reason := embedding.send(base.model, device)):
+            log.warning("the input embedding stays on the device: %s", reason)
         if to.paged:
             optimizer.page()
 
