@@ -9,6 +9,7 @@ others, follows the family's header, ends with its end-of-turn token, and otherw
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,16 +153,18 @@ def fitted(tokenizer: Any, name: str, text: str) -> Any:
     return copied
 
 
+@functools.lru_cache(maxsize=4)
+def encoder(tokenizer: Any, name: str, text: str, loss_on: str) -> Encoder:
+    """One encoder for all conversations of a template: it is probed once."""
+    return Encoder(tokenizer, Template(name, text), Options(None, loss_on))
+
+
 def encoded(tokenizer: Any, name: str, text: str, messages: tuple[Message, ...], loss_on: str = "assistant") -> Encoded | str:
     """An example as tokens, or the code of the error that refused it."""
     problems = Problems()
     tools = (TOOL,) if any(message.tool_calls for message in messages) else ()
     try:
-        found = list(
-            Encoder(tokenizer, Template(name, text), Options(None, loss_on)).encode(
-                [Example(Where("g", 1), messages, tools=tools)], problems
-            )
-        )
+        found = list(encoder(tokenizer, name, text, loss_on).encode([Example(Where("g", 1), messages, tools=tools)], problems))
     except DataError as error:
         return error.code
     return problems.shown[0].code if problems.total else found[0]
