@@ -118,6 +118,7 @@ def test_doctor_survives_a_broken_check(cli: Cli, monkeypatch: pytest.MonkeyPatc
     assert said.code == 1 and "BAD  gpu: ImportError: libcuda.so.1" in said.out
 
 
+@pytest.mark.cpu
 def test_plan(cli: Cli, place: Path) -> None:
     said = cli("plan", "recipe.yaml", "--gpu", "24GiB")
     assert said.code == 0 and "yes, it fits" in said.out and said.err == ""

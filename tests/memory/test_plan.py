@@ -27,6 +27,8 @@ from halfbyte.memory.shapes import shapes, skeleton
 from halfbyte.recipe import recipe_from
 from support import QWEN3_8B, SMOLLM2
 
+pytestmark = pytest.mark.cpu
+
 
 def recipe_of(*overrides: str) -> Recipe:
     return recipe_from({"model": "m", "data": {"train": "a.jsonl"}}, list(overrides))
@@ -94,7 +96,6 @@ def test_8b_on_cards() -> None:
     assert caught.value.code == "memory.no-fit"
 
 
-@pytest.mark.cpu
 def test_more_memory_never_chooses_worse() -> None:
     order = [plan(recipe_of(), f"{g}GiB", config=QWEN3_8B) for g in (10, 16, 24, 40, 80, 141)]
     seconds = [p.rung.seconds for p in order]
@@ -116,7 +117,6 @@ def test_rungs_go_down_in_bytes_and_up_in_seconds() -> None:
     assert found.smaller(found.rungs[-1]) is None
 
 
-@pytest.mark.cpu
 def test_the_choice_is_as_fast_as_the_fastest_of_all_that_were_tried_one_by_one() -> None:
     """Against every pair of choices of a coarser list, counted layer by layer."""
     recipe, card = recipe_of("data.tokens=4096", "memory.microbatch=1", "optim.paged=never"), budget("rtx3060")
@@ -192,7 +192,6 @@ def test_a_rung_says_what_each_layer_keeps() -> None:
     assert Rung(**json.loads(json.dumps(asdict(rung)))) == rung
 
 
-@pytest.mark.cpu
 def test_speeds_of_cards_and_of_none() -> None:
     known, unknown = plan(recipe_of(), "rtx4090", config=QWEN3_8B), plan(recipe_of(), "24GiB", config=QWEN3_8B)
     assert known.rates == "tabulated for rtx4090" and known.tokens_per_second is not None and known.seconds is not None
@@ -291,7 +290,6 @@ def test_unknown_model_type() -> None:
         plan(recipe_of(), "24GiB", config=config)
 
 
-@pytest.mark.cpu
 def test_moments_wait_in_host_memory_where_nothing_else_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Left on the GPU while they fit; `always` and `never` decide; what the host has no room for is not pinned."""
     monkeypatch.setattr("halfbyte.memory.choose.twin", lambda device: "fused")

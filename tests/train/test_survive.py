@@ -131,6 +131,7 @@ def test_when_nothing_fits_the_run_is_saved_and_goes_on_later(tmp_path: Path) ->
     assert_same(whole, again)
 
 
+@pytest.mark.cpu
 def test_evaluation_may_find_no_memory_too(tmp_path: Path) -> None:
     whole = rig.build(tmp_path / "whole", steps=2)
     rig.run(whole)
@@ -156,6 +157,7 @@ def answering(parts: Parts, fails: Container[int]) -> Parts:
     return replace(parts, answers=answers)
 
 
+@pytest.mark.cpu
 def test_answers_may_find_no_memory_too(tmp_path: Path) -> None:
     """The second of two prompts fails before the first step: a smaller rung, both again, and each is told once."""
     messages: list[str] = []
@@ -170,6 +172,7 @@ def test_answers_may_find_no_memory_too(tmp_path: Path) -> None:
     assert "step 1: 96.00 MiB could not be allocated; going on with 1 row" in "\n".join(messages)
 
 
+@pytest.mark.cpu
 def test_where_no_rung_is_left_to_answer_on_the_run_is_saved(tmp_path: Path) -> None:
     parts = with_ladder(rig.build(tmp_path, steps=2, prompts=["one"]), rungs(Rung(2, False)))
     with pytest.raises(MemoryPlanError, match=r"96.00 MiB could not be allocated, and nothing smaller is left"):
