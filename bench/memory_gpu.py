@@ -36,11 +36,11 @@ from torch import nn  # noqa: E402
 from halfbyte.adapters import lora  # noqa: E402
 from halfbyte.formats.packed import Format, Packed  # noqa: E402
 from halfbyte.formats.quantize import quantize  # noqa: E402
-from halfbyte.kernels.products import Augmented  # noqa: E402
-from halfbyte.layers import forward, head, swap  # noqa: E402
+from halfbyte.kernels.products import Augmented, Float8  # noqa: E402
+from halfbyte.layers import embedding, forward, head, swap  # noqa: E402
 from halfbyte.layers.fused import host  # noqa: E402
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep, keeping  # noqa: E402
-from halfbyte.layers.fused.prepare import prepare, set_keep  # noqa: E402
+from halfbyte.layers.fused.prepare import prepare  # noqa: E402
 from halfbyte.layers.linear import Linear4bit  # noqa: E402
 from halfbyte.layers.operands import is_linear  # noqa: E402
 from halfbyte.memory import calibrate, speed  # noqa: E402
@@ -52,6 +52,7 @@ from halfbyte.objectives import sft  # noqa: E402
 from halfbyte.optim.adamw import AdamW  # noqa: E402
 from halfbyte.optim.flat import flatten  # noqa: E402
 from halfbyte.recipe import recipe_from  # noqa: E402
+from halfbyte.train import fusing  # noqa: E402
 
 GIB = 1 << 30
 SHOWN = (
@@ -63,6 +64,9 @@ SHOWN = (
     "cap",
     "failed",
     "bits",
+    "compute",
+    "decoded",
+    "embedding_away",
     "peak_GiB",
     "predicted_GiB",
     "error",
@@ -98,7 +102,8 @@ POLICIES: dict[str, Mix] = {
 @dataclass(frozen=True)
 class Case:
     """rows x tokens of one microbatch (of a step where the policy is `plan`); chunks: how many times smaller those of the loss
-    are. cap: GiB of the card that is stood for, 0 for the whole one."""
+    are. cap: GiB of the card that is stood for, 0 for the whole one. compute: bf16 or fp8. decoded: weights are held decoded.
+    embedding_away: the input embedding is in host memory."""
 
     size: str
     rank: int
@@ -109,10 +114,13 @@ class Case:
     paged: bool = False
     chunks: int = 1
     cap: int = 0
+    compute: str = "bf16"
+    decoded: bool = False
+    embedding_away: bool = False
 
 
 def cases() -> list[Case]:
-    """52 of them; models of one size and rank behind each other."""
+    """65 of them; models of one size and rank behind each other."""
     found = [Case("1b", 16, m, t, p) for m, t in ((4, 2048), (1, 16384)) for p in ("everything", "inputs", "offloaded", "half")]
     found += [Case("1b", 64, 8, 512, p, 8) for p in ("everything", "attended")]
     found += [Case("3b", 8, m, t, p) for m, t in ((2, 2048), (1, 8192)) for p in ("everything", "inputs", "third sent")]
@@ -120,6 +128,12 @@ def cases() -> list[Case]:
     found += [Case("8b", 16, m, t, p) for m, t in ((4, 2048), (1, 2048)) for p in list(POLICIES)[:6]]
     found += [Case("8b", 16, 1, t, p, 8, paged, 8) for t, p, paged in ((16384, "inputs", False), (32768, "tiled", True))]
     found += [Case("8b", 16, 1, 8192, p) for p in ("everything", "attention only", "tiled")]
+    found += [
+        Case("8b", 16, 4, 2048, p, compute="fp8", decoded=d)
+        for p, d in (("everything", False), ("everything", True), ("half", False))
+    ]
+    found += [Case("8b", 16, 1, 8192, p, compute="fp8") for p in ("inputs", "tiled", "third sent")]
+    found += [Case("8b", 16, 1, 2048, "inputs", 8, embedding_away=True, compute=c) for c in ("bf16", "fp8")]
     found += [Case("8b", 128, 2, 2048, p, bits) for p, bits in (("everything", 32), ("inputs", 8), ("half", 32))]
     found += [Case("14b", 32, 1, t, p) for t in (1024, 4096) for p in ("everything", "offloaded", "half")]
     found += [Case("32b", 16, 1, t, p) for t in (2048, 8192) for p in ("everything", "inputs", "third sent")]
@@ -137,7 +151,8 @@ def caps() -> list[Case]:
 
 
 def tiny() -> list[Case]:
-    return [Case("tiny", 8, m, 64, p) for m in (1, 2) for p in POLICIES]
+    some = [Case("tiny", 8, m, 64, p) for m in (1, 2) for p in POLICIES]
+    return [*some, Case("tiny", 8, 1, 64, "half", compute="fp8"), Case("tiny", 8, 1, 64, "inputs", embedding_away=True)]
 
 
 def config_of(size: str) -> dict[str, Any]:
@@ -165,6 +180,7 @@ def recipe_for(case: Case) -> Any:
             "optim": {"bits": case.bits, "paged": "auto" if case.policy == "plan" else "always" if case.paged else "never"},
             "train": {"batch": case.rows},
             "memory": {"microbatch": "auto" if case.policy == "plan" else case.rows},
+            "compute": case.compute,
         }
     )
 
@@ -201,6 +217,15 @@ class Ready:
     adapter: Any
     output: Any
     flat: Any
+    made_for: tuple[str, bool] = ("bf16", False)
+
+    def computes(self, compute: str, decoded: bool) -> None:
+        """Products in bf16 or fp8 from now on. decoded: weights are held so, which products in fp8 are told when they are made."""
+        if self.made_for != (wanted := (compute, decoded and compute == "fp8")):
+            products = Float8() if compute == "fp8" else Augmented()
+            done = prepare(self.model, INPUTS, products, in_place=True, decoded=wanted[1])
+            assert not done.left, done.summary()
+            self.made_for = wanted
 
 
 def ready(case: Case, dtype: torch.dtype, device: str) -> Ready:
@@ -226,15 +251,17 @@ def rung_of(case: Case, layers: int) -> Rung:
         lean=lean.spec(),
         lean_layers=k,
         rest=rest.spec(),
+        decoded=case.decoded,
+        embedding_away=case.embedding_away,
     )
 
 
-def predicted(case: Case, rates: speed.Rates, dtype: torch.dtype, compute: str, device: str) -> tuple[Rung, dict[str, int], float]:
+def predicted(case: Case, rates: speed.Rates, dtype: torch.dtype, device: str) -> tuple[Rung, dict[str, int], float]:
     """The rung, bytes by part without the context, seconds of a step."""
     recipe = recipe_for(case)
     s = shapes(skeleton(config_of(case.size), dtype), recipe.format, recipe.adapter)
     room = int(0.97 * case.cap * GIB) if case.cap else 1 << 50
-    chooser = Chooser(s, recipe, Budget("cuda", "a cap", room, room, device == "cuda", ""), compute, rates)
+    chooser = Chooser(s, recipe, Budget("cuda", "a cap", room, room, device == "cuda", ""), case.compute, rates)
     if case.policy == "plan":
         rung = next((r for r in chooser.rungs() if r.bytes <= room), chooser.rungs()[-1])
     else:
@@ -246,8 +273,12 @@ def predicted(case: Case, rates: speed.Rates, dtype: torch.dtype, compute: str, 
 def measured(case: Case, it: Ready, rung: Rung, device: str) -> dict[str, Any]:
     """Peaks and seconds of the second step."""
     cuda = device == "cuda"
-    layers = SIZES[case.size][2]
-    set_keep(it.model, rung.keeps(layers))
+    it.computes(case.compute, rung.decoded)
+    fusing.use(it.model, rung)
+    if rung.embedding_away:
+        assert not (why := embedding.send(it.model, torch.device(device))), why
+    else:
+        embedding.bring_back(it.model, torch.device(device))
     host.forget()
     gc.collect()
     if cuda:
@@ -291,7 +322,7 @@ def measured(case: Case, it: Ready, rung: Rung, device: str) -> dict[str, Any]:
 
 def run(found: list[Case], device: str, budget: float) -> Iterator[dict[str, Any]]:
     """A line a case."""
-    dtype, compute = (torch.bfloat16, "bf16") if device == "cuda" else (torch.float32, "fp32")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     began = time.monotonic()
     rates = calibrate.rates(dtype) or speed.tabulated("h200")
     yield {"what": "rates", **asdict(rates), "gpu": torch.cuda.get_device_name() if device == "cuda" else "none"}
@@ -300,7 +331,7 @@ def run(found: list[Case], device: str, budget: float) -> Iterator[dict[str, Any
         if time.monotonic() - began > budget:
             yield {"skipped": asdict(case), "why": "no time left"}
             continue
-        rung, bytes_, seconds = predicted(case, rates, dtype, compute, device)
+        rung, bytes_, seconds = predicted(case, rates, dtype, device)
         if (case.size, case.rank) != key:
             it = None
             gc.collect()

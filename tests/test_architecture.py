@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first. A folder may import every folder above it in this list; those on one line do not import each other.
 ORDER: list[set[str]] = [
     {"config_base", "errors", "machine", "mistakes", "pinned"},
+    {"shortage"},
     {"*.config"},
     {"config"},
     {"recipe"},
@@ -24,11 +25,11 @@ ORDER: list[set[str]] = [
     {"checkpoints"},
     {"optim", "data", "memory", "objectives", "generate"},
     {"export"},
-    {"train"},
+    {"train", "importers"},
     {"cli"},
 ]
 # Only these know the whole recipe; the folders below know their own section.
-MAY_SEE_RECIPE = {"config", "recipe", "memory", "train", "export", "cli", "halfbyte"}
+MAY_SEE_RECIPE = {"config", "recipe", "memory", "train", "export", "importers", "cli", "halfbyte"}
 MAY_IMPORT: dict[str, set[str]] = {name: set().union(*ORDER[:level]) for level, names in enumerate(ORDER) for name in names}
 MAY_IMPORT["mistakes"] = {"errors"}
 MAY_IMPORT["*.config"] = {"config_base", "errors", "*.config"}

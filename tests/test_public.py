@@ -81,3 +81,8 @@ def test_help_of_commands_loads_no_torch(args: list[str]) -> None:
 def test_recipe_needs_no_torch() -> None:
     code = "from halfbyte.recipe import recipe_from\nrecipe_from({'model': 'a', 'data': {'train': 'b.jsonl'}})"
     assert loaded_after(code) == ["pydantic"]
+
+
+def test_import_of_settings_needs_no_torch() -> None:
+    code = "from halfbyte.importers.convert import convert\nconvert(['trl sft --model_name_or_path a --dataset_name b'])"
+    assert loaded_after(code) == ["pydantic"]

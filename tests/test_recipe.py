@@ -86,7 +86,7 @@ def test_all_mistakes_at_once_with_lines(tmp_path: Path) -> None:
         ("format: {kind: nf4, symmetric: false}\n", "`format.symmetric`: only int4 has zero points"),
         ("log: {to: [wandbb]}\n", "`log.to.0` must be one of tensorboard, wandb, but is `wandbb`\n  hint: did you mean `wandb`?"),
         ("output: ''\n", "`output` must be not empty"),
-        ("a: &x 1\nb: *x\n", "recipe.yaml:5: aliases (`*x`) are not allowed in a recipe"),
+        ("a: &x 1\nb: *x\n", "recipe.yaml:5: aliases (`*x`) are not allowed"),
         ("a: [\n", "not valid YAML"),
         ("a: !!python/object/apply:os.system [x]\n", "not valid YAML"),
         ("\ta: 1\n", "indent with spaces"),
@@ -100,12 +100,12 @@ def test_single_mistakes(tmp_path: Path, text: str, told: str) -> None:
     ("text", "told"),
     [
         ("", "recipe.yaml is empty"),
-        ("- 1\n", "recipe.yaml:1: a recipe is a list of `key: value` lines"),
+        ("- 1\n", "recipe.yaml:1: expected a list of `key: value` lines"),
         ("model: m\n", "recipe.yaml: `data` is missing"),
         ("data: {train: []}\nmodel: m\n", "recipe.yaml:1: `data.train` must be a list with at least one entry"),
         ("data:\n  train:\n  - weight: 2\nmodel: m\n", "recipe.yaml:3: `data.train.0.path` is missing"),
         ("data: {train: a, eval: [{path: b, weight: 2}]}\nmodel: m\n", "`data.eval`: a held-out source has no `weight`"),
-        ("data: {train: a, eval: 1.5}\nmodel: m\n", "`data.eval` must be less than 1, or a list, but is 1.5"),
+        ("data: {train: a, eval: 1.5}\nmodel: m\n", "`data.eval` must be less than 1, or a whole number, or a list, but is 1.5"),
     ],
 )
 def test_whole_files(tmp_path: Path, text: str, told: str) -> None:
@@ -131,6 +131,14 @@ def test_overrides(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD), changes)
     assert (recipe.train.lr, recipe.data.train[0].weight, recipe.format.block) == (1e-4, 2.0, 128)
     assert (recipe.model.name, recipe.model.revision, recipe.train.prompts) == ("m", "abc", ["a", "b"])
+
+
+def test_prompts_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "ask.txt").write_text("\ufeffWhat is it?\n\n  Why é?  \n", encoding="utf-8")
+    recipe = load_recipe(write(tmp_path, GOOD), [f"train.prompts={tmp_path / 'ask.txt'}"])
+    assert recipe.train.prompts == ["What is it?", "Why é?"]
+    with pytest.raises(RecipeError, match=r"nothing\.txt` is not a text file with one question a line \(FileNotFoundError\)"):
+        load_recipe(write(tmp_path, GOOD), ["train.prompts=nothing.txt"])
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 @dataclass
-class _Document:
+class Document:
     """A YAML document as plain data, where each key stands, and the mistakes found on the way."""
 
     data: dict[str, Any] = field(default_factory=dict)
@@ -62,12 +62,12 @@ def load_recipe(path: str | FilePath, overrides: Sequence[str] = ()) -> Recipe:
     """
     file = FilePath(path)
     text = _read(file)
-    return _build(_parse(text, str(path)), overrides, str(path))
+    return _build(parse(text, str(path)), overrides, str(path))
 
 
 def recipe_from(data: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a dict of sections, with the same overrides and the same errors (without lines)."""
-    return _build(_Document(data=_copy(data)), overrides, "")
+    return _build(Document(data=_copy(data)), overrides, "")
 
 
 def dump(recipe: Recipe) -> str:
@@ -75,7 +75,7 @@ def dump(recipe: Recipe) -> str:
     return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120))
 
 
-def _build(document: _Document, overrides: Sequence[str], where: str) -> Recipe:
+def _build(document: Document, overrides: Sequence[str], where: str) -> Recipe:
     for override in overrides:
         _override(document, override)
     try:
@@ -89,7 +89,7 @@ def _build(document: _Document, overrides: Sequence[str], where: str) -> Recipe:
     return recipe
 
 
-def _error(document: _Document, found: list[Mistake], where: str) -> RecipeError:
+def _error(document: Document, found: list[Mistake], where: str) -> RecipeError:
     """One error of all mistakes, in the order of their lines; a single one carries its hint apart."""
     told = []
     for mistake in sorted(document.mistakes + found, key=lambda m: _line(document, m.path) or 0):
@@ -103,7 +103,7 @@ def _error(document: _Document, found: list[Mistake], where: str) -> RecipeError
     return RecipeError(f"{len(told)} mistakes{f' in {where}' if where else ''}:\n" + "\n".join(lines), code="recipe.invalid")
 
 
-def _line(document: _Document, path: Path) -> int | None:
+def _line(document: Document, path: Path) -> int | None:
     """Line of a key, or of the nearest section around it."""
     while path and path not in document.lines:
         path = path[:-1]
@@ -125,18 +125,19 @@ def _read(file: FilePath) -> str:
         raise RecipeError(f"{file} is not UTF-8 text", hint="is this a recipe?", code="recipe.encoding") from error
 
 
-def _parse(text: str, where: str) -> _Document:
+def parse(text: str, where: str) -> Document:
+    """A YAML text as data, with the line of each key and what is wrong with it. Raises RecipeError for what is no such text."""
     try:
         loader = _Loader(text)
         if alias := next((t for t in yaml.scan(text, Loader=_Loader) if isinstance(t, yaml.AliasToken)), None):
             line = alias.start_mark.line + 1
-            raise RecipeError(f"{where}:{line}: aliases (`*{alias.value}`) are not allowed in a recipe", hint="write it out")
+            raise RecipeError(f"{where}:{line}: aliases (`*{alias.value}`) are not allowed", hint="write it out")
         node = loader.get_single_node()
-        document = _Document()
+        document = Document()
         if node is None:
             raise RecipeError(f"{where} is empty", hint="`halfbyte init` writes a recipe", code="recipe.empty")
         if not isinstance(node, yaml.MappingNode):
-            raise RecipeError(f"{where}:{node.start_mark.line + 1}: a recipe is a list of `key: value` lines", code="recipe.yaml")
+            raise RecipeError(f"{where}:{node.start_mark.line + 1}: expected a list of `key: value` lines", code="recipe.yaml")
         document.data = _plain(loader, node, (), document)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -151,7 +152,7 @@ def _parse(text: str, where: str) -> _Document:
     return document
 
 
-def _plain(loader: _Loader, node: yaml.Node, path: Path, document: _Document) -> Any:
+def _plain(loader: _Loader, node: yaml.Node, path: Path, document: Document) -> Any:
     """A YAML node as dicts, lists and scalars; notes the line of each key and every duplicate."""
     if node.tag.rpartition(":")[2] not in TAGS:
         raise yaml.MarkedYAMLError(problem=f"the tag {node.tag} is not allowed", problem_mark=node.start_mark)
@@ -178,7 +179,7 @@ def _plain(loader: _Loader, node: yaml.Node, path: Path, document: _Document) ->
     return loader.construct_object(node, deep=True)
 
 
-def _override(document: _Document, text: str) -> None:
+def _override(document: Document, text: str) -> None:
     """Applies `key.key=value`; the value is read as YAML. A list is reached by index, a one-word section is unfolded."""
     name, sign, value = text.partition("=")
     path: Path = tuple(int(step) if step.isdigit() else step for step in name.strip().split("."))

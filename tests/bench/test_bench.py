@@ -111,7 +111,7 @@ def test_facts_of_this_machine(tmp_path: Path) -> None:
     assert "| mm out |" in text
 
 
-@pytest.mark.cpu
+@pytest.mark.slow
 def test_gradients_of_both_agree(tmp_path: Path) -> None:
     """`all` makes a tiny model on a CPU, proves its gradients and runs it."""
     pytest.importorskip("bitsandbytes")

@@ -57,6 +57,32 @@ def test_the_prose_quotes_the_tables() -> None:
         assert figure in table, figure
 
 
+def test_the_readme_quotes_the_tables() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    tables = bench("tables")
+    steps = tables.block(tables.throughput, "2026-11-22-h200-steps.jsonl")
+    ratios = {
+        line.split(" | ")[0].strip("| "): line.split()[-2]
+        for line in steps.splitlines()
+        if "| unsloth | " in line and "%" not in line
+    }
+    quoted = {
+        "4 x 2,048, no recompute": "1.10 times",
+        "4 x 2,048, full recompute, offloaded": "1.28 with",
+        "4 x 2,048, `compute: fp8`": "1.62 with",
+    }
+    for case, words in quoted.items():
+        assert f"{float(ratios[case]):.2f}" == words.split()[0] and words in readme, case
+    assert "| halfbyte | none | 62 |" in steps and "62 launches" in readme
+    answers = tables.block(tables.generated, "2026-11-22-h200-generation.jsonl")
+    assert (
+        "| nf4+adapter | 1 | 421.4 |" in answers
+        and "| bf16 | 1 | 231.8 |" in answers
+        and "421 tokens/s" in readme
+        and ": 232)" in readme
+    )
+
+
 def test_no_figure_of_the_kernels_without_their_proof() -> None:
     gate = json.loads((RESULTS / "2026-11-22-h200-kernels-gate.json").read_text())
     assert gate and not any(gate.values())

@@ -210,6 +210,7 @@ def test_nothing_is_pickled(tmp_path: Path) -> None:
     assert set(manifest["files"]) == {f.name for f in path.iterdir()} - {"manifest.json"}
 
 
+@pytest.mark.cpu
 def test_saving_and_verifying_hold_no_second_copy(tmp_path: Path) -> None:
     """Full fine-tuning would need the weights' and moments' bytes twice more at every save."""
     tensors = {f"t{i}": torch.full((1 << 19,), float(i)) for i in range(16)}  # 32 MiB

@@ -16,7 +16,7 @@ from halfbyte.recipe import load_recipe
 def test_help_names_every_command(cli: Cli) -> None:
     said = cli("--help")
     assert said.code == 0
-    for command in ("init", "train", "plan", "inspect", "data", "chat", "eval", "quantize", "merge", "doctor", "schema"):
+    for command in ("init", "import", "train", "plan", "inspect", "data", "chat", "eval", "quantize", "merge", "doctor", "schema"):
         assert f"  {command} " in said.out
     assert cli().out == said.out
 
@@ -118,6 +118,7 @@ def test_doctor_survives_a_broken_check(cli: Cli, monkeypatch: pytest.MonkeyPatc
     assert said.code == 1 and "BAD  gpu: ImportError: libcuda.so.1" in said.out
 
 
+@pytest.mark.cpu
 def test_plan(cli: Cli, place: Path) -> None:
     said = cli("plan", "recipe.yaml", "--gpu", "24GiB")
     assert said.code == 0 and "yes, it fits" in said.out and said.err == ""
@@ -145,3 +146,21 @@ def test_data_preview(cli: Cli, place: Path) -> None:
     said = cli("data", "preview", "recipe.yaml", "-n", "1")
     assert said.code == 0 and "plus" in said.out
     assert json.loads(cli("data", "preview", "--model", "model", "--data", "chats.jsonl", "--json").out)
+    said = cli("data", "preview", "recipe.yaml", "--html", "page.html")
+    assert said.code == 0 and said.err.startswith("page.html: 32 of 32 examples") and (place / "page.html").exists()
+
+
+def test_data_check(cli: Cli, place: Path) -> None:
+    said = cli("data", "check", "recipe.yaml")
+    assert said.code == 0 and "checks passed" in said.out.splitlines()[-1]
+    with (place / "chats.jsonl").open("a") as file:
+        file.write("{'messages': [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]}\n{\n")
+    said = cli("data", "check", "recipe.yaml", "--bad", "bad.jsonl", "--fix", "fixed.jsonl")
+    assert (
+        said.code == 1
+        and "error [data.bad-file] chats: 2 of 42" in said.out
+        and "chats.jsonl:41: expected a JSON object" in said.out
+    )
+    assert "bad.jsonl: 2 wrong lines written" in said.err and "1 x a Python dict written as JSON: chats.jsonl:41" in said.err
+    found = json.loads(cli("data", "check", "recipe.yaml", "data.train=fixed.jsonl", "--json").out)
+    assert not [f for f in found["findings"] if f["error"]] and len((place / "fixed.jsonl").read_text().splitlines()) == 41

@@ -32,8 +32,8 @@ def smollm2() -> Any:
 
 @pytest.fixture
 def learn(demo: Callable[[str], str], smollm2: Any, tmp_path: Path) -> Callable[..., Prepared]:
-    def run(name: str, shape: str = "auto", **options: Any) -> Prepared:
-        config = DataConfig(train=[{"path": demo(name), "shape": shape}], **{"eval": 0, **options})
+    def run(name: str, shape: str = "auto", source: dict[str, Any] | None = None, **options: Any) -> Prepared:
+        config = DataConfig(train=[{"path": demo(name), "shape": shape, **(source or {})}], **{"eval": 0, **options})
         return prepare(config, smollm2, 0, tmp_path / "cache")
 
     return run
@@ -64,19 +64,17 @@ def test_placeholders_stay(learn: Any, smollm2: Any) -> None:
     assert any("{{name}}" in shown.plain() for shown in of(learn("identity.json"), smollm2, 91, 0).examples)
 
 
-def test_tools_are_refused_by_line(learn: Any) -> None:
-    with pytest.raises(DataError, match=r"191 examples are wrong:\n.*glaive_toolcall_en_demo\.json:2: `tools`") as caught:
-        learn("glaive_toolcall_en_demo.json")
-    assert caught.value.code == "data.tools"
-
-
-def test_preferences_are_refused_unless_the_shape_is_named(learn: Any) -> None:
+def test_preferences_are_refused_unless_it_is_said_how_to_learn_them(learn: Any) -> None:
     for name in ("kto_en_demo.json", "dpo_en_demo.json"):
         with pytest.raises(DataError, match="not built yet") as caught:
             learn(name)
         assert caught.value.code == "data.shape"
     prepared = learn("kto_en_demo.json", "messages", tokens=8192)
     assert len(prepared.train) == 300 and any("columns not read: label" in note for note in prepared.report.notes)
+    good = learn("kto_en_demo.json", source={"learn": "chosen"}, tokens=8192)
+    assert len(good.train) == 150 and any("150 examples left out: marked as bad" in note for note in good.report.notes)
+    pairs = learn("dpo_en_demo.json", source={"learn": "chosen"}, tokens=4096, too_long="truncate_right")
+    assert len(pairs.train.sources[0]) == 300 and pairs.report.efficiency >= 0.98
 
 
 def test_too_long_is_said(learn: Any) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data import sources, templates
+from halfbyte.data import files, templates
+from halfbyte.data.check.findings import CHECKS
 from halfbyte.data.shapes import COLUMNS
 
 ROOT = Path(__file__).parents[2]
@@ -16,15 +17,19 @@ GUIDE = (ROOT / "docs/guides/data.md").read_text(encoding="utf-8")
 
 
 def test_every_id_is_explained() -> None:
-    code = "".join(p.read_text(encoding="utf-8") for p in sorted((ROOT / "src/halfbyte/data").glob("*.py")))
+    code = "".join(p.read_text(encoding="utf-8") for p in sorted((ROOT / "src/halfbyte/data").rglob("*.py")))
     raised = set(re.findall(r"\"(data\.[a-z-]+)\"", code))
-    explained = set(re.findall(r"`(data\.[a-z-]+)`", GUIDE))
-    assert len(raised) >= 14 and raised <= explained
+    assert len(raised) >= 40 and raised - {"data.exists", "data.worker"} == set(CHECKS)  # two are not about data
+    pages = [
+        GUIDE,
+        *((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("guides/data-check.md", "concepts/faults.md")),
+    ]
+    explained = {i for page in pages for i in re.findall(r"`(data\.[a-z-]+)`", page)}
     assert {i for i in explained if "-" in i} <= raised
 
 
 def test_endings_shapes_and_templates_are_listed() -> None:
-    for word in (*sources.SUFFIXES, *COLUMNS, *templates.NAMED):
+    for word in (*files.SUFFIXES, *files.COMPRESSED, *COLUMNS, *templates.NAMED):
         assert word in GUIDE, word
 
 

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from halfbyte.data import loader as loader_module
 from halfbyte.data.batch import IGNORED
 from halfbyte.data.config import DataConfig
 from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare
+from halfbyte.kernels.cross_entropy import Head
+from halfbyte.objectives import sft
 
 T = 64
 
@@ -166,3 +169,88 @@ def test_a_sweep_sees_every_row_once_and_fills_up_with_nothing(made: Callable[..
     last = batches[-1]
     assert last.input_ids.shape == (4, T) and last.example_ids[-1] == []
     assert bool((last.labels[-1] == IGNORED).all()) and last.cu_seqlens[-1].tolist() == [0] + [T] * loader.documents
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_any_number_of_processes_shares_the_same_batches_and_resumes_anywhere(ranks: int, made: Callable[..., Prepared]) -> None:
+    data = made(30, texts=4, chats=1.3).train
+    whole = Loader(data, T, 5, seed=2)
+    for step in range(whole.steps(2)):
+        batch = whole.at(step)
+        # A fresh loader is a process that resumes here; those of another number of processes come to the same rows.
+        parts = [Loader(data, T, 5, seed=2).at(step, rank, ranks) for rank in range(ranks)]
+        for name in ("input_ids", "labels", "position_ids", "cu_seqlens"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name)), name
+        assert [row for part in parts for row in part.example_ids] == batch.example_ids
+        assert {part.trained_tokens for part in parts} == {batch.trained_tokens}
+        assert {part.weight for part in parts} == {batch.weight} == {float(batch.trained_tokens)}
+    with pytest.raises(AssertionError, match="cannot share"):
+        whole.at(0, 5, 6)
+
+
+@pytest.fixture
+def weighted(tokenizer: Any, jsonl: Callable[..., Path], tmp_path: Path, chat: Callable[..., Any]) -> Prepared:
+    """Chats whose answers weigh 0.5 to 2, 0 in one turn; every third example counts double; and a source without weights."""
+    chats = [{**chat(f"One {i}?", "two", "Three?", "four" * (i % 5 + 1)), "w": 2 if i % 3 == 0 else 1} for i in range(30)]
+    for i, record in enumerate(chats):
+        record["messages"][1]["weight"] = 0 if i == 7 else 0.5
+    first = {"path": str(jsonl(chats, "a.jsonl")), "columns": {"weight": "w"}}
+    second = {"path": str(jsonl([chat("One?", "five")], "b.jsonl"))}
+    return prepare(DataConfig(train=[first, second], eval=0, tokens=T), tokenizer, 0, tmp_path / "cache")
+
+
+def test_weights_are_those_of_examples_and_messages(weighted: Prepared, tokenizer: Any) -> None:
+    data = weighted.train
+    first, second = data.sources
+    assert first.weights is not None and second.weights is None
+    for i in range(30):
+        span = slice(first.offsets[i], first.offsets[i + 1])
+        ids, weights = (part[span][first.trained[span]] for part in (first.ids, first.weights))
+        runs = [tokenizer.decode(ids[weights == w]) for w in sorted(set(weights.tolist()))]
+        double = 2 if i % 3 == 0 else 1
+        answers = ["two<|im_end|>", "four" * (i % 5 + 1) + "<|im_end|>"]
+        assert runs == (answers[1:] if i == 7 else answers)
+        assert sorted(set(weights.tolist())) == ([double] if i == 7 else [0.5 * double, double])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("m", [1, 2])
+def test_the_loss_of_a_batch_is_the_same_split_any_way(ranks: int, m: int, weighted: Prepared, tokenizer: Any) -> None:
+    rows, width = 12, 8
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(len(tokenizer), width, generator=generator)
+    matrix = torch.randn(len(tokenizer), width, generator=generator, requires_grad=True)
+    loader = Loader(weighted.train, T, rows, seed=0)
+    whole = loader.at(0)
+    assert whole.weights is not None
+    flat, labels = table[whole.input_ids].reshape(-1, width), whole.labels.flatten()
+    each = torch.nn.functional.cross_entropy((flat @ matrix.T).double(), labels, ignore_index=IGNORED, reduction="none")
+    learned = labels != IGNORED
+    weights = whole.weights.flatten()[learned].double()
+    wanted = (each[learned] * weights).sum() / weights.sum()
+    assert abs(float((wanted - each[learned].mean()).detach())) > 1e-3  # the weights are no formality
+    shares = []
+    for rank in range(ranks):
+        part = loader.at(0, rank, ranks)
+        for micro in part.microbatches(m):
+            shares.append(sft.loss(table[micro.input_ids], micro.labels, Head(matrix), part.weight, weights=micro.weights))
+    torch.testing.assert_close(torch.stack(shares).sum().double(), wanted, rtol=1e-6, atol=0)
+    (mine,) = torch.autograd.grad(torch.stack(shares).sum(), matrix)
+    (truth,) = torch.autograd.grad(wanted, matrix)
+    torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-6)
+
+
+def test_a_kept_packing_is_the_packing(made: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
+    data = made(40, texts=3, chats=1.5).train
+    plain = [Loader(data, T, 2, seed=0).at(step) for step in range(9)]
+    monkeypatch.setattr(loader_module, "WORTH", 1)
+    for _ in range(2):  # written, then read
+        kept = Loader(data, T, 2, seed=0)
+        assert all(torch.equal(kept.at(step).labels, batch.labels) for step, batch in enumerate(plain))
+        monkeypatch.setattr(loader_module, "pack", lambda *_: pytest.fail("packed again"))
+    monkeypatch.undo()
+    assert data.cache is not None
+    monkeypatch.setattr(loader_module, "WORTH", 1)
+    for file in data.cache.iterdir():
+        file.write_bytes(file.read_bytes()[:-9])
+    assert torch.equal(Loader(data, T, 2, seed=0).at(3).labels, plain[3].labels)

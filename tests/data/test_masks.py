@@ -6,11 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from halfbyte.data.config import DataConfig
+from halfbyte.data.masks import Masker, Unsafe
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.data.preview import of
+from halfbyte.data.problems import Where
+from halfbyte.data.rendering import Renderer
+from halfbyte.data.templates import Template, resolve
+from halfbyte.data.turns import Example, Message
 from halfbyte.errors import DataError
 
 # The manner of the families, in few words: headers, trimming, bos, an injected system message, an injected thought.
@@ -183,23 +191,31 @@ def test_the_recipes_system_message(learn: Any, special: Any, chat: Any) -> None
     ("template", "code", "word"),
     [
         ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "data.no-eot", "never stop"),
-        ("{% for m in messages %}{{ m['role'] + eos_token }}{% endfor %}", "data.template", "does not write"),
+        ("{% for m in messages %}{{ m['role'] + eos_token }}{% endfor %}", "data.template", "words of both sides"),
         (
             LLAMA2.replace("{{ bos_token + '[INST] ' + m['content']|trim + ' [/INST]' }}", "{{ '[INST]' }}"),
             "data.template",
-            "drops",
+            "words of both sides",
         ),
-        ("{% for m in messages %}{{ m['content']|upper + eos_token }}{% endfor %}", "data.template", "does not write"),
+        ("{% for m in messages %}{{ m['content']|upper + eos_token }}{% endfor %}", "data.template", "words of both sides"),
         ("{% for m in messages", "data.template", "refused"),
         (
-            "{% for m in messages %}{{ m['role'] + ': ' }}{% generation %}{{ m['content'] }}"
-            "{% if loop.last %}{{ eos_token }}{% endif %}{% endgeneration %}{% endfor %}",
+            "{% for m in messages %}{{ m['role'] + ': ' }}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+            "{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
             "data.mask",
-            "2 generation blocks",
+            "around words of user",
+        ),
+        (
+            "{% for m in messages %}{{ m['role'] + ': ' }}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+            "{% endfor %}",
+            "data.template",
+            "generation prompt does not write",
         ),
         (
             "{% for m in messages %}{{ m['role'] + ': ' }}{% if m['role'] == 'user' %}{{ m['content'] }}{% else %}{% generation %}"
-            "{{ m['content'] }}{% if loop.last %}{{ eos_token }}{% endif %}{% endgeneration %}{% endif %}{% endfor %}",
+            "{{ m['content'] }}{% if loop.last %}{{ eos_token }}{% endif %}{% endgeneration %}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
             "data.no-eot",
             "after the answer",
         ),
@@ -236,3 +252,140 @@ def test_thoughts_that_the_template_strips_from_earlier_turns(learn: Any, specia
         learn(records, stripping)
     assert "data.loss_on: last" in caught.value.hint
     assert learned(learn(records, stripping, loss_on="last"), special) == [["well</t>four<|im_end|>"]]
+
+
+CALLS = (  # Qwen's way with tools
+    "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}"
+    "{% for t in m.tool_calls or [] %}{{ '<tool_call>' + (t.function | tojson) + '</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": '1 "é"', "deep": {"b": ["2"]}}}}
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+CALLED = [
+    {"role": "user", "content": "One"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "result", "name": "add"},
+    {"role": "assistant", "content": "two"},
+]
+CALL_TEXT = '<tool_call>{"name": "add", "arguments": {"a": "1 \\"é\\"", "deep": {"b": ["2"]}}}</tool_call><|im_end|>'
+
+
+def test_tool_calls_are_learned_and_results_never_are(learn: Any, special: Any) -> None:
+    record = {"messages": CALLED, "tools": TOOLS}
+    assert learned(learn([record], CALLS), special) == [[CALL_TEXT, "two<|im_end|>"]]
+    everything = "".join(learned(learn([record], CALLS, loss_on="all"), special)[0])
+    assert "One" in everything and "two" in everything and "result" not in everything
+    assert "result" not in "".join(learned(learn([record], CALLS, loss_on=["user", "assistant", "system"]), special)[0])
+
+
+def test_what_a_template_does_not_show_is_an_error(learn: Any) -> None:
+    with pytest.raises(DataError, match="the tool call in the rendered text") as caught:
+        learn([{"messages": CALLED, "tools": TOOLS}], CALLS.replace("m.tool_calls or []", "[]"))
+    assert caught.value.code == "data.mask"
+    silent = CALLS.replace("{% if tools %}", "{% if false %}")
+    with pytest.raises(DataError, match="the tool `sub` in the rendered text"):
+        learn([{"messages": CALLED, "tools": [{"name": "sub", "parameters": {}}]}], silent)
+    changed = CALLS.replace("(t.function | tojson)", "t.function.name + (t.function.arguments.keys() | list | tojson)")
+    with pytest.raises(DataError, match="arguments in the rendered text"):
+        learn([{"messages": CALLED}], changed)
+
+
+def test_chosen_roles(learn: Any, special: Any, chat: Any) -> None:
+    record = chat("One", "two", "three", "four", system="Be brief.")
+    assert learned(learn([record], loss_on=["user"]), special) == [["One<|im_end|>", "three<|im_end|>"]]
+    both = ["Be brief.<|im_end|>", "two<|im_end|>", "four<|im_end|>"]
+    assert learned(learn([record], loss_on=["system", "assistant"]), special) == [both]
+    with pytest.raises(ValueError, match="tool"):
+        DataConfig(train=["x.jsonl"], loss_on=["tool"])
+
+
+def test_weights_of_messages(learn: Any, special: Any, chat: Any) -> None:
+    record = chat("One", "two", "three", "four", "five", "six")
+    for number, weight in ((1, {"train": False}), (3, {"weight": 0.5})):
+        record["messages"][number] |= weight
+    prepared = learn([record])
+    assert learned(prepared, special) == [["four<|im_end|>", "six<|im_end|>"]]
+    source = prepared.train.sources[0]
+    assert source.weights is not None
+    assert sorted({*np.asarray(source.weights)[np.asarray(source.trained)].tolist()}) == [0.5, 1.0]
+
+
+def test_each_answer_ends_an_example_of_its_own(learn: Any, special: Any, chat: Any) -> None:
+    record = chat("One", "two", "three", "four")
+    record["messages"][3]["train"] = True
+    assert learned(learn([record], THINKING, loss_on="each"), special) == [
+        ["<think>\n\n</think>\n\ntwo<|im_end|>"],
+        ["<think>\n\n</think>\n\nfour<|im_end|>"],
+    ]
+
+
+def test_a_prompt_that_opens_a_thought_is_told(learn: Any, chat: Any) -> None:
+    notes = learn([chat("One", "two")], FORCED).report.notes
+    assert any("the generation prompt ends in '<think>\\n'" in note for note in notes)
+
+
+def test_values_for_the_template_are_written_into_it(learn: Any, special: Any, chat: Any, tmp_path: Path) -> None:
+    text = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + (mood or '') + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    )
+    text += "{% if add_generation_prompt %}{{ '<|im_start|>assistant' + (mood or '') + '\n' }}{% endif %}"
+    prepared = learn([chat("One", "two")], text, template_kwargs={"mood": {"a": [1, None, "é"]}["a"][2]})
+    assert "<|im_start|>useré" in of(prepared, special, 1, 0).examples[0].plain()
+    assert 'set mood = "é"' in prepared.template.text
+    with pytest.raises(DataError, match="mod` is nothing") as caught:
+        learn([chat("One", "two")], text, template_kwargs={"mod": 1})
+    assert caught.value.hint == "did you mean `mood`?"
+
+
+def test_the_day_is_pinned(learn: Any, special: Any, chat: Any) -> None:
+    today = "{{ strftime_now('%d %b %Y') + strftime_now(\"%H\") }}"
+    prepared = learn([chat("One", "two")], "\n" + today + LLAMA3)
+    assert of(prepared, special, 1, 0).examples[0].plain().startswith("\n26 Jul 202400<s>")
+    assert prepared.template.text == "\n" + today + LLAMA3  # what is saved asks for the day it is used on
+
+
+def test_characters_that_mark_words_are_refused_where_words_must_be_marked(learn: Any, special: Any) -> None:
+    with pytest.raises(DataError, match="noncharacters"):
+        learn([{"messages": [*CALLED[:3], {"role": "assistant", "content": "\ufdd0two"}], "tools": TOOLS}], CALLS)
+
+
+ATOMS = [
+    "word",
+    " ",
+    "\n",
+    "<think>",
+    "</think>",
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "é",
+    "🐈",
+    "[/INST]",
+    "</s>",
+    "{{ x }}",
+    '"',
+]
+
+
+@pytest.fixture(scope="module")
+def maskers(make_tokenizer: Any) -> list[Masker]:
+    tokenizer = make_tokenizer()
+    templates = (resolve("chatml", tokenizer), Template("thinking", THINKING), Template("marked", MARKED))
+    return [Masker(Renderer(template, tokenizer), tokenizer) for template in templates]
+
+
+@given(st.lists(st.lists(st.sampled_from(ATOMS), min_size=1, max_size=4).map("".join), min_size=2, max_size=4))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_words_are_learned_whole_or_refused(maskers: list[Masker], texts: list[str]) -> None:
+    """Headers, ends and tags within the words: what is learned is the answer's words and their end."""
+    for masker in maskers:
+        messages = tuple(Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(texts))
+        example = Example(Where("f", 1), messages)
+        try:
+            text, found = masker.spans(example, "assistant")
+        except Unsafe:
+            continue
+        assert found is not None
+        for span in found:
+            said = text[span.start : span.stop]
+            assert said in (words := messages[span.message].content + "<|im_end|>", "<think>\n\n</think>\n\n" + words)

@@ -16,11 +16,11 @@ items = st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=60)
 
 
 @settings(max_examples=200, deadline=None)
-@given(items=items, tokens=st.integers(16, 40), documents=st.integers(1, 12))
-def test_every_item_once_and_in_bounds(items: list[tuple[int, bool]], tokens: int, documents: int) -> None:
+@given(items=items, tokens=st.integers(16, 40), documents=st.integers(1, 12), window=st.integers(1, 70))
+def test_every_item_once_and_in_bounds(items: list[tuple[int, bool]], tokens: int, documents: int, window: int) -> None:
     cut = np.asarray([c for _, c in items], dtype=np.bool_)
     lengths = np.asarray([n if c else min(n, tokens) for n, c in items], dtype=np.int64)
-    packing = pack(lengths, cut, tokens, documents)
+    packing = pack(lengths, cut, tokens, documents, window)
 
     assert packing.first[0] == 0 and packing.first[-1] == len(packing.item)
     for row in range(packing.rows):
@@ -105,3 +105,10 @@ def test_shuffles_stay_the_same_for_good() -> None:
 
 
 GOLDEN = [5, 4, 1, 0, 2, 7, 6, 3]
+
+
+def test_windows_cost_hardly_any_space_and_little_memory() -> None:
+    lengths = np.clip(np.random.default_rng(0).lognormal(5, 0.8, 40_000), 20, 2048).astype(np.int64)
+    cut = np.zeros(len(lengths), dtype=np.bool_)
+    whole, parts = (pack(lengths, cut, 2048, 255, window) for window in (1 << 20, 4096))
+    assert parts.efficiency > 0.99 and whole.efficiency - parts.efficiency < 0.005

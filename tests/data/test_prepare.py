@@ -16,6 +16,8 @@ from halfbyte.data import checks, templates
 from halfbyte.data.config import DataConfig
 from halfbyte.data.encode import Encoder
 from halfbyte.data.prepare import Prepared, prepare
+from halfbyte.data.rendering import Renderer
+from halfbyte.data.turns import Message
 from halfbyte.errors import DataError
 
 
@@ -51,7 +53,7 @@ def test_equal_examples_stay_on_one_side(run: Any, chat: Any) -> None:
 def test_a_small_set_still_holds_out_one(run: Any, chat: Any) -> None:
     prepared = run([chat(f"One {i}?", "two") for i in range(3)])
     assert len(prepared.train) == 2 and len(held_out(prepared)) == 1
-    with pytest.raises(DataError, match="one example cannot be both"):
+    with pytest.raises(DataError, match="one example, or one group of them, cannot be both"):
         run([chat("One?", "two")])
     assert run([chat("One?", "two")], eval=0).eval == {}
 
@@ -93,9 +95,11 @@ def test_too_much_too_long_is_an_error(policy: str, run: Any, chat: Any) -> None
 
 def test_truncate_and_split(run: Any, chat: Any) -> None:
     records = [chat("One?", LONG), chat(LONG, "two")]
-    cut = run(records, eval=0, too_long="truncate")
+    cut = run(records, eval=0, too_long="truncate_right")
     assert cut.train.lengths.tolist() == [64] and cut.report.sources[0].truncated == 2  # of the second, only the question was left
     assert any("nothing in them would be learned" in note for note in cut.report.notes)
+    end = run(records, eval=0, too_long="truncate_left")
+    assert end.train.lengths.tolist() == [64, 64] and end.train.stop.tolist() == end.train.sources[0].offsets[1:].tolist()
     parts = run(records, eval=0, too_long="split")
     assert parts.report.sources[0].split == 2 and int(parts.train.lengths.max()) <= 64
     first = parts.train.take(parts.train.example == 0)
@@ -195,7 +199,7 @@ def test_templates_resolve(make_tokenizer: Any, tokenizer: Any, tmp_path: Path) 
 def test_templates_run_in_a_sandbox(tokenizer: Any) -> None:
     text = "{{ messages.__class__.__mro__ }}{{ messages[0]['content'] + eos_token }}"
     with pytest.raises(DataError, match="unsafe"):
-        templates.Renderer(templates.Template("x", text), tokenizer)([templates.Message("user", "a")])
+        Renderer(templates.Template("x", text), tokenizer)([Message("user", "a")])
 
 
 def test_the_cache(run: Any, chat: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ def test_rendered_without_colour(tokenizer: Any, jsonl: Any, chat: Any, tmp_path
     Console(file=out, width=100, no_color=True).print(renderable(of(prepared, tokenizer, 2, 0)))
     text = out.getvalue()
     assert text.count("⟦It is a cat") == 2 and "<|im_start|>assistant⏎" in text and ".<|im_end|>⟧" in text
-    for word in ("rows of 128 tokens", "first row: 4 documents of", "left over (no loss)", "eval: data", "longest", "data.jsonl:"):
+    for word in ("rows of 128 tokens", "row 1: 4 documents of", "left over (no loss)", "eval: data", "longest", "data.jsonl:"):
         assert word in text
 
 
@@ -44,6 +44,7 @@ def test_as_data(tokenizer: Any, jsonl: Any, chat: Any, tmp_path: Any) -> None:
     found = json.loads(json.dumps(of(prepared, tokenizer, 5, 0).as_dict()))
     example = found["examples"][0]
     assert "".join(p["text"] for p in example["pieces"] if p["trained"]) == "two<|im_end|>"
-    assert sum(len(p["ids"]) for p in example["pieces"]) == example["tokens"] == found["first_row"]["documents"][0]
-    assert found["first_row"]["left_over"] == 64 - example["tokens"] and found["lengths"][0]["learned"] == example["trained"]
+    assert sum(len(p["ids"]) for p in example["pieces"]) == example["tokens"] == found["rows"][0]["tokens"][0]
+    assert found["rows"][0]["left"] == 64 - example["tokens"] and found["rows"][0]["trained"] == [example["trained"]]
+    assert found["rows"][0]["example_ids"] == [0] and found["lengths"][0]["learned"] == example["trained"]
     assert found["template"]["text"] == tokenizer.chat_template and found["report"]["sources"][0]["examples"] == 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,45 +9,17 @@ from typing import Any
 
 import pytest
 
-from halfbyte.data import hub
+from datafiles import ROWS, WRITERS
+from halfbyte.data import files, hub
 from halfbyte.data.config import SourceConfig
 from halfbyte.data.problems import Problems
 from halfbyte.data.sources import Record, open_source
 from halfbyte.errors import DataError
 
-ROWS = [{"prompt": 'a, "b"\nc', "completion": "é 二"}, {"prompt": "{{name}}", "completion": "x"}]
-
 
 def read(path: Path | str, **options: Any) -> tuple[list[Record], Problems]:
     problems = Problems()
     return list(open_source(SourceConfig(path=str(path), **options), Path("unused")).read(problems)), problems
-
-
-def _csv(path: Path, delimiter: str = ",") -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, ["prompt", "completion"], delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(ROWS)
-
-
-def _parquet(path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
-
-
-WRITERS: dict[str, Callable[[Path], Any]] = {
-    "a.jsonl": lambda p: p.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8"),
-    "a.jsonl.gz": lambda p: p.write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
-    "a.json": lambda p: p.write_text(json.dumps(ROWS, indent=2), encoding="utf-8"),
-    "lines.json": lambda p: p.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8"),
-    "bom.json": lambda p: p.write_text(json.dumps(ROWS), encoding="utf-8-sig"),
-    "bom.jsonl": lambda p: p.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8-sig"),
-    "a.csv": _csv,
-    "a.tsv": lambda p: _csv(p, "\t"),
-    "a.parquet": _parquet,
-}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -61,9 +31,9 @@ def test_every_kind_gives_the_same_records(name: str, tmp_path: Path) -> None:
 
 def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
-    _csv(tmp_path / "a.csv")
+    WRITERS["a.csv"](tmp_path / "a.csv")
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n')
-    _parquet(tmp_path / "a.parquet")
+    WRITERS["a.parquet"](tmp_path / "a.parquet")
     places = {
         name: [str(r.where).removeprefix(str(tmp_path)) for r in read(tmp_path / name)[0]]
         for name in ("a.json", "a.csv", "a.jsonl", "a.parquet")
@@ -86,7 +56,12 @@ def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
         ("a.json", b'[{"a": 1},\n 3]', "a.json:2: expected an object with named fields, got a number"),
         ("a.csv", b"a,b\n1,2\n3\n4,5,6\n", "a.csv:3: expected 2 columns, got 1"),
         ("a.csv", b"a,b\n1,2\n4,5,6\n", "a.csv:3: expected 2 columns, got 3"),
+        ("a.json", b'[{"a": ' + b"[" * 100_000, "a.json:1: expected a JSON array of objects, got brackets nested too deeply"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl:1: expected a JSON object, got brackets nested too deeply"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "a.jsonl:1: expected a JSON object, got exceeds the limit"),
+        ("a.csv", b'a,b\n1,2\n"4"5,6\n', "a.csv:3: expected a record of comma-separated values"),
         ("a.parquet", b"nonsense", "a.parquet row 1: expected a Parquet file"),
+        ("a.arrow", b"nonsense", "a.arrow row 1: expected an Arrow file"),
     ],
 )
 def test_a_bad_line_is_named(name: str, content: bytes, said: str, tmp_path: Path) -> None:
@@ -103,6 +78,48 @@ def test_good_lines_after_bad_ones_are_still_read(tmp_path: Path) -> None:
     assert len(records) == problems.total == 15
     with pytest.raises(DataError, match=r"15 examples are wrong(.|\n)*and 5 more"):
         problems.raise_any()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.xz", "a.txt.bz2", "a.json.zst"])
+def test_a_damaged_compressed_file_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\x1f\x8b\x08\x00nonsense")
+    with pytest.raises(DataError, match=rf"{name}` cannot be read") as caught:
+        read(tmp_path / name)
+    assert caught.value.code == "data.bad-file"
+
+
+def test_an_array_is_read_in_small_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"a": "é" * n, "b": [n, {"c": -1.5}]} for n in range(30)]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+    wanted = read(path)[0]
+    whole = files.chunks
+    for size in (1, 7, 64):
+        monkeypatch.setattr(files, "chunks", lambda file, size=size: whole(file, size))
+        records, problems = read(path)
+        assert records == wanted and [r.data for r in records] == rows and not problems.total
+
+
+def test_a_saved_dataset_is_its_arrow_files(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    records, _ = read(tmp_path / "saved")
+    assert [r.data for r in records] == ROWS
+
+
+def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    path.write_text('{"a": 1}\n')
+    first = files.digest([path], cache)
+    assert not (cache / "digests").exists()  # just written: its time of change is not believed yet
+    monkeypatch.setattr(files, "SETTLED", -1.0)
+    assert files.digest([path], cache) == first
+    monkeypatch.setattr(files, "_hash", lambda _: pytest.fail("read again"))
+    assert files.digest([path], cache) == first
+    monkeypatch.undo()
+    path.write_text('{"a": 2}\n')
+    assert files.digest([path], cache) != first
 
 
 def test_not_utf8_names_the_line(tmp_path: Path) -> None:

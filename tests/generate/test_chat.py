@@ -159,3 +159,13 @@ def test_messages_go_through_the_saved_template_and_strings_do_not():
 def test_wrong_arguments_are_named(wrong):
     with pytest.raises(RecipeError, match=next(iter(wrong))):
         generate(packed_base(), HELLO, **wrong)
+
+
+def test_templates_that_read_parts_and_templates_that_close_no_turn():
+    base = packed_base()
+    parts = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}<|endoftext|>{% endfor %}"
+    assert encode(base, HELLO, parts) == base.tokenizer("hello<|endoftext|>", add_special_tokens=False)["input_ids"]
+    opening = base.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    unclosed = "{% for m in messages %}<|im_start|>{{ m['role'] + m['content'] }}{% endfor %}"
+    assert opening in end_tokens(base, unclosed)
+    assert opening not in end_tokens(base, base.tokenizer.chat_template)

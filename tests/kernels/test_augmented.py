@@ -33,7 +33,7 @@ def test_members_of_different_widths_are_refused() -> None:
         Group([Member(torch.ones(2, 8), None, None), Member(torch.ones(2, 4), None, None)])
 
 
-@pytest.mark.cpu
+@pytest.mark.slow
 def test_interpreted() -> None:
     runner.prove_forced(checks_augmented, "fused")
 

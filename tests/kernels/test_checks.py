@@ -19,8 +19,7 @@ def test_cuda_twin(name: str) -> None:
     checks.CHECKS[name]("cuda")
 
 
-@pytest.mark.cpu
-@pytest.mark.parametrize("twin", ["fused", "reference"])
+@pytest.mark.parametrize("twin", [pytest.param("fused", marks=pytest.mark.slow), pytest.param("reference", marks=pytest.mark.cpu)])
 def test_forced_twin(twin: str) -> None:
     runner.prove_forced(checks, twin)
 

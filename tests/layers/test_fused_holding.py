@@ -41,7 +41,14 @@ def test_held_in_e4m3_the_same_bits_as_without() -> None:
     assert all(g.float8_held and not g.held for g in groups)
     got_hidden, got = gradients_of(model, adapter)
     assert torch.equal(got_hidden, hidden) and all(torch.equal(got[name], grad) for name, grad in expected.items())
-    assert all(g.float8 is not None for g in groups)
+    layers = [m.fused for m in model.modules() if isinstance(m, DecoderLayer)]
+    assert all(isinstance(f, Fused) and f.decoded_bytes > 0 for f in layers)
+    for fused in layers:
+        assert isinstance(fused, Fused)
+        fused.decode(False)
+        assert fused.decoded_bytes == 0
+    got_hidden, _ = gradients_of(model, adapter)
+    assert torch.equal(got_hidden, hidden) and not any(g.float8_held for g in _groups(model))
     remove(model)
 
 

@@ -83,6 +83,7 @@ def test_skipping_the_head_by_name_is_no_mistake_and_changes_nothing() -> None:
     assert swap.plan_packing(model, ["lm_head"], NF4) == swap.plan_packing(model, (), NF4)
 
 
+@pytest.mark.cpu
 def test_no_dense_copy_is_left() -> None:
     model = tiny_model("llama", intermediate_size=168)  # a shape that no other test has
     dense = {r.path: weakref.ref(model.get_parameter(r.path)) for r in swap.plan_packing(model, (), NF4).packed}

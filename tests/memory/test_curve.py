@@ -32,6 +32,7 @@ def chooser_of(budget: str | Budget, *overrides: str) -> Chooser:
     return chooser(recipe, budget, config=SMOLLM2)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(
     ("budget", "overrides"),
     [("24GiB", ()), ("3GiB", ()), ("24GiB", ("format=none",)), (CPU, ()), (CPU, ("memory.recompute=on",))],
@@ -48,6 +49,7 @@ def test_the_largest_moment_of_the_planned_curve_is_the_plan(budget: Any, overri
     assert found.totals[-1] < found.peak, "the update needs less"
 
 
+@pytest.mark.cpu
 def test_held_weights_are_a_part_and_leave_no_scratch() -> None:
     made = chooser_of("24GiB")
     rung = replace(settled(made).rung, decoded=False)
@@ -56,6 +58,7 @@ def test_held_weights_are_a_part_and_leave_no_scratch() -> None:
     assert SCRATCH in plain.parts and SCRATCH not in held.parts
 
 
+@pytest.mark.cpu
 def test_a_picture_of_the_plan_alone(tmp_path: Path) -> None:
     made = chooser_of("24GiB")
     picture.of_plan(tmp_path / "new" / "a.png", made, settled(made))

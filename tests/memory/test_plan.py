@@ -16,6 +16,7 @@ from halfbyte.config import Recipe
 from halfbyte.errors import MemoryPlanError, RecipeError
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep, keeping
 from halfbyte.machine import Device
+from halfbyte.memory import speed
 from halfbyte.memory.budget import GIB, Budget, budget
 from halfbyte.memory.choose import Chooser
 from halfbyte.memory.gpus import CARDS
@@ -26,14 +27,58 @@ from halfbyte.memory.shapes import shapes, skeleton
 from halfbyte.recipe import recipe_from
 from support import QWEN3_8B, SMOLLM2
 
+pytestmark = pytest.mark.cpu
+
 
 def recipe_of(*overrides: str) -> Recipe:
     return recipe_from({"model": "m", "data": {"train": "a.jsonl"}}, list(overrides))
 
 
-def test_products_in_fp8_hold_no_decoded_weights() -> None:
-    found = plan(recipe_of("compute=fp8"), "h200", config=QWEN3_8B)
-    assert not any(rung.decoded for rung in found.rungs)
+def test_products_in_fp8_are_counted_and_timed_as_such() -> None:
+    """Two layouts of a byte a weight are held where 16 bits hold one of two; the step is a third faster, less than its products."""
+    wide, narrow = (plan(recipe_of(f"compute={c}", "memory.microbatch=4"), "h200", config=QWEN3_8B) for c in ("bf16", "fp8"))
+    held = {p.compute: next(part.bytes for part in p.parts if part.name == "decoded weights") for p in (wide, narrow)}
+    assert narrow.rung.decoded and 1.0 < held["fp8"] / held["bf16"] < 1.04
+    assert wide.seconds is not None and narrow.seconds is not None and 1.3 < wide.seconds / narrow.seconds < 1.6
+
+
+def test_a_card_without_fp8_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"compute: fp8 needs compute capability 8.9 or newer, which a100-80g has not") as caught:
+        plan(recipe_of("compute=fp8"), "a100-80g", config=SMOLLM2)
+    assert caught.value.code == "recipe.compute"
+    assert plan(recipe_of("compute=fp8"), "rtx4060ti", config=SMOLLM2).compute == "fp8"
+
+
+def test_the_embedding_waits_in_host_memory_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bytes fewer as it has; slower by the bus alone; left on the GPU while something as fast fits."""
+    size = 2 * 151_936 * 4096
+    roomy, tight = plan(recipe_of(), "80GiB", config=QWEN3_8B), plan(recipe_of(), "7GiB", config=QWEN3_8B)
+    assert not roomy.embedded and roomy.embedding == "auto: it stays while memory is not short"
+    assert tight.embedded == size and tight.embedding == "auto: faster than what else would fit" and tight.rung.embedding_away
+    assert "1.16 GiB of the embedding in host memory" in " ".join(tight.table().split())
+    one = ("memory.microbatch=1", "memory.recompute=off", "memory.offload=off", "optim.paged=never")
+    here, there = (plan(recipe_of(*one, f"memory.embedding={e}"), "rtx4090", config=QWEN3_8B) for e in ("gpu", "host"))
+    assert there.embedding == "asked for" and here.bytes - there.bytes == size
+    assert here.seconds is not None and there.seconds is not None
+    assert there.seconds - here.seconds == pytest.approx(8 * 2048 * 4096 * 2 / (speed.GATHER * 25e9))
+    assert any(
+        a.startswith("memory.embedding=host saves 1.16 GiB")
+        for a in plan(recipe_of(*one, "memory.embedding=gpu"), "4GiB", config=QWEN3_8B).advice
+    )
+    monkeypatch.setattr("halfbyte.machine.ram", lambda: Device("CPU", GIB, 64 * GIB))
+    monkeypatch.setattr("halfbyte.memory.choose.twin", lambda device: "fused")
+    short = plan(recipe_of(), Budget("cuda", "rtx4090", 7 * GIB, 7 * GIB, True, ""), config=QWEN3_8B)
+    assert not short.embedded and short.embedding.startswith("auto: it would take 1.16 GiB of host memory, 1.00 GiB are free")
+
+
+def test_an_embedding_that_must_stay() -> None:
+    tied = plan(recipe_of(), "1GiB", config=SMOLLM2)
+    assert tied.embedding == "auto: it is the output head too (tied), which the loss reads as a whole"
+    learning = plan(recipe_of("adapter.modules_to_save=[embed_tokens]"), "24GiB", config=QWEN3_8B)
+    assert learning.embedding == "auto: it learns"
+    with pytest.raises(RecipeError, match=r"memory.embedding: host cannot be had here: it is the output head too") as caught:
+        plan(recipe_of("memory.embedding=host"), "24GiB", config=SMOLLM2)
+    assert caught.value.code == "memory.embedding"
 
 
 def test_8b_on_cards() -> None:
@@ -51,7 +96,6 @@ def test_8b_on_cards() -> None:
     assert caught.value.code == "memory.no-fit"
 
 
-@pytest.mark.cpu
 def test_more_memory_never_chooses_worse() -> None:
     order = [plan(recipe_of(), f"{g}GiB", config=QWEN3_8B) for g in (10, 16, 24, 40, 80, 141)]
     seconds = [p.rung.seconds for p in order]
@@ -73,7 +117,6 @@ def test_rungs_go_down_in_bytes_and_up_in_seconds() -> None:
     assert found.smaller(found.rungs[-1]) is None
 
 
-@pytest.mark.cpu
 def test_the_choice_is_as_fast_as_the_fastest_of_all_that_were_tried_one_by_one() -> None:
     """Against every pair of choices of a coarser list, counted layer by layer."""
     recipe, card = recipe_of("data.tokens=4096", "memory.microbatch=1", "optim.paged=never"), budget("rtx3060")
@@ -149,7 +192,6 @@ def test_a_rung_says_what_each_layer_keeps() -> None:
     assert Rung(**json.loads(json.dumps(asdict(rung)))) == rung
 
 
-@pytest.mark.cpu
 def test_speeds_of_cards_and_of_none() -> None:
     known, unknown = plan(recipe_of(), "rtx4090", config=QWEN3_8B), plan(recipe_of(), "24GiB", config=QWEN3_8B)
     assert known.rates == "tabulated for rtx4090" and known.tokens_per_second is not None and known.seconds is not None
@@ -188,7 +230,7 @@ def test_json_is_what_the_schema_says() -> None:
     part = schema["$defs"]["Part"]["properties"]
     again = json.loads(json.dumps(found))
     assert all(set(p) == set(part) for p in again["parts"])
-    assert again["version"] == 3 and again["tokens_per_second"] is None
+    assert again["version"] == 4 and again["tokens_per_second"] is None
 
 
 def test_table_is_readable_without_colour() -> None:
@@ -248,7 +290,6 @@ def test_unknown_model_type() -> None:
         plan(recipe_of(), "24GiB", config=config)
 
 
-@pytest.mark.cpu
 def test_moments_wait_in_host_memory_where_nothing_else_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Left on the GPU while they fit; `always` and `never` decide; what the host has no room for is not pinned."""
     monkeypatch.setattr("halfbyte.memory.choose.twin", lambda device: "fused")

@@ -19,13 +19,17 @@ from torch.utils._pytree import tree_leaves
 
 from halfbyte.adapters import lora
 from halfbyte.config import Recipe
-from halfbyte.formats.packed import Format
-from halfbyte.kernels import attention, norm, rotary
+from halfbyte.formats.packed import Format, Packed
+from halfbyte.kernels import attention, fp8, norm, rotary
+from halfbyte.kernels.augmented import Group
+from halfbyte.kernels.fp8 import Rows
+from halfbyte.kernels.fp8 import plan as fp8_plan
 from halfbyte.kernels.glu import reference as glu_reference
+from halfbyte.kernels.products import Augmented, Float8
 from halfbyte.layers import swap
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.forward import hidden_states
-from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, NAMES, keeping
+from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, NAMES, Keep, keeping
 from halfbyte.layers.fused.layer import Fused
 from halfbyte.layers.fused.prepare import prepare, set_keep
 from halfbyte.memory import fused, tape
@@ -103,16 +107,33 @@ def only_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halfbyte.kernels.augmented.reference.write", nothing)
     monkeypatch.setattr("halfbyte.kernels.outer.reference.outer", nothing)
 
+    def decoded(group: Group, found: Any, *rest: Any) -> None:
+        """Weights of other formats are 16-bit numbers on the way."""
+        for m, straight in zip(group.members, found.fast, strict=True):
+            if not straight and isinstance(m.weight, Packed):
+                torch.empty(m.weight.shape, dtype=torch.bfloat16)
 
-def layer_of(family: str, adapter: dict[str, Any]) -> tuple[torch.nn.Module, DecoderLayer, dict[str, Any], tape.Work]:
+    for name in ("quantize_rows", "quantize_both", "fill_tail", "product"):
+        monkeypatch.setattr(fp8.reference, name, nothing)
+    for name in ("forward_weight", "backward_weight"):
+        monkeypatch.setattr(fp8.reference, name, decoded)
+
+
+def layer_of(
+    family: str, adapter: dict[str, Any], *, float8: bool = False, decoded: bool = False, fmt: str = "nf4"
+) -> tuple[torch.nn.Module, DecoderLayer, dict[str, Any], tape.Work]:
     """A tiny model, its second layer, how it is called, and how its memory is counted."""
     still = {"gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}}.get(family, {})
-    recipe = recipe_of(adapter=adapter)
+    if family != "gpt2":
+        # Of whole blocks, so that nf4 decodes straight to e4m3.
+        still |= {"intermediate_size": 192}
+    recipe = recipe_of(adapter=adapter, format=fmt)
     model = tiny_model(family, **still)
-    swap.pack(model, None, Format.from_config(recipe.format))
+    swap.pack(model, None, None if fmt == "none" else Format.from_config(recipe.format))
     swap.adopt(model)
     flatten(lora.attach(model, recipe.adapter, 0).parameters())
-    assert prepare(model, in_place=True).layers == 2
+    products = Float8() if float8 else Augmented()
+    assert prepare(model, products=products, in_place=True, decoded=decoded).layers == 2
     layer = [m for m in model.modules() if isinstance(m, DecoderLayer)][1]
     call: dict[str, Any] = {}
     hook = layer.register_forward_pre_hook(lambda m, args, kwargs: call.update(kwargs, hidden_states=args[0]), with_kwargs=True)
@@ -123,7 +144,16 @@ def layer_of(family: str, adapter: dict[str, Any]) -> tuple[torch.nn.Module, Dec
     hook.remove()
     s = shapes(skeleton(tiny_config(family, **still), torch.float32), recipe.format, recipe.adapter)
     assert isinstance(s.layer, fused.Layer), s.layer
-    return model, layer, call, tape.Work(s.layer, TOKENS, 4, flash=False)
+    assert isinstance(layer.fused, Fused)
+    counted = s.layer.in_float8() if float8 else s.layer
+    if float8:
+        for p in (layer.fused.parts.qkv, layer.fused.parts.out, layer.fused.parts.inputs, layer.fused.parts.down):
+            fp8_plan.of(p.group)  # known from the first step on, and so is what is held
+            if decoded:
+                fp8.forward_weight(p.group, torch.float32)
+                fp8.backward_weight(p.group, torch.float32)
+        assert layer.fused.decoded_bytes == decoded * counted.decoded(4)
+    return model, layer, call, tape.Work(counted, TOKENS, 4, decoded, flash=False)
 
 
 def measured(layer: DecoderLayer, call: dict[str, Any]) -> tuple[int, int, int]:
@@ -143,7 +173,7 @@ def measured(layer: DecoderLayer, call: dict[str, Any]) -> tuple[int, int, int]:
             kept = live.now - made
             # As the layer above leaves it: with room behind.
             room = torch.ones(out.shape[1], out.shape[2] + layer.fused.parts.down.rank)
-            grad = layer.fused.room.leave(room, out.shape[2])[None]
+            grad = layer.fused.room.leave(room, out.shape[2], _rows_below(layer.fused))[None]
             del room
             live.peak = live.now
             out.backward(grad)
@@ -153,12 +183,24 @@ def measured(layer: DecoderLayer, call: dict[str, Any]) -> tuple[int, int, int]:
     return forward + x.nbytes, kept + x.nbytes, backward + x.nbytes
 
 
+def _rows_below(layer: Fused) -> Rows | None:
+    """What a layer like this one leaves for the one below, in e4m3."""
+    norms = layer.parts.structure.norms
+    plain = not (norms.parallel or norms.after_attention or norms.after_mlp or layer.parts.structure.residual_multiplier != 1.0)
+    return layer.products.rows(layer.parts.down.group, TOKENS, back=True) if plain and norms.before_attention else None
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("family", FUSED)
 def test_a_layer_allocates_what_the_script_says(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, layer, call, work = layer_of(family, {"rank": 8, "targets": "all-linear"})
     only_sizes(monkeypatch)
     every = [*SUBSETS, *TILED] if family in ("llama", "gemma2", "cohere") else [EVERYTHING, INPUTS, *SUBSETS[7:27:6], TILED[0]]
+    agree(model, layer, call, work, every)
+
+
+def agree(model: Any, layer: DecoderLayer, call: dict[str, Any], work: tape.Work, every: list[Keep]) -> None:
+    """What is allocated is what the script says, for each choice of what is kept."""
     for keep in every:
         set_keep(model, keep)
         forward, kept, backward = measured(layer, call)
@@ -168,3 +210,23 @@ def test_a_layer_allocates_what_the_script_says(family: str, monkeypatch: pytest
         for name, found in (("forward", forward), ("backward", backward)):
             # In tiles a pair of rows' numbers and the smallest scratch are left out.
             assert abs(said[name] / found - 1) < (0.04 if keep.tile else 0.015), (keep, name, found, said[name])
+
+
+CASES = [
+    ("llama", {"fmt": "nf4"}),
+    ("llama", {"fmt": "int4"}),
+    ("llama", {"fmt": "nf4", "decoded": True}),
+    ("llama", {"fmt": "none"}),
+    *((family, {"fmt": "nf4"}) for family in ("gemma2", "cohere", "qwen3", "olmo2", "gpt2", "granite")),
+]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(("family", "how"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())))
+def test_so_does_a_layer_whose_products_are_in_fp8(family: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layer, call, work = layer_of(family, {"rank": 8, "targets": "all-linear"}, float8=True, **how)
+    assert all(g.fits for g in work.layer.groups)
+    only_sizes(monkeypatch)
+    agree(model, layer, call, work, [EVERYTHING, INPUTS, *SUBSETS[7:27:6], TILED[0]])
+    lean = tape.backward(work, INPUTS).at_peak
+    assert any(name.startswith("rows") for name in lean), "operands in e4m3 are counted"

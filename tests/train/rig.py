@@ -39,6 +39,7 @@ class Micro:
     labels: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
+    weights: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class RowBatch:
     @property
     def trained_tokens(self) -> int:
         return int((self.labels != -100).sum())
+
+    @property
+    def weight(self) -> float:
+        return float(self.trained_tokens)
 
     def microbatches(self, m: int) -> Iterator[Micro]:
         for at in range(0, len(self.ids), m):

@@ -20,6 +20,8 @@ from halfbyte.train.signals import Stop, guard
 from halfbyte.train.state import Parts, State
 from train import rig
 
+pytestmark = pytest.mark.cpu
+
 
 def lines(output: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what the clock decides."""

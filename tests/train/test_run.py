@@ -248,6 +248,19 @@ def test_the_weights_of_the_lowest_held_out_loss_are_exported(files: Path, tmp_p
     assert f"after:  {' '.join(answer.split())}" in result.summary
 
 
+def test_doubts_about_an_adapter_are_told_before_the_first_step(files: Path, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    asked = ("adapter.targets=[layers.0.self_attn.q_proj]", "adapter.rank=24", "format=none", "train.max_steps=1")
+    run(files, tmp_path / "run", *asked, "train.eval_every=0.5", on_event=events.append)
+    first = next(i for i, event in enumerate(events) if event["kind"] in ("eval", "train"))
+    told = " ".join(event.get("text", "") for event in events[:first])
+    assert "WARNING: q_proj: 1 of 2 layers" in told and "[adapter.part-of-layers]" in told
+    assert "vLLM loads this adapter with --enable-lora --max-lora-rank 32" in told
+    with pytest.raises(ModelError) as caught:
+        run(files, tmp_path / "head", "adapter.targets=[q_proj, lm_head]", "format=none")
+    assert caught.value.code == "adapter.head" and "modules_to_save" in caught.value.hint
+
+
 def test_a_missing_tracker_is_an_error_before_anything_is_loaded(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

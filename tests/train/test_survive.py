@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -12,10 +12,10 @@ from typing import Literal
 import pytest
 import torch
 
+from halfbyte import shortage
 from halfbyte.errors import Interrupted, MemoryPlanError
 from halfbyte.machine import Device
 from halfbyte.memory.rungs import Rung, below, ways
-from halfbyte.train import ladder
 from halfbyte.train.state import Parts
 from train import rig
 from train.test_loop import StopAfter, assert_same
@@ -131,6 +131,7 @@ def test_when_nothing_fits_the_run_is_saved_and_goes_on_later(tmp_path: Path) ->
     assert_same(whole, again)
 
 
+@pytest.mark.cpu
 def test_evaluation_may_find_no_memory_too(tmp_path: Path) -> None:
     whole = rig.build(tmp_path / "whole", steps=2)
     rig.run(whole)
@@ -142,6 +143,46 @@ def test_evaluation_may_find_no_memory_too(tmp_path: Path) -> None:
     )
 
 
+def answering(parts: Parts, fails: Container[int]) -> Parts:
+    """The run whose answer number n (from 1) finds no memory, for every n in `fails`."""
+    asked: list[str] = []
+
+    def answers(prompts: Iterable[str]) -> Iterator[str]:
+        for prompt in prompts:
+            asked.append(prompt)
+            if len(asked) in fails:
+                raise RuntimeError("capture ended") from torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 MiB.")
+            yield f"{prompt}!"
+
+    return replace(parts, answers=answers)
+
+
+@pytest.mark.cpu
+def test_answers_may_find_no_memory_too(tmp_path: Path) -> None:
+    """The second of two prompts fails before the first step: a smaller rung, both again, and each is told once."""
+    messages: list[str] = []
+    parts = with_ladder(rig.build(tmp_path, steps=2, prompts=["one", "two"]), rungs(Rung(2, False), Rung(1, True)))
+    monitored = answering(parts, {2})
+    monitored.report.on_event = lambda event: messages.append(event.get("text", ""))  # type: ignore[attr-defined]
+    state = rig.run(monitored)
+    assert [s["rung"]["microbatch"] for s in state.shortages] == [1] and parts.model.training
+    told = [(sample["step"], sample["prompt"], sample["answer"]) for sample in state.samples]
+    assert told == [(step, prompt, f"{prompt}!") for step in (0, 2) for prompt in ("one", "two")]
+    assert [entry["step"] for entry in state.evaluations] == [0, 2], "what was scored is not scored again"
+    assert "step 1: 96.00 MiB could not be allocated; going on with 1 row" in "\n".join(messages)
+
+
+@pytest.mark.cpu
+def test_where_no_rung_is_left_to_answer_on_the_run_is_saved(tmp_path: Path) -> None:
+    parts = with_ladder(rig.build(tmp_path, steps=2, prompts=["one"]), rungs(Rung(2, False)))
+    with pytest.raises(MemoryPlanError, match=r"96.00 MiB could not be allocated, and nothing smaller is left"):
+        rig.run(answering(parts, range(1, 100)))
+    stored = rig.resume.newest(parts.checkpoints, print)
+    assert stored is not None and stored.step == 0
+    state = rig.run(rig.build(tmp_path, steps=2, prompts=["one"]))
+    assert state.step == 2 and [sample["step"] for sample in state.samples] == [0, 2]
+
+
 def test_other_errors_are_not_survived(tmp_path: Path) -> None:
     parts = with_ladder(rig.build(tmp_path, steps=2, eval_every=0), rungs(Rung(2, False), Rung(1, True)))
 
@@ -150,8 +191,8 @@ def test_other_errors_are_not_survived(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="shape mismatch"):
         rig.run(replace(parts, forward=broken, evals={}))
-    assert ladder.is_shortage(RuntimeError("CUDA error: out of memory"))
-    assert ladder.is_shortage(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"))
+    assert shortage.is_shortage(RuntimeError("CUDA error: out of memory"))
+    assert shortage.is_shortage(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"))
 
 
 @pytest.mark.cpu
@@ -170,33 +211,33 @@ def test_the_ladder_is_the_plans_order_without_what_needs_more() -> None:
     needs = {(4, False): 9, (2, False): 7, (1, False): 5, (4, True): 6, (2, True): 4, (1, True): 3}
 
     def measure(rung: Rung) -> int:
-        return 10 * needs[rung.microbatch, rung.recompute] - 5 * rung.paged - 2 * (rung.chunks > 1)
+        return 10 * needs[rung.microbatch, rung.recompute] - 5 * rung.paged - 3 * rung.embedding_away - 2 * (rung.chunks > 1)
 
-    found = ways([4, 2, 1], "auto", lambda m, again: again, [False, True], measure)
+    found = ways([4, 2, 1], "auto", lambda m, again: again, [False, True], [False, True], measure)
     walked, now = [], found[0]
     while (lower := below(found, now)) is not None:
         assert lower.bytes < now.bytes
-        walked.append((lower.microbatch, lower.recompute, lower.paged, lower.chunks))
+        walked.append((lower.microbatch, lower.recompute, lower.embedding_away, lower.paged, lower.chunks))
         now = lower
     assert walked == [
-        *((2, False, False, 1), (1, False, False, 1), (2, True, False, 1), (1, True, False, 1)),
-        *((1, True, True, 1), (1, True, True, 8)),
+        *((2, False, False, False, 1), (1, False, False, False, 1), (2, True, False, False, 1), (1, True, False, False, 1)),
+        *((1, True, True, False, 1), (1, True, True, True, 1), (1, True, True, True, 8)),
     ]
-    asked = ways([2], "off", lambda m, again: False, [True], measure)
+    asked = ways([2], "off", lambda m, again: False, [True], [False], measure)
     assert {(r.microbatch, r.recompute, r.paged) for r in asked} == {(2, False, True)}
     elsewhere = replace(found[0], microbatch=3, bytes=65)
     assert below(found, elsewhere) == found[2], "a rung that the plan does not have: the first that needs less"
 
 
 def test_the_numbers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ladder.measure, "cuda_device", lambda: Device("a card", 1 << 28, 24 << 30))
+    monkeypatch.setattr(shortage, "cuda_device", lambda: Device("a card", 1 << 28, 24 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 18 << 30)
     text = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 24.00 GiB of which 256.00 MiB is free."
     error, cuda = torch.OutOfMemoryError(text), torch.device("cuda", 0)
     told = "2.50 GiB could not be allocated (the run holds 18.00 GiB, driver and others 5.75, free are 0.25 of 24.00"
-    assert ladder.in_words(error, cuda) == f"{told})"
-    assert ladder.in_words(torch.OutOfMemoryError(f"{text} 20.00 GiB allowed; Of"), cuda) == f"{told}, allowed are 20.00 GiB)"
-    assert ladder.in_words(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), CPU) == "memory could not be allocated"
+    assert shortage.in_words(error, cuda) == f"{told})"
+    assert shortage.in_words(torch.OutOfMemoryError(f"{text} 20.00 GiB allowed; Of"), cuda) == f"{told}, allowed are 20.00 GiB)"
+    assert shortage.in_words(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), CPU) == "memory could not be allocated"
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import pytest
 import torch
 
 from halfbyte.checkpoints import resume
-from halfbyte.errors import MemoryPlanError
+from halfbyte.errors import MemoryPlanError, RecipeError
+from halfbyte.memory.choose import ASKED, Chooser
 from halfbyte.recipe import recipe_from
 from halfbyte.train import fusing, loop
 from halfbyte.train.finish import Result
 from halfbyte.train.run import train
 
+FILE = "adapter_model.safetensors"
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("cache")]
 
 
@@ -71,6 +74,47 @@ def test_a_run_goes_down_says_so_and_resumes_there(files: Path, tmp_path: Path, 
     assert "recompute: on (memory ran short at step 2; kept from the checkpoint)" in messages
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "short")
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_the_embedding_goes_to_host_memory_in_the_middle(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has nowhere else to put it, so the plan is told that it may; the bits are the same, from the start or from then on."""
+    fixed = ("memory.microbatch=4", "memory.recompute=on", "train.schedule=constant", "train.warmup=0", "train.prompts=[hello]")
+    whole = run(files, tmp_path / "whole", *fixed)
+    messages: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Chooser, "embedding", lambda self: ([False, True], ""))
+        short(patch, {2})
+        result = run(files, tmp_path / "short", *fixed, "train.max_steps=2", messages=messages)
+        (line,) = [text for text in messages if "could not be allocated" in text]
+        assert line.endswith("4 rows at once, every layer is recomputed in backward, the embedding is in host memory")
+        table = 4 * 272 * 64
+        assert result.memory.actual["other weights"] == whole.memory.actual["other weights"] - table
+        messages.clear()
+        run(files, tmp_path / "short", *fixed, messages=messages)
+    assert "embedding: in host memory (memory ran short at step 2; kept from the checkpoint)" in messages
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "short")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    asked: list[str] = []
+    monkeypatch.setattr(Chooser, "embedding", lambda self: ([True], ASKED))
+    there = run(files, tmp_path / "asked", *fixed, messages=asked)
+    assert "embedding: in host memory (asked for)" in asked and there.samples == whole.samples
+    assert there.eval_after == whole.eval_after
+    assert (whole.adapter / FILE).read_bytes() == (there.adapter / FILE).read_bytes()
+    monkeypatch.setattr("halfbyte.layers.embedding.send", lambda model, device: "this device cannot read host memory")
+    with pytest.raises(RecipeError, match=r"memory.embedding: host cannot be had here: this device cannot read host memory"):
+        run(files, tmp_path / "refused", *fixed)
+
+
+def test_what_finds_no_memory_before_the_first_step_ends_with_the_numbers(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*arguments: Any, **more: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512.00 MiB. GPU 0 has a total capacity of")
+
+    monkeypatch.setattr(sys.modules["halfbyte.train.run"], "AdamW", nothing)
+    with pytest.raises(MemoryPlanError, match=r"before the first step: 512.00 MiB could not be allocated") as caught:
+        run(files, tmp_path / "run")
+    assert caught.value.code == "train.out-of-memory" and "memory.gpu is auto" in caught.value.hint
 
 
 def test_fewer_rows_at_once_are_the_same_steps(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,11 @@ def file_name(name: str, role: str) -> str:
     return PREFIX + name
 
 
+def names(adapter: Adapter) -> list[str]:
+    """The names that `state_dict` will have, sorted."""
+    return sorted(file_name(name, role) for name, _, role in adapter.parameters())
+
+
 def state_dict(adapter: Adapter) -> dict[str, Tensor]:
     """Every trained tensor under its PEFT name, contiguous, on the CPU, sorted by name."""
     tensors = {file_name(name, role): parameter for name, parameter, role in adapter.parameters()}

@@ -23,12 +23,13 @@ from halfbyte.checkpoints.config import ModelConfig
 from halfbyte.checkpoints.description import Description
 from halfbyte.checkpoints.gguf import GgufTensors
 from halfbyte.checkpoints.shards import Header, Tensors
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, MemoryPlanError
 from halfbyte.formats.config import FormatConfig
 from halfbyte.formats.packed import Format, Packed
 from halfbyte.formats.quantize import dequantize
-from halfbyte.layers import swap
+from halfbyte.layers import embedding, swap
 from halfbyte.layers.report import Row, SwapReport
+from halfbyte.shortage import in_words, is_shortage
 
 log = logging.getLogger(__name__)
 STORED_DENSE = "the checkpoint keeps it in 16 bits"
@@ -40,14 +41,47 @@ def load(
     compute: torch.dtype,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
+    *,
+    embedding_away: bool = False,
 ) -> Base:
     """Loads a base: linear weights in `fmt`, everything else in `compute`, all frozen, in eval mode, on `device`.
 
+    embedding_away: the input embedding stays in host memory, where the device reads it (`layers.embedding`); where it cannot, that
+    is logged and it comes to the device.
     A checkpoint that is packed already decides the format; it must agree with what `fmt` sets explicitly.
-    Raises CheckpointError, UnsafeFileError, ModelError or FormatError; each names the file or tensor.
+    Raises CheckpointError, UnsafeFileError, ModelError or FormatError; each names the file or tensor. Raises MemoryPlanError
+    (`memory.load`) where the device has no room for it.
     """
     wanted = ModelConfig(name=model) if isinstance(model, str) else model
-    source = hub.locate(wanted)
+    source, done = hub.locate(wanted), [0, 0]
+
+    def watched(what: str, so_far: int, total: int) -> None:
+        done[:] = so_far, total
+        progress(what, so_far, total)
+
+    try:
+        return _load(source, fmt, compute, device, watched, embedding_away)
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        why = in_words(error, torch.device(device))
+    # The error is gone here, and with it the frames that held the model.
+    raise _no_room(source.name, fmt, torch.device(device), why, *done)
+
+
+def _no_room(name: str, fmt: FormatConfig, device: torch.device, why: str, done: int, total: int) -> MemoryPlanError:
+    read = f", {done / 2**30:.2f} of {total / 2**30:.2f} GiB of its files were read" if total else ""
+    helps = ["end other programs on the device" if device.type == "cuda" else "end other programs"]
+    helps += ["format.kind=nf4 stores about 4 bits a weight"] if fmt.kind in ("none", "int8") else []
+    helps += ["format.head=nf4 packs the output head, where it is not tied"] if fmt.kind != "none" and fmt.head == "16bit" else []
+    helps.append("a smaller model; `halfbyte plan` says what fits")
+    return MemoryPlanError(f"{name} could not be loaded in {fmt.kind}: {why}{read}", hint="; ".join(helps), code="memory.load")
+
+
+def _load(
+    source: Source, fmt: FormatConfig, compute: torch.dtype, device: torch.device | str, progress: Progress, embedding_away: bool
+) -> Base:
+    """`load` of what was found."""
     key = cache.key(source, fmt, compute)
     entry = cache.find(key) if fmt.kind != "none" else None
     described = description.read(source.path)
@@ -57,7 +91,7 @@ def load(
     if entry is None:
         fmt = settle(fmt, headers, source.name)
     report = _plan(net, headers, fmt)
-    fill(net, tensors, report, compute, device, progress)
+    fill(net, tensors, report, compute, device, progress, embedding_away=embedding_away)
     report = with_fields(report, rows=_measured(net, report))
     if entry is not None:
         digest = entry.digest
@@ -134,6 +168,8 @@ def fill(
     compute: torch.dtype,
     device: torch.device | str,
     progress: Progress = silent,
+    *,
+    embedding_away: bool = False,
 ) -> None:
     """Reads every tensor into `net`, packing what `report` says. If names do not match, raises before anything is read."""
     headers = tensors.headers()
@@ -145,7 +181,7 @@ def fill(
         _settle_tie(net, tensors, target, source, wanted)
     in_fp32 = _in_fp32(net)
     total = sum(headers[origin].nbytes for origin in wanted.values())
-    done = 0
+    done, waits = 0, embedding.path_of(net) if embedding_away else ""
     for name, origin in wanted.items():
         progress(name, done, total)
         value = tensors.read(origin)
@@ -153,11 +189,13 @@ def fill(
             swap.pack_module(net, name.removesuffix(".weight"), value.to(device), packed[name])
         else:
             dtype = torch.float32 if in_fp32(name) else compute
-            _set(net, name, _dense(value, name in turned, dtype), device)
+            _set(net, name, _dense(value, name in turned, dtype), "cpu" if name == waits else device)
         done += headers[origin].nbytes
         del value
     progress("", total, total)
     net.tie_weights(recompute_mapping=False)
+    if waits and (reason := embedding.send(net, torch.device(device))):
+        log.warning("the input embedding stays on the device: %s", reason)
     nn.Module.to(net, device)
     assert not any(t.is_meta for t in [*net.parameters(), *net.buffers()]), "a tensor was left without memory"
 

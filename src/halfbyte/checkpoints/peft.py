@@ -93,7 +93,7 @@ def save(adapter: Adapter, directory: str | Path, base: Base, extras: Mapping[st
         _write_json(temporary / CONFIG, peft_config.to_peft(adapter, base))
         _write_json(temporary / RECORD, asdict(record))
         for name, text in extras.items():
-            (temporary / name).write_text(text, encoding="utf-8")
+            (temporary / name).write_text(text, encoding="utf-8", newline="")
     return target
 
 
@@ -218,7 +218,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    return path.read_bytes().decode("utf-8") if path.is_file() else None  # as it is: line ends too
 
 
 def _sha256(path: Path) -> str:

@@ -19,7 +19,7 @@ def evaluate(
     target: str = typer.Argument(..., help="Run, adapter or base: a directory, Hub id, .gguf file or smollm2-135m."),
     data: list[str] = typer.Option(None, "--data", "-d", help="Files to evaluate on; default: the run's own held-out data."),
     tokens: int | None = typer.Option(None, "--tokens", min=16, help="Row length; default: the run's, or 1024."),
-    loss_on: str | None = typer.Option(None, "--loss-on", help="assistant, last or all."),
+    loss_on: str | None = typer.Option(None, "--loss-on", help="assistant, last, each or all."),
     kind: str = typer.Option("nf4", "--format", "-f", help="Format of a base without an adapter."),
     model: str | None = typer.Option(None, "--model", "-m", help="Base of the adapter, where it does not say or lies elsewhere."),
     other_base: bool = typer.Option(False, "--other-base", help="Allow a base whose weights differ from those it was trained on."),
@@ -78,6 +78,7 @@ def _data(loaded: Loaded, files: list[str], tokens: int | None, loss_on: str | N
     import tempfile
     from pathlib import Path
 
+    from halfbyte.checkpoints.peft import TEMPLATE
     from halfbyte.cli.arguments import section
     from halfbyte.data.config import DataConfig
     from halfbyte.recipe import load_recipe
@@ -90,6 +91,9 @@ def _data(loaded: Loaded, files: list[str], tokens: int | None, loss_on: str | N
             saved.write_text(loaded.recipe, encoding="utf-8")
             recipe = load_recipe(saved)
         values, seed = recipe.data.model_dump(), recipe.train.seed
+        # The template that was saved, byte for byte: the recipe may name a file that has changed since.
+        saved_template = loaded.files.directory / TEMPLATE if loaded.files and loaded.files.template is not None else "auto"
+        values |= {"template": str(saved_template), "template_kwargs": {}}
     elif not files:
         raise RecipeError(f"on what? {loaded.base.name} has no run of its own", hint="give --data FILE")
     changes = {"train": files, "eval": files} if files else {}

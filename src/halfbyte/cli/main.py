@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from halfbyte import __version__
-from halfbyte.cli import chat, data, doctor, evaluate, init, inspect, merge, plan, quantize, schema, train
+from halfbyte.cli import chat, data, doctor, evaluate, importing, init, inspect, merge, plan, quantize, schema, train
 from halfbyte.cli.console import DEFAULTS_OF_LIBRARIES, fail
 from halfbyte.errors import HalfbyteError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
     epilog="First steps: `halfbyte init`, `halfbyte plan recipe.yaml`, `halfbyte train recipe.yaml`, `halfbyte chat runs/...`.",
 )
 app.command("init")(init.init)
+app.command("import")(importing.import_)
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)

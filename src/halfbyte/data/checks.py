@@ -12,6 +12,7 @@ Why errors: each of these leaves a normal loss curve and a useless model. Cost: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from halfbyte.errors import DataError
 DROP_LIMIT = 0.05  # share of the trained tokens that may be dropped without a word from the user
 
 
-def source(tokens: Tokens, loss_on: str) -> None:
+def source(tokens: Tokens, loss_on: str | Sequence[str]) -> None:
     """Raises `data.empty` or `data.zero-trained` for a source without anything to learn."""
     if not len(tokens):
         reasons = "; ".join(tokens.notes)
@@ -61,7 +62,8 @@ def too_long(longest: int, tokens: int, dropped: int, lost: int, total: int, whe
     if policy == "error" or share > DROP_LIMIT:
         places = ", ".join(where[:3]) + (", ..." if dropped > 3 else "")
         message = f"{dropped} examples are longer than a row of {tokens} tokens ({share:.1%} of the trained tokens): {places}"
-        hint = f"set `data.tokens: {-(-longest // 64) * 64}` (the longest has {longest}), or `data.too_long: truncate` or `split`"
+        policies = "`data.too_long: split`, `truncate_left` or `truncate_right`"
+        hint = f"set `data.tokens: {-(-longest // 64) * 64}` (the longest has {longest}), or {policies}"
         raise DataError(message, hint=hint, code="data.too-long")
 
 

@@ -1,26 +1,32 @@
 """Loss masks: which characters of a rendered conversation the model must learn to write.
 
 An answer is everything that follows the generation prompt, up to and including the end-of-turn token: exactly what the model
-writes in use. Where the template marks it with `{% generation %}`, that is taken; otherwise it is the difference between the
-rendered conversation and its rendered prefix. Either way the span is checked against the answer's own text, so that a header
-can never slip in. Why so strict: a wrong mask leaves a normal loss curve (TRL #3781, axolotl's FAQ, and many more). Cost: one
-render more an answer.
+writes in use. It is found from the template itself. The words of every message are located (rendering.py); an answer begins
+where the generation prompt after the words before it ends, and it ends with the end-of-turn token after its own words, both
+taken from renders of the conversation cut short. `{% generation %}` blocks narrow that down and are held to the same proof: all
+words of a learned answer are inside, no others, and no header. Whatever does not fit is an error, never a guess.
+
+Why so strict: a wrong mask leaves a normal loss curve (TRL #3781, axolotl's FAQ, and many more). Cost: what stands between the
+words of a plain conversation is known from a few probes, and takes one render; anything else takes about three an answer.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
-from halfbyte.data.shapes import Example, Message
-from halfbyte.data.templates import Renderer
+from halfbyte.data.probe import marks
+from halfbyte.data.rendering import RESERVED, Piece, Place, Renderer, Tools, marked_copy, shared
+from halfbyte.data.turns import Example, Message, Role
 from halfbyte.errors import DataError
 
 Span = tuple[int, int]
-QUESTION, ANSWER, SECOND, LAST = "Qwertz asks", "Uiop replies", "Asdfg asks", "Hjkl replies"
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+ROLES: dict[str, Role] = {"s": "system", "u": "user", "a": "assistant"}
+PROBES = ("ua", "uaua", "uauaua", "sua", "suaua", "suauaua")  # conversations whose texts between words are remembered
 
 
 class Unsafe(Exception):
@@ -32,124 +38,340 @@ class Unsafe(Exception):
 
 
 @dataclass(frozen=True)
-class Marks:
-    """What a template writes around an answer, found by rendering a probe conversation.
+class Rendered:
+    """A conversation, its text, and where its words stand."""
 
-    `end`: from the answer's last character through the end-of-turn token; `token`: that token alone; `headers`: what stands
-    between the previous turn and an answer; `gaps`: what the template itself puts between the generation prompt and an answer
-    (an empty thought, for instance), which the model has to write too.
+    messages: Sequence[Message]
+    tools: Tools
+    text: str
+    places: Sequence[Place]
+
+    def of(self, message: int) -> list[Place]:
+        """The places of one message."""
+        return [place for place in self.places if place.piece.message == message]
+
+    def before(self, at: int) -> Place | None:
+        """The last words that end at or before a character."""
+        return max((p for p in self.places if p.stop <= at), key=lambda p: p.stop, default=None)
+
+    def after(self, at: int) -> Place | None:
+        """The first words that begin at or after a character."""
+        return min((p for p in self.places if p.start >= at), key=lambda p: p.start, default=None)
+
+    def role(self, place: Place | None) -> str:
+        """Who says the words at a place."""
+        return "" if place is None else self.messages[place.piece.message].role
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A span of characters to learn, and the message that it belongs to.
+
+    prompted: what the generation prompt writes there that the finished turn does not show (an opened thought).
     """
 
-    end: str
-    token: str
-    headers: tuple[str, ...]
-    gaps: tuple[str, ...]
-    generation: bool
+    start: int
+    stop: int
+    message: int
+    prompted: str = ""
 
 
-def marks(renderer: Renderer, tokenizer: Any) -> Marks:
-    """Probes a template. Raises `DataError` (`data.no-eot`, `data.template`) for one that does not end an answer."""
-    question, answer = Message("user", QUESTION), Message("assistant", ANSWER)
-    probes = [([question], [answer], ANSWER), ([question, answer, Message("user", SECOND)], [Message("assistant", LAST)], LAST)]
-    headers: list[str] = []
-    gaps: list[str] = []
-    tail = ""
-    for before, after, text in probes:
-        full, prompt, bare = renderer([*before, *after]), renderer(before, prompt=True), renderer(before)
-        at = full.rfind(text)
-        if at < 0:
-            raise _template_error(renderer, "it does not write the assistant's text")
-        tail = full[at + len(text) :]
-        if full.startswith(prompt) and len(prompt) <= at:
-            gaps.append(full[len(prompt) : at])
-        if full.startswith(bare) and len(bare) <= at:
-            headers.append(full[len(bare) : at])
-    specials = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}, key=len, reverse=True)
-    found = re.search("|".join(map(re.escape, specials)), tail) if specials else None
-    if found is None:
-        message = (
-            f"the chat template `{renderer.template.name}` writes no end-of-turn token after an answer: the model would never stop"
-        )
-        hint = "use `template: chatml`, `alpaca` or `plain`, or write {{ eos_token }} after the answer in your Jinja file"
-        raise DataError(message, hint=hint, code="data.no-eot")
-    generation = GENERATION.search(renderer.template.text) is not None
-    return Marks(tail[: found.end()], found.group(), tuple(dict.fromkeys(headers)), tuple(dict.fromkeys(gaps)), generation)
+def chosen(example: Example, loss_on: str | Collection[str]) -> list[int]:
+    """The messages to learn: never what a tool answered, nor what carries a weight of 0."""
+    roles = ("assistant",) if isinstance(loss_on, str) else loss_on
+    found = [i for i, m in enumerate(example.messages) if m.role in roles and m.role != "tool" and i >= example.learn_from]
+    found = [i for i in found if example.messages[i].weight]
+    return found[-1:] if loss_on == "last" else found
 
 
-def _template_error(renderer: Renderer, what: str) -> DataError:
-    hint = "use `template: chatml`, `alpaca` or `plain`"
-    return DataError(f"the chat template `{renderer.template.name}` cannot be used: {what}", hint=hint, code="data.template")
+class Masker:
+    """Finds and proves the spans to learn, for one tokenizer and one template."""
 
+    def __init__(self, renderer: Renderer, tokenizer: Any) -> None:
+        self.marks = marks(renderer, tokenizer)
+        self.ends = set(self.marks.ends)  # and those of tool calls, once one was seen
+        self._render = renderer
+        self._gaps: dict[tuple[str, str], list[str]] = {}  # roles on both sides: texts between their words
+        self._starts: dict[tuple[str, str], tuple[int, str]] = {}  # role before, text between: how much is not the answer's
+        self._stops: dict[tuple[str, str], int] = {}  # role after, text between: how much of it is the answer's
+        for probe in PROBES:
+            self._learn(probe)
 
-def spans(example: Example, renderer: Renderer, around: Marks, loss_on: str) -> tuple[str, list[Span] | None]:
-    """The rendered text and the character spans to learn (None: all of it). Raises `Unsafe`, or `DataError` from the template."""
-    messages = example.messages
-    learned = [i for i, m in enumerate(messages) if m.role == "assistant" and i >= example.learn_from]
-    if loss_on == "last":
-        learned = learned[-1:]
-    if loss_on == "all":
-        full = renderer(messages)
-        _nothing_dropped(messages, full)
-        return full, None
-    if around.generation:
-        full, blocks = renderer.with_spans(messages)
-        answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
-        if len(blocks) != len(answers):
-            raise Unsafe(f"{len(answers)} generation blocks from the template", str(len(blocks)))
-        starts = {i: start for i, (start, _) in zip(answers, blocks, strict=True)}
-    else:
-        full = renderer(messages)
-        starts = _starts(messages, learned, full, renderer, around)
-    _nothing_dropped(messages, full)
-    return full, [_close(full, starts[i], messages[i].content, around) for i in learned]
+    def _learn(self, roles: str) -> None:
+        """Remembers what stands between the words of a conversation of these roles (s, u, a). Only probes are remembered: what
+        comes out for an example must not depend on the examples before it."""
+        messages = tuple(Message(ROLES[role], f"{role}qwertz{i}") for i, role in enumerate(roles))
+        try:
+            talk = self._located(messages, (), self._render(messages), [])
+            plain = [place.piece for place in talk.places] == [Piece(i, "content", m.content) for i, m in enumerate(messages)]
+            learn = [i for i, m in enumerate(messages) if m.role == "assistant"] if plain else []
+            starts, stops = [self._start(talk, i) for i in learn], [self._stop(talk, i) for i in learn]
+        except (Unsafe, DataError):
+            return
+        at, before = 0, ""
+        for number, place in enumerate((*talk.places, None) if plain else ()):
+            gap = talk.text[at : place.start if place else None]
+            after = talk.role(place)
+            known = self._gaps.setdefault((before, after), [])
+            if gap not in known:
+                known.append(gap)
+            if after == "assistant":
+                self._starts[before, gap] = (starts[learn.index(number)][0] - at, starts[learn.index(number)][1])
+            stop = stops[learn.index(number - 1)] if before == "assistant" else None
+            if stop is not None:
+                self._stops[after, gap] = stop - at
+            at, before = place.stop if place else at, after
 
+    def spans(self, example: Example, loss_on: str | Collection[str]) -> tuple[str, list[Learned] | None]:
+        """The rendered text, and the spans to learn in their order (None: all of it).
 
-def _starts(messages: Sequence[Message], learned: list[int], full: str, renderer: Renderer, around: Marks) -> dict[int, int]:
-    """Where each learned answer begins: after the rendered prefix with its generation prompt, or after the answer's header."""
-    starts: dict[int, int] = {}
-    for i in learned:
-        before = messages[:i]
-        if any(m.role == "user" for m in before):
-            prompt = renderer(before, prompt=True)
-            if full.startswith(prompt):
-                starts[i] = len(prompt)
+        Raises `Unsafe`, or `DataError` from the template.
+        """
+        learn = [] if loss_on == "all" else chosen(example, loss_on)
+        talk = self._rendered(example, learn)
+        if loss_on == "all":
+            return talk.text, _all_but_results(talk)
+        text, found = talk.text, []
+        for i in learn:
+            if talk.messages[i].role != "assistant":
+                found.append(self._spoken(talk, i))
                 continue
-            bare = len(renderer(before))
-            header = next((h for h in around.headers if h and full.startswith(h, bare)), None)
-            if header is not None and full.startswith(renderer(before)):
-                starts[i] = bare + len(header)
-                continue
-            raise Unsafe("a rendered prefix of the conversation", "a template that writes earlier turns differently later on")
-        # Nobody asked yet: templates differ in what they write before such an opening answer, so its header is looked for.
-        opening = next(
-            (h + messages[i].content.strip() for h in around.headers if h and h + messages[i].content.strip() in full), None
-        )
-        if opening is None:
-            raise Unsafe("a question before the first answer", "an answer that this template does not write after its usual header")
-        starts[i] = full.index(opening) + len(opening) - len(messages[i].content.strip())
-    return starts
+            (start, prompted), stop = self._start(talk, i), self._stop(talk, i)
+            if stop is None:  # the last answer of a template that closes no turn: what would follow it is written
+                text += self._next_opening(talk, i)
+                stop = len(text)
+            found.append(Learned(start, stop, i, prompted))
+        if self.marks.generation:
+            found = self._within_blocks(talk, found)
+        _prove(talk, found, learn)
+        return text, found
+
+    def _rendered(self, example: Example, learn: Sequence[int]) -> Rendered:
+        """The conversation with its words located: by the texts known to stand between words, else by marks."""
+        messages, tools = example.messages, example.tools
+        text = self._render(messages, tools=tools)
+        places = self._parsed(messages, text)
+        talk = Rendered(messages, tools, text, places) if places else self._located(messages, tools, text, learn)
+        unseen = next((name for tool in tools if (name := _name(tool)) not in text), None)
+        if unseen is not None:
+            raise Unsafe(f"the tool `{unseen}` in the rendered text", "a template that does not show tools", "data.template")
+        return talk
+
+    def _located(self, messages: Sequence[Message], tools: Tools, text: str, learn: Sequence[int]) -> Rendered:
+        if any(RESERVED.search(text) for m in messages for text in (m.content, m.reasoning)):
+            raise Unsafe("text", "noncharacters of Unicode (U+FDD0 to U+FDE1)")
+        again, places = self._render.places(messages, tools=tools)
+        if again != text:
+            raise Unsafe("words that the template writes as they are", "a template that reads them and acts on what they say")
+        _nothing_lost(messages, places, learn)
+        return Rendered(messages, tools, text, places)
+
+    def _parsed(self, messages: Sequence[Message], text: str) -> list[Place] | None:
+        """The words of plain messages, with or without the space around them, if all that stands between them is known."""
+        places: list[Place] = []
+        at, before = 0, ""
+        for number, message in enumerate(messages):
+            words = message.content.strip()
+            if not words or message.reasoning or message.tool_calls:
+                return None
+            known = self._gaps.get((before, message.role), ())
+            tried = ((at + len(g), w) for g in known if text.startswith(g, at) for w in (message.content, words))
+            start, said = next(((start, w) for start, w in tried if text.startswith(w, start)), (0, ""))
+            if not said:
+                return None
+            at, before = start + len(said), message.role
+            places.append(Place(Piece(number, "content", words), start, at))
+        return places if text[at:] in self._gaps.get((before, ""), ()) else None
+
+    def _start(self, talk: Rendered, i: int) -> tuple[int, str]:
+        """Where an answer begins: behind the generation prompt, or behind its header where the finished turn has less than that."""
+        first = talk.of(i)[0].start
+        before = talk.before(first)
+        at = before.stop if before else 0
+        gap = talk.text[at:first]
+        key = (talk.role(before), gap)
+        if key not in self._starts:
+            prompt, prompted = self._prompt(talk, i, before), ""
+            if prompt is not None and gap.startswith(prompt):
+                length = len(prompt)
+            else:
+                # A prompt that opens a thought which the finished turn does not show, or an answer that nobody asked for.
+                common = gap if prompt is None or before is None else shared(gap, prompt)
+                length = common.rfind(self.marks.header) + len(self.marks.header)
+                if not self.marks.header or length < len(self.marks.header):
+                    raise Unsafe("the generation prompt before the answer", repr(gap[-60:]))
+                prompted = prompt[length:] if prompt and before else ""
+            if any(mark and mark in gap[length:] for mark in (*self.marks.ends, self.marks.header)):
+                raise Unsafe("nothing of another turn between the generation prompt and the answer", repr(gap[length:][:60]))
+            return at + length, prompted
+        length, prompted = self._starts[key]
+        return at + length, prompted
+
+    def _prompt(self, talk: Rendered, i: int, before: Place | None) -> str | None:
+        """What the generation prompt writes after the last words before an answer; None where a prompt has other words there."""
+        try:
+            text, places = self._render.places(talk.messages[:i], prompt=True, tools=talk.tools)
+        except DataError:
+            return None
+        last = max(places, key=lambda place: place.stop, default=None)
+        if (last and last.piece) != (before and before.piece):
+            return None
+        return text[last.stop if last else 0 :]
+
+    def _stop(self, talk: Rendered, i: int) -> int | None:
+        """Where an answer ends: with its end-of-turn token; None where a token must be borrowed and nothing follows."""
+        last = talk.of(i)[-1].stop
+        after = talk.after(last)
+        gap = talk.text[last : after.start if after else None]
+        key = (talk.role(after), gap)
+        plain = not talk.messages[i].tool_calls
+        if plain and key in self._stops:
+            return last + self._stops[key]
+        length = self._closing(talk, i, gap, plain)
+        if length is None:
+            if after is None and self.marks.borrowed:
+                return None
+            raise Unsafe(f"the end-of-turn token {self.marks.ends[0]} after the answer", repr(gap[:20]), "data.no-eot")
+        return last + length
+
+    def _closing(self, talk: Rendered, i: int, gap: str, plain: bool) -> int | None:
+        """How much of the text after an answer's words is its own."""
+        space = len(gap) - len(gap.lstrip())
+        if plain:
+            end = next((e for e in self.marks.ends if gap.startswith(e, space)), None)
+            if end:
+                return space + len(end)
+        # Tags that close a tool call, for instance: within what the turn writes when nothing follows it.
+        text, places = self._render.places(talk.messages[: i + 1], tools=talk.tools)
+        mine = [place for place in places if place.piece.message == i]
+        turn = shared(gap, text[mine[-1].stop :]) if mine and mine[-1] is places[-1] else ""
+        if self.marks.borrowed:
+            opening = self.marks.specials.match(gap, len(turn) + len(gap[len(turn) :]) - len(gap[len(turn) :].lstrip()))
+            if opening is None:
+                return None
+            self.ends.add(opening[0])
+            return opening.end()
+        ends = [(at, e) for e in self.marks.ends if (at := turn.find(e) if plain else turn.rfind(e)) >= 0]
+        if ends:
+            at, end = min(ends) if plain else max(ends)
+            return at + len(end)
+        if plain:
+            return None
+        before = talk.before(talk.of(i)[0].start)
+        length = self.marks.last_special(talk.text[before.stop if before else 0 : talk.of(i)[-1].stop], turn)
+        if length is not None:
+            self.ends.add(self.marks.one.findall(turn[:length])[-1])
+        return length
+
+    def _next_opening(self, talk: Rendered, i: int) -> str:
+        """What follows an answer when the conversation goes on, up to the special token that opens the next turn."""
+        answered = talk.messages[i].tool_calls
+        more = Message("tool", "Yxcv answers") if answered else Message("user", "Yxcv asks")
+        text, places = self._render.places([*talk.messages, more], tools=talk.tools)
+        written = talk.text[talk.of(i)[-1].stop :]
+        at = max((place.stop for place in places if place.piece.message == i), default=0)
+        opening = self.marks.specials.search(text, at + len(written)) if text.startswith(written, at) else None
+        if opening is None or text[at + len(written) : opening.start()].strip():
+            raise Unsafe("a token that ends the answer", "a template that closes no turn", "data.no-eot")
+        self.ends.add(opening[0])
+        return text[at + len(written) : opening.end()]
+
+    def _spoken(self, talk: Rendered, i: int) -> Learned:
+        """The words of a message that is not the assistant's, with the end-of-turn token if that is what follows."""
+        mine = talk.of(i)
+        rest = talk.text[mine[-1].stop :]
+        space = len(rest) - len(rest.lstrip())
+        end = next((e for e in self.marks.ends if rest.startswith(e, space)), None)
+        return Learned(mine[0].start, mine[-1].stop + (space + len(end) if end and not self.marks.borrowed else 0), i)
+
+    def _within_blocks(self, talk: Rendered, found: list[Learned]) -> list[Learned]:
+        """What of the answers the template marks to be learned, its end-of-turn token always."""
+        text, blocks = self._render.with_spans(talk.messages, talk.tools)
+        assert text == talk.text
+        others = [p for p in talk.places if talk.role(p) != "assistant"]
+        wrong = next((p for p in others if any(a < p.stop and p.start < b for a, b in blocks)), None)
+        if wrong is not None:
+            raise Unsafe("generation blocks around the assistant's words only", f"one around words of {talk.role(wrong)}")
+        kept: list[Learned] = []
+        for span in found:
+            mine = talk.of(span.message)
+            parts = [(max(a, span.start), min(b, span.stop)) for a, b in blocks if a < span.stop and b > span.start]
+            if not parts or any(not any(a <= p.start and p.stop <= b for a, b in parts) for p in mine if p.piece.kind != "thought"):
+                raise Unsafe("a generation block around every word of an answer", "none around some of them")
+            parts[-1] = (parts[-1][0], span.stop)
+            joined = [Learned(*parts[0], span.message, span.prompted)]
+            for a, b in parts[1:]:
+                joined[-1:] = [replace(joined[-1], stop=b)] if a == joined[-1].stop else [joined[-1], Learned(a, b, span.message)]
+            kept += joined
+        return kept
 
 
-def _close(full: str, start: int, content: str, around: Marks) -> Span:
-    """From the start to the end-of-turn token, with the answer's text proven to be all that lies between."""
-    text = content.strip()
-    at = full.find(text, start)
-    if at < 0:
-        raise Unsafe("the answer's own text", "a template that changes it (a removed thought, for instance)")
-    gap = full[start:at]
-    if gap.strip() and gap not in around.gaps:
-        raise Unsafe("nothing between the generation prompt and the answer", repr(gap[:60]))
-    stop = at + len(text)
-    if full.startswith(around.end, stop):
-        return start, stop + len(around.end)
-    while stop < len(full) and full[stop].isspace():
-        stop += 1
-    if not full.startswith(around.end.lstrip(), stop):
-        raise Unsafe(f"the end-of-turn token {around.token} after the answer", repr(full[stop : stop + 20]), "data.no-eot")
-    return start, stop + len(around.end.lstrip())
+def _nothing_lost(messages: Sequence[Message], places: Sequence[Place], learn: Sequence[int]) -> None:
+    """Every message must be there, word for word and once; a thought may be missing where it is not learned."""
+    for i, message in enumerate(messages):
+        code = "data.mask" if i in learn else "data.template"
+        wanted = Counter(piece.kind for piece in marked_copy([message])[1])
+        found = Counter(place.piece.kind for place in places if place.piece.message == i)
+        if i in learn and not wanted:
+            raise Unsafe("an answer with words", "an empty one")
+        if i in learn and message.reasoning.strip() and found["thought"] < wanted["thought"]:
+            raise Unsafe("the thought (`reasoning_content`) in the rendered text", "a template that leaves it out")
+        if i in learn and (found["content"] < wanted["content"] or found["thought"] < wanted["thought"]):
+            raise Unsafe("the answer's own text", "a template that changes it (a removed thought, words beside a tool call)")
+        kept = found["rest"] if message.role == "assistant" else 0  # an earlier answer may lose a thought
+        if found["content"] + kept < wanted["content"]:
+            raise Unsafe(f"the {message.role} message in the rendered text", "a template that drops or changes it", code)
+        if found["call"] < wanted["call"]:
+            raise Unsafe("the tool call in the rendered text", "a template that drops or changes it", code)
+        if found.total() > wanted.total():
+            raise Unsafe(f"the {message.role} message once", "a template that writes it more than once", code)
 
 
-def _nothing_dropped(messages: Sequence[Message], full: str) -> None:
-    for message in messages:
-        if message.role != "assistant" and message.content.strip() not in full:
-            raise Unsafe(f"the {message.role} message in the rendered text", "a template that drops or changes it", "data.template")
+def _name(tool: Mapping[str, Any]) -> str:
+    body = tool.get("function", tool)
+    return str(body.get("name", "")) if isinstance(body, Mapping) else ""
+
+
+def _all_but_results(talk: Rendered) -> list[Learned] | None:
+    """Everything but the words of tools."""
+    results = [p for p in talk.places if talk.role(p) == "tool"]
+    if not results:
+        return None
+    edges = [0, *(edge for p in results for edge in (p.start, p.stop)), len(talk.text)]
+    owner = next(i for i, m in enumerate(talk.messages) if m.role != "tool")
+    return [Learned(a, b, owner) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+
+
+def _prove(talk: Rendered, found: Sequence[Learned], learn: Sequence[int]) -> None:
+    """Holds the spans against the words: each learned answer's inside its own spans, nobody else's in any, calls whole."""
+    if any(a.stop > b.start for a, b in pairwise(found)):
+        raise Unsafe("answers one after the other", "two that overlap")
+    for place in talk.places:
+        inside = [span.message for span in found if span.start <= place.start and place.stop <= span.stop]
+        touched = [span.message for span in found if span.start < place.stop and place.start < span.stop]
+        mine = place.piece.message
+        wanted = [[mine]] if mine in learn else [[]]
+        if mine in learn and place.piece.kind == "thought":
+            wanted.append([])  # generation blocks may leave a thought out
+        if place.start < place.stop and (touched != inside or touched not in wanted):
+            raise Unsafe("only the answer's own words to learn", repr(talk.text[place.start : place.stop][:60]))
+    for i in learn:
+        said = "".join(talk.text[span.start : span.stop] for span in found if span.message == i).replace("\\", "")
+        for leaf in _leaves([call["function"]["arguments"] for call in talk.messages[i].tool_calls]):
+            # As it is, as JSON or as Python; which quotes are escaped is the template's affair.
+            written = (leaf, json.dumps(leaf)[1:-1], json.dumps(leaf, ensure_ascii=False)[1:-1])
+            if not any(form.replace("\\", "") in said for form in written):
+                raise Unsafe("the tool call's arguments in the rendered text", "a template that drops or changes them")
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """Every text in a nested value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _leaves(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner)

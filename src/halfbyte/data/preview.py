@@ -1,8 +1,9 @@
 """The preview: examples as the model will see them, token by token, with what is learned marked.
 
 Why the first thing to look at: a wrong mask or template is plain to the eye in one screen, and invisible in a loss curve. What
-is learned is green and stands in ⟦brackets⟧, so that it shows without colour too; tokens alternate in brightness; a newline is
-written ⏎. Cost: none to speak of.
+is learned is green and stands in ⟦brackets⟧, so that it shows without colour too; tokens alternate in brightness; special tokens
+are underlined; a newline is written ⏎. Below, the first packed rows are drawn, each document with its own shade. Cost: none to
+speak of.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from halfbyte.data.batch import IGNORED
 from halfbyte.data.config import DataConfig
 from halfbyte.data.loader import Loader
 from halfbyte.data.order import shuffled
@@ -28,6 +30,7 @@ OPEN, CLOSE = "⟦", "⟧"
 STYLES = {True: ("green", "bold green"), False: ("dim", "default")}
 COLUMNS = ("set", "examples", "tokens", "learned", "shortest", "median", "95 %", "longest")
 SHOWN_TOKENS = 400  # of one example; the middle of a longer one is left out, and counted
+SHADES, LEFT, WIDTH, ROWS = "█▒", "·", 96, 4
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Piece:
     ids: list[int]
     text: str
     trained: bool
+    special: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,30 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A packed row: the examples in it, the tokens of each and how many of them are learned, and the tokens left over."""
+
+    example_ids: list[int]
+    tokens: list[int]
+    trained: list[int]
+    left: int
+
+    def drawn(self, width: int = WIDTH) -> str:
+        """The row as one line: shades take turns, a document is at least one character, and the rest is dotted."""
+        total, text, at = sum(self.tokens) + self.left, "", 0
+        for number, size in enumerate(self.tokens):
+            at += size
+            text += SHADES[number % 2] * max(1, round(width * at / total) - len(text))
+        return text + LEFT * max(0, width - len(text))
+
+
+@dataclass(frozen=True)
 class Preview:
-    """What `halfbyte data preview` shows: the prepared sets, some examples, and the documents of the first row."""
+    """What `halfbyte data preview` shows: the prepared sets, some examples, and the first rows."""
 
     prepared: Prepared
     examples: list[Shown]
-    row: list[int]
-    left: int
+    rows: list[Row]
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain data, ids and texts of every token included."""
@@ -78,7 +99,7 @@ class Preview:
             "template": asdict(self.prepared.template),
             "lengths": [dict(zip(COLUMNS, row, strict=True)) for row in lengths(self.prepared)],
             "examples": [asdict(shown) for shown in self.examples],
-            "first_row": {"documents": self.row, "left_over": self.left},
+            "rows": [asdict(row) for row in self.rows],
         }
 
 
@@ -102,13 +123,26 @@ def of(prepared: Prepared, tokenizer: Any, examples: int, seed: int) -> Preview:
     """The preview of sets that are prepared already: examples are drawn from all over the training set."""
     data = prepared.train
     chosen = shuffled(len(data), (seed,))[:examples]
-    batch = Loader(data, prepared.config.tokens, 1, seed).at(0)
-    sizes = [stop - start for start, stop in pairwise(sorted(set(batch.cu_seqlens[0].tolist())))]
-    owned = len(batch.example_ids[0])
-    return Preview(prepared, [_shown(data, int(piece), tokenizer) for piece in chosen], sizes[:owned], sum(sizes[owned:]))
+    return Preview(prepared, [piece_of(data, int(piece), tokenizer) for piece in chosen], rows(prepared, seed, ROWS))
 
 
-def _shown(data: TokenSet, piece: int, tokenizer: Any) -> Shown:
+def rows(prepared: Prepared, seed: int, most: int) -> list[Row]:
+    """The first rows of the first epoch, as the run lays them."""
+    loader = Loader(prepared.train, prepared.config.tokens, 1, seed)
+    found: list[Row] = []
+    for number in range(min(most, loader.rows(0))):
+        batch = loader.at(number)
+        bounds = sorted(set(batch.cu_seqlens[0].tolist()))
+        spans = list(pairwise(bounds))
+        owned = len(batch.example_ids[0])
+        learned = [int((batch.labels[0, start:stop] != IGNORED).sum()) for start, stop in spans[:owned]]
+        sizes = [stop - start for start, stop in spans]
+        found.append(Row(batch.example_ids[0], sizes[:owned], learned, sum(sizes[owned:])))
+    return found
+
+
+def piece_of(data: TokenSet, piece: int, tokenizer: Any) -> Shown:
+    """One piece of a set, token by token."""
     source = data.sources[int(data.source[piece])]
     span = slice(int(data.start[piece]), int(data.stop[piece]))
     ids, trained = source.ids[span].tolist(), np.array(source.trained[span])
@@ -121,14 +155,22 @@ def pieces(ids: list[int], trained: list[bool], tokenizer: Any) -> list[Piece]:
     """Cuts tokens into the smallest runs that decode to whole characters."""
     found: list[Piece] = []
     run: list[int] = []
+    specials = frozenset(tokenizer.all_special_ids)
     for number, token in enumerate(ids):
         run.append(token)
-        text = tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = _text(run, tokenizer)
         ends = number + 1 == len(ids) or trained[number + 1] != trained[number]
         if ends or not text.endswith("\N{REPLACEMENT CHARACTER}") or len(run) > 8:
-            found.append(Piece(run, text, trained[number]))
+            found.append(Piece(run, text, trained[number], token in specials))
             run = []
     return found
+
+
+def _text(run: list[int], tokenizer: Any) -> str:
+    text: str = tokenizer.decode(run, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    # A tokenizer of the SentencePiece kind marks the space before a word, and loses it when the word is decoded alone.
+    spaced = str(tokenizer.convert_ids_to_tokens(run[0])).startswith("▁") and not text.startswith(" ")
+    return f" {text}" if spaced else text
 
 
 def render(shown: Preview, console: Console) -> None:
@@ -141,15 +183,18 @@ def renderable(shown: Preview) -> RenderableType:
     table = Table(*COLUMNS, title="lengths in tokens", title_justify="left")
     for row in lengths(shown.prepared):
         table.add_row(*(f"{value:,}" if isinstance(value, int) else value for value in row))
-    legend = f"learned tokens are green and stand in {OPEN}brackets{CLOSE}; ⏎ is a newline"
+    legend = f"learned tokens are green and stand in {OPEN}brackets{CLOSE}; special tokens are underlined; ⏎ is a newline"
     parts: list[RenderableType] = [Text("\n".join(shown.prepared.report.lines())), table, Text(legend)]
     for example in shown.examples:
         title = f"{example.where}: {example.tokens} tokens, {example.trained} learned"
         parts.append(Panel(_marked(example.pieces), title=Text(title), title_align="left"))
-    left = f", {shown.left} left over (no loss)" if shown.left else ""
-    documents = " | ".join(map(str, shown.row))
-    parts.append(Text(f"first row: {len(shown.row)} documents of {documents} tokens{left}; none sees another"))
-    return Group(*parts)
+    return Group(*parts, *(_drawn(number, row) for number, row in enumerate(shown.rows, 1)))
+
+
+def _drawn(number: int, row: Row) -> RenderableType:
+    left = f", {row.left} left over (no loss)" if row.left else ""
+    documents = " | ".join(map(str, row.tokens))
+    return Text(f"row {number}: {len(row.tokens)} documents of {documents} tokens{left}; none sees another\n{row.drawn()}")
 
 
 def _marked(found: list[Piece]) -> Text:
@@ -166,7 +211,8 @@ def _marked(found: list[Piece]) -> Text:
         if piece.trained != learning:
             text.append(OPEN if piece.trained else CLOSE, style="bold")
             learning = piece.trained
-        text.append(piece.text.replace("\n", "⏎\n"), style=STYLES[piece.trained][number % 2])
+        style = STYLES[piece.trained][number % 2] + (" underline" if piece.special else "")
+        text.append(piece.text.replace("\n", "⏎\n"), style=style)
     return text.append(CLOSE, style="bold") if learning else text
 
 

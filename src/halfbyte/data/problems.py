@@ -17,8 +17,8 @@ HINTS = {
     "data.bad-example": "mend these lines, or name the shape: `data.train: [{path: ..., shape: messages}]`",
     "data.bad-file": "a .jsonl file holds one JSON object a line; a .json file one array of objects, or one object a line",
     "data.tools": "tool calls cannot be trained on yet; leave out the examples with tools, or turn them into plain messages",
-    "data.mask": "where the template strips thoughts from earlier turns: `data.loss_on: last`; else `data.template: chatml`, one "
-    "with {% generation %} around the answer, or `data.loss_on: all`",
+    "data.mask": "where the template strips thoughts from earlier turns: `data.loss_on: each` or `data.loss_on: last`; where it "
+    "has no place for `reasoning_content`: <think>...</think> in the content; else another `data.template`, or `data.loss_on: all`",
     "data.template": "the chat template refused or dropped these messages; choose another one with `data.template`",
     "data.no-eot": "write the end-of-turn token after every answer in the template, or use `template: chatml`",
 }
@@ -55,22 +55,30 @@ class Problems:
 
     shown: list[Problem] = field(default_factory=list)
     total: int = 0
+    keep: int = SHOWN  # how many are listed, when all are wanted
     skipped: Counter[str] = field(default_factory=Counter)  # why -> examples left out on purpose, for the report
     noted: Counter[str] = field(default_factory=Counter)  # what -> examples that are odd but learned, for the report
 
     def add(self, where: Where, name: str, expected: str, got: str, code: str = "data.bad-example") -> None:
         """Notes a mistake; reading goes on."""
         self.total += 1
-        if len(self.shown) < SHOWN:
+        if len(self.shown) < self.keep:
             self.shown.append(Problem(where, name, expected, got, code))
+
+    def merge(self, other: Problems) -> None:
+        """Adds what was found in a later part of the same data."""
+        self.total += other.total
+        self.shown += other.shown[: max(0, SHOWN - len(self.shown))]
+        self.skipped.update(other.skipped)
+        self.noted.update(other.noted)
 
     def raise_any(self) -> None:
         """Raises one `DataError` with the first ten mistakes and the total, if there is any."""
         if not self.total:
             return
-        lines = [f"  {problem}" for problem in self.shown]
-        if self.total > len(self.shown):
-            lines.append(f"  ... and {self.total - len(self.shown)} more")
+        lines = [f"  {problem}" for problem in self.shown[:SHOWN]]
+        if self.total > SHOWN:
+            lines.append(f"  ... and {self.total - SHOWN} more")
         count = "1 example is wrong" if self.total == 1 else f"{self.total} examples are wrong"
         code = self.shown[0].code
         raise DataError("\n".join([f"{count}:", *lines]), hint=HINTS.get(code, ""), code=code)

@@ -1,29 +1,36 @@
 """Where examples come from: files, directories, globs, Hub datasets and `python-docs`, as one stream of records.
 
 Why our own readers for text formats: a bad line must be reported as `file:line`, and a record must keep its place for good,
-so that a step that went wrong can name its examples. Cost: one pass over the bytes for the digest (the cache key), one to read.
+so that a step that went wrong can name its examples. Every reader streams: memory is bounded by the longest record, not by the
+file. Lines of JSON travel as bytes (`Raw`) and become records where they are tokenised, in as many processes as there are.
+Cost: one pass over the bytes.
 """
 
 from __future__ import annotations
 
 import csv
-import glob
-import gzip
-import hashlib
-import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
-from halfbyte.data import hub, python_docs
+from halfbyte.data import files, hub, python_docs
 from halfbyte.data.config import SourceConfig
 from halfbyte.data.problems import Problems, Where, kind_of
 from halfbyte.errors import DataError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 PYTHON_DOCS = "python-docs"
+LONGEST = 1 << 26  # characters that one element of a JSON array may have
+ROWS = 256  # of an Arrow or Parquet file at a time
+
+
+class Raw(NamedTuple):
+    """One record as the file has it: a line of JSON that nobody has parsed yet, or its columns and values."""
+
+    where: Where
+    data: bytes | dict[str, Any]
 
 
 class Record(NamedTuple):
@@ -33,220 +40,283 @@ class Record(NamedTuple):
     data: dict[str, Any]
 
 
+Stream = Callable[[Problems], Iterator[Raw]]
+
+
 @dataclass(frozen=True)
 class Source:
-    """A source that exists: its display name, a digest of its content, and a function that streams its records."""
+    """A source that exists: its display name, a digest of its content, and a function that streams its records, not yet parsed.
+
+    size: bytes on disk, or rows, whichever is known; 0 where neither is.
+    """
 
     name: str
     digest: str
-    read: Callable[[Problems], Iterator[Record]]
+    raw: Stream
     notes: tuple[str, ...] = field(default=())
+    size: int = 0
+
+    def read(self, problems: Problems) -> Iterator[Record]:
+        """Every record; what cannot be parsed is noted in `problems`."""
+        for raw in self.raw(problems):
+            record = parse(raw, problems)
+            if record is not None:
+                yield record
 
 
 def open_source(config: SourceConfig, cache_dir: Path) -> Source:
     """Finds out what `config.path` means. Raises `DataError` (`data.not-found`) for what is neither a file nor a dataset."""
     if config.path == PYTHON_DOCS:
         path = python_docs.build(cache_dir)
-        return Source(PYTHON_DOCS, _digest([path]), lambda problems: _read_jsonl(path, problems))
-    files, notes = _files(config.path)
-    if not files:
-        if _looks_local(config.path):
+        return Source(PYTHON_DOCS, files.digest([path], cache_dir), lambda _: _raw_lines(path), (), path.stat().st_size)
+    found, notes = files.find(config.path)
+    if not found:
+        if files.looks_local(config.path):
             hint = "check the path; it is relative to where the command runs"
             raise DataError(f"no data file at `{config.path}`", hint=hint, code="data.not-found")
         dataset = hub.load(config.path, config.config, config.split, config.revision)
-        return Source(config.path, dataset.digest, lambda problems: (Record(w, d) for w, d in dataset.records()))
+        return Source(config.path, dataset.digest, lambda _: (Raw(w, d) for w, d in dataset.records()), (), len(dataset.rows))
     for given, name in ((config.config, "config"), (config.revision, "revision")):
         if given is not None:
             hint = "leave it out, or name a Hub dataset"
             raise DataError(f"`{name}: {given}` means nothing for local files (`{config.path}`)", hint=hint, code="data.not-found")
+    readers = [(_reader(file), file) for file in found]
 
-    def read(problems: Problems) -> Iterator[Record]:
-        for file in files:
-            yield from _reader(file)(file, problems)
+    def raw(problems: Problems) -> Iterator[Raw]:
+        for read, file in readers:
+            yield from read(file, problems)
 
-    return Source(_name(config.path), _digest(files), read, notes)
-
-
-def _name(path: str) -> str:
-    stem = Path(path).name
-    for suffix in (".gz", *SUFFIXES):
-        stem = stem.removesuffix(suffix)
-    return stem or path
+    size = sum(file.stat().st_size for file in found)
+    return Source(files.stem(config.path), files.digest(found, cache_dir), raw, notes, size)
 
 
-def _looks_local(path: str) -> bool:
-    marks = path.startswith((".", "/", "~")) or any(c in path for c in "*?[\\") or path.count("/") > 1
-    return marks or path.removesuffix(".gz").endswith(SUFFIXES)
-
-
-def _files(path: str) -> tuple[list[Path], tuple[str, ...]]:
-    """The data files that a path, directory or pattern names, in a fixed order, and what was passed over."""
-    expanded = Path(path).expanduser()
-    if expanded.is_file():
-        return [expanded], ()
-    if expanded.is_dir():
-        found = sorted(p for p in expanded.rglob("*") if p.is_file() and not _hidden(p.relative_to(expanded)))
-        files = [p for p in found if p.name.removesuffix(".gz").endswith(SUFFIXES)]
-        rest = [p.name for p in found if p not in set(files)]
-        if not files:
-            message = f"the directory `{path}` holds no data file"
-            raise DataError(message, hint=f"known endings: {' '.join(SUFFIXES)} (also with .gz)", code="data.not-found")
-        return files, (f"{path}: {len(rest)} other files passed over ({', '.join(rest[:3])})",) if rest else ()
-    return sorted(Path(p) for p in glob.glob(str(expanded), recursive=True) if Path(p).is_file()), ()
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _digest(files: list[Path]) -> str:
-    sha = hashlib.sha256()
-    for file in files:
-        sha.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                sha.update(chunk)
-    return sha.hexdigest()
-
-
-def _open(file: Path) -> IO[bytes]:
-    return cast("IO[bytes]", gzip.open(file, "rb")) if file.suffix == ".gz" else file.open("rb")
-
-
-def _reader(file: Path) -> Callable[[Path, Problems], Iterator[Record]]:
-    kind = Path(file.name.removesuffix(".gz")).suffix.lower()
-    readers: dict[str, Callable[[Path, Problems], Iterator[Record]]] = {
-        ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv,
-        ".parquet": _read_parquet, ".txt": _read_text, ".md": _read_document,
-    }  # fmt: skip
-    if kind not in readers:
-        message = f"`{file}`: files ending in `{kind}` are not read"
-        raise DataError(message, hint=f"known endings: {' '.join(SUFFIXES)} (also with .gz)", code="data.bad-file")
-    return readers[kind]
-
-
-def _read_jsonl(file: Path, problems: Problems) -> Iterator[Record]:
-    with _open(file) as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield from _one(Where(str(file), number), line, problems)
-
-
-def _one(where: Where, line: bytes, problems: Problems) -> Iterator[Record]:
+def parse(raw: Raw, problems: Problems) -> Record | None:
+    """A record from a line; None after a mistake was noted."""
+    where, line = raw
+    if isinstance(line, dict):
+        return Record(where, line)
     try:
         data = json.loads(line.decode("utf-8-sig" if where.line == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         problems.add(where, "", "UTF-8 text", f"byte 0x{line[error.start]:02x} at position {error.start + 1}", "data.bad-file")
     except json.JSONDecodeError as error:
         problems.add(where, "", "a JSON object", f"{error.msg.lower()} at column {error.colno}", "data.bad-file")
+    except (RecursionError, ValueError) as error:  # a thousand brackets, a number of a million digits
+        problems.add(where, "", "a JSON object", _odd(error), "data.bad-file")
     else:
-        yield from _object(where, data, problems)
-
-
-def _object(where: Where, data: Any, problems: Problems) -> Iterator[Record]:
-    if isinstance(data, dict):
-        yield Record(where, data)
-    else:
+        if isinstance(data, dict):
+            return Record(where, data)
         problems.add(where, "", "an object with named fields", kind_of(data), "data.bad-file")
+    return None
 
 
-def _text_of(file: Path) -> str:
-    with _open(file) as stream:
-        raw = stream.read()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = Where(str(file), raw.count(b"\n", 0, error.start) + 1)
-        hint = "save the file as UTF-8"
-        raise DataError(f"{where}: byte 0x{raw[error.start]:02x} is not UTF-8 text", hint=hint, code="data.bad-file") from error
+def _odd(error: Exception) -> str:
+    return "brackets nested too deeply" if isinstance(error, RecursionError) else str(error)[:60].lower()
 
 
-def _read_json(file: Path, problems: Problems) -> Iterator[Record]:
+def _reader(file: Path) -> Callable[[Path, Problems], Iterator[Raw]]:
+    readers: dict[str, Callable[[Path, Problems], Iterator[Raw]]] = {
+        ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv,
+        ".parquet": _read_parquet, ".arrow": _read_arrow, ".feather": _read_arrow, ".txt": _read_text, ".md": _read_document,
+    }  # fmt: skip
+    kind = files.kind_of_file(file.name)
+    if kind not in readers:
+        message = f"`{file}`: files ending in `{kind}` are not read"
+        raise DataError(message, hint=f"known endings: {files.endings()}", code="data.bad-file")
+    if kind in (".parquet", ".arrow", ".feather") and kind != file.suffix.lower():
+        hint = "decompress it: these formats are compressed inside"
+        raise DataError(f"`{file}`: a compressed {kind} file is not read", hint=hint, code="data.bad-file")
+    return readers[kind]
+
+
+def _read_jsonl(file: Path, problems: Problems) -> Iterator[Raw]:
+    return _raw_lines(file)
+
+
+def _raw_lines(file: Path) -> Iterator[Raw]:
+    name = str(file)
+    for number, line in enumerate(files.lines(file), 1):
+        if not line.isspace() and line:
+            yield Raw(Where(name, number), line)
+
+
+def _read_json(file: Path, problems: Problems) -> Iterator[Raw]:
     """An array of objects, walked element by element so that each keeps its line; otherwise one object a line."""
-    text = _text_of(file)
-    at = _skip(text, 0)
-    if not text.startswith("[", at):
-        yield from _read_jsonl(file, problems)
-        return
-    decoder, line, counted = json.JSONDecoder(), 1, 0
-    at = _skip(text, at + 1)
-    while not text.startswith("]", at):
-        line, counted = line + text.count("\n", counted, at), at
-        where = Where(str(file), line)
-        try:
-            data, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            # What follows a syntax error inside an array cannot be told apart any more: this one ends the file.
-            here = Where(str(file), error.lineno)
-            problems.add(here, "", "a JSON array of objects", f"{error.msg.lower()} at column {error.colno}", "data.bad-file")
+    window = _Window(files.text(file))
+    window.skip()
+    if window.here() == "[":
+        yield from _elements(window, str(file), problems)
+    else:
+        yield from _raw_lines(file)
+
+
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class _Window:
+    """A moving view of a text: grows at its end on demand, and forgets what was read. `line`: of the position `at`."""
+
+    def __init__(self, parts: Iterator[str]) -> None:
+        self.parts, self.text, self.at, self.line, self.done = parts, "", 0, 1, False
+
+    def grow(self, wanted: int = 0) -> bool:
+        """Adds to the text, until it has `wanted` more characters where so many are left; False when nothing is."""
+        if self.done:
+            return False
+        kept, new = self.text[self.at :], []
+        size = 0
+        while size <= wanted:
+            part = next(self.parts, None)
+            if part is None:
+                self.done = True
+                break
+            new.append(part)
+            size += len(part)
+        self.text, self.at = "".join([kept, *new]), 0
+        return size > 0
+
+    def skip(self) -> None:
+        """Moves over white space."""
+        while True:
+            match = SPACE.match(self.text, self.at)
+            assert match is not None
+            self.to(match.end())
+            if self.at < len(self.text) or not self.grow():
+                return
+
+    def to(self, at: int) -> None:
+        self.line += self.text.count("\n", self.at, at)
+        self.at = at
+
+    def here(self) -> str:
+        return self.text[self.at : self.at + 1]
+
+
+def _elements(window: _Window, name: str, problems: Problems) -> Iterator[Raw]:
+    decoder = json.JSONDecoder()
+    window.to(window.at + 1)
+    window.skip()
+    while window.here() != "]":
+        where = Where(name, window.line)
+        element = _element(window, where, decoder, problems)
+        if element is None:
             return
-        yield from _object(where, data, problems)
-        at = _skip(text, at)
-        if text.startswith(",", at):
-            at = _skip(text, at + 1)
-        elif not text.startswith("]", at):
-            here = Where(str(file), text.count("\n", 0, at) + 1)
-            problems.add(
-                here,
-                "",
-                "`,` or `]` after an element",
-                repr(text[at : at + 10]) if at < len(text) else "the end of the file",
-                "data.bad-file",
-            )
-            return
-
-
-def _skip(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
-
-
-def _read_csv(file: Path, problems: Problems) -> Iterator[Record]:
-    csv.field_size_limit(1 << 30)
-    tabs = file.name.removesuffix(".gz").endswith(".tsv")
-    reader = csv.DictReader(io.StringIO(_text_of(file), newline=""), delimiter="\t" if tabs else ",")
-    line = 2  # a record may span lines: it is named by its first
-    for row in reader:
-        where, line = Where(str(file), line), reader.line_num + 1
-        if None in row or None in row.values():
-            wanted, got = len(reader.fieldnames or ()), sum(v is not None for k, v in row.items() if k is not None)
-            got += len(cast("dict[Any, list[str]]", row).get(None, []))
-            problems.add(where, "", f"{wanted} columns", str(got), "data.bad-file")
+        data, size = element
+        window.to(window.at + size)
+        if isinstance(data, dict):
+            yield Raw(where, data)
         else:
-            yield Record(where, row)
+            problems.add(where, "", "an object with named fields", kind_of(data), "data.bad-file")
+        window.skip()
+        if window.here() == ",":
+            window.to(window.at + 1)
+            window.skip()
+        elif window.here() != "]":
+            got = repr(window.text[window.at : window.at + 10]) if window.here() else "the end of the file"
+            problems.add(Where(name, window.line), "", "`,` or `]` after an element", got, "data.bad-file")
+            return
 
 
-def _read_parquet(file: Path, problems: Problems) -> Iterator[Record]:
+def _element(window: _Window, where: Where, decoder: json.JSONDecoder, problems: Problems) -> tuple[Any, int] | None:
+    """One value and its length; None where the array cannot be read on: what follows a syntax error cannot be told apart."""
+    while True:
+        left = len(window.text) - window.at
+        try:
+            data, stop = decoder.raw_decode(window.text, window.at)
+        except json.JSONDecodeError as error:
+            ahead = window.text[window.at : error.pos]
+            # It may only be cut off: twice as much text settles it, and a value as long as this is none.
+            if left <= LONGEST and window.grow(left):
+                continue
+            here = Where(where.file, window.line + ahead.count("\n"))
+            column = f" at column {len(ahead) - ahead.rfind(chr(10))}" if "\n" in ahead else ""
+            problems.add(here, "", "a JSON array of objects", f"{error.msg.lower()}{column}", "data.bad-file")
+            return None
+        except (RecursionError, ValueError) as error:
+            problems.add(where, "", "a JSON array of objects", _odd(error), "data.bad-file")
+            return None
+        size = stop - window.at
+        # A number at the very end of what was read so far may go on.
+        if size < left or not window.grow():
+            return data, size
+
+
+def _read_csv(file: Path, problems: Problems) -> Iterator[Raw]:
+    csv.field_size_limit(1 << 30)
+    tabs = files.uncompressed(file.name).lower().endswith(".tsv")
+    reader = csv.DictReader((line + "\n" for line in files.text_lines(file)), delimiter="\t" if tabs else ",", strict=True)
+    line = 2  # a record may span lines: it is named by its first
+    try:
+        for row in reader:
+            where, line = Where(str(file), line), reader.line_num + 1
+            if None in row or None in row.values():
+                wanted, got = len(reader.fieldnames or ()), sum(v is not None for k, v in row.items() if k is not None)
+                got += len(cast("dict[Any, list[str]]", row).get(None, []))
+                problems.add(where, "", f"{wanted} columns", str(got), "data.bad-file")
+            else:
+                yield Raw(where, row)
+    except csv.Error as error:
+        problems.add(Where(str(file), line), "", "a record of comma-separated values", str(error), "data.bad-file")
+
+
+def _read_parquet(file: Path, problems: Problems) -> Iterator[Raw]:
     import pyarrow.parquet  # type: ignore[import-untyped]
-    from pyarrow import ArrowInvalid
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            yield from opened.iter_batches(ROWS)
+
+    return _rows(file, batches, "a Parquet file", problems)
+
+
+def _read_arrow(file: Path, problems: Problems) -> Iterator[Raw]:
+    """Both forms: the file (Feather), and the stream that `datasets` writes."""
+    import pyarrow
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.memory_map(str(file)) as mapped:
+            if mapped.read(6) == b"ARROW1":
+                opened = pyarrow.ipc.open_file(mapped)
+                whole = (opened.get_batch(number) for number in range(opened.num_record_batches))
+            else:
+                mapped.seek(0)
+                whole = iter(pyarrow.ipc.open_stream(mapped))
+            for batch in whole:
+                yield from (batch.slice(at, ROWS) for at in range(0, batch.num_rows, ROWS))
+
+    return _rows(file, batches, "an Arrow file", problems)
+
+
+def _rows(file: Path, batches: Callable[[], Iterator[Any]], what: str, problems: Problems) -> Iterator[Raw]:
+    from pyarrow import ArrowException
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
+        for batch in batches():
+            batch.validate(full=True)  # Arrow trusts what a damaged file says of its own sizes
             for data in batch.to_pylist():
                 number += 1
-                yield Record(Where(str(file), number, "row"), data)
-    except ArrowInvalid as error:
-        problems.add(Where(str(file), number + 1, "row"), "", "a Parquet file", str(error)[:80], "data.bad-file")
+                yield Raw(Where(str(file), number, "row"), data)
+    except (ArrowException, OSError, ValueError) as error:
+        got = (str(error).splitlines() or [""])[0][:80]
+        problems.add(Where(str(file), number + 1, "row"), "", what, got or type(error).__name__, "data.bad-file")
 
 
-def _read_text(file: Path, problems: Problems) -> Iterator[Record]:
+def _read_text(file: Path, problems: Problems) -> Iterator[Raw]:
     """One document a block where blank lines separate blocks; one document a line in a file without blank lines."""
-    lines = _text_of(file).split("\n")
-    if all(line.strip() for line in lines[:-1]):
-        yield from (Record(Where(str(file), n), {"text": line}) for n, line in enumerate(lines, 1) if line.strip())
-        return
+    blocks = any(not line.strip() for line in files.text_lines(file))
     block: list[str] = []
-    for number, line in enumerate([*lines, ""], 1):
+    for number, line in enumerate(files.text_lines(file), 1):
         if line.strip():
             block.append(line)
-        elif block:
-            yield Record(Where(str(file), number - len(block)), {"text": "\n".join(block)})
+        if block and (not blocks or not line.strip()):
+            yield Raw(Where(str(file), number - len(block) + (not blocks)), {"text": "\n".join(block)})
             block = []
+    if block:
+        yield Raw(Where(str(file), number + 1 - len(block)), {"text": "\n".join(block)})
 
 
-def _read_document(file: Path, problems: Problems) -> Iterator[Record]:
-    text = _text_of(file)
+def _read_document(file: Path, problems: Problems) -> Iterator[Raw]:
+    text = "".join(files.text(file))
     if text.strip():
-        yield Record(Where(str(file), 1), {"text": text})
+        yield Raw(Where(str(file), 1), {"text": text})

@@ -1,35 +1,25 @@
-"""Chat templates: the tokenizer's own, a few named ones, or a Jinja file; resolved once, and saved with the adapter.
+"""Chat templates: the tokenizer's own, a named one, or a Jinja file; resolved once, and saved with the adapter.
 
 Why the text travels: a model that learned under one template answers nonsense under another, with a normal loss curve. So a
-`Template` is its text, wherever it came from, and training, chat, evaluation and export all render that text. Rendering is
-transformers' sandboxed Jinja. Cost: about 50 microseconds a render.
+`Template` is its text, wherever it came from, and training, chat, evaluation, merge and export all render that text. What the
+recipe sets for the template (`template_kwargs`) is written into it for the same reason. Cost: nothing to speak of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from halfbyte.data.shapes import Message
+from halfbyte.data.named import CHATML, FIRST, NAMED
 from halfbyte.errors import DataError
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-ALPACA = (
-    "{{ first }}{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n### Response:\n' }}"
-    "{% else %}{{ message['content'] + eos_token }}{% if not loop.last %}{{ '\n\n' }}{% endif %}{% endif %}{% endfor %}"
-)
-PLAIN = (
-    "{{ first }}{% for message in messages %}{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}"
-    "{% endif %}{% if message['role'] != 'assistant' or not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
-)
-NAMED = {"chatml": CHATML, "alpaca": ALPACA, "plain": PLAIN}
-CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # a tag of transformers', which Jinja alone does not know
+__all__ = ["CHATML", "NAMED", "Template", "adds_bos", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -41,19 +31,23 @@ class Template:
     reason: str = ""
 
 
-def resolve(name: str, tokenizer: Any) -> Template:
-    """The template that `data.template` means for this tokenizer.
+def resolve(name: str, tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> Template:
+    """The template that `data.template` means for this tokenizer, with `data.template_kwargs` written into it.
 
     `auto` is the tokenizer's own; where there is none, chatml if its tokens exist, otherwise alpaca. Raises `DataError`
     (`data.template`, or `data.new-special-tokens` when a named template needs tokens that the tokenizer lacks).
     """
+    template = _found(name, tokenizer)
+    return _with(template, kwargs) if kwargs else template
+
+
+def _found(name: str, tokenizer: Any) -> Template:
+    own = tokenizer.chat_template
+    several: dict[str, str] = own if isinstance(own, dict) else {"default": own} if own else {}
     if name == "auto":
-        own = tokenizer.chat_template
-        if isinstance(own, dict):
-            own = own.get("default")
-        if own:
-            return Template("auto", own, "the tokenizer's own")
-        chosen = "chatml" if _has(tokenizer, CHATML_TOKENS) else "alpaca"
+        if "default" in several:
+            return Template("auto", several["default"], "the tokenizer's own")
+        chosen = "chatml" if _has(tokenizer, NAMED["chatml"].tokens) else "alpaca"
         if chosen == "alpaca" and not tokenizer.eos_token:
             return Template(
                 "none", "", "auto: the tokenizer has neither a template nor an eos token, so only plain text can be learned"
@@ -61,11 +55,15 @@ def resolve(name: str, tokenizer: Any) -> Template:
         return Template(chosen, _named(chosen, tokenizer), f"auto: the tokenizer has no template of its own, so {chosen}")
     if name in NAMED:
         return Template(name, _named(name, tokenizer), "named in the recipe")
+    if name in several:
+        return Template(name, several[name], f"the tokenizer's own, `{name}` of {len(several)}")
     path = Path(name).expanduser()
     if not path.is_file():
         message = f"`data.template: {name}` is neither a known template nor a file"
-        raise DataError(message, hint=f"known: auto, {', '.join(NAMED)}, or the path of a Jinja file", code="data.template")
-    return Template(str(path), path.read_text(encoding="utf-8"), "a file")
+        near = difflib.get_close_matches(name, NAMED, n=1)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        raise DataError(message, hint=f"{hint}known: auto, {', '.join(NAMED)}, or the path of a Jinja file", code="data.template")
+    return Template(str(path), path.read_bytes().decode("utf-8"), "a file")
 
 
 def _has(tokenizer: Any, tokens: Sequence[str]) -> bool:
@@ -74,54 +72,51 @@ def _has(tokenizer: Any, tokens: Sequence[str]) -> bool:
 
 
 def _named(name: str, tokenizer: Any) -> str:
-    if name == "chatml" and not _has(tokenizer, CHATML_TOKENS):
-        message = f"the template `chatml` needs the tokens {' and '.join(CHATML_TOKENS)}, which this tokenizer lacks"
+    text, tokens = NAMED[name]
+    if not _has(tokenizer, tokens):
+        message = f"the template `{name}` needs the tokens {' and '.join(tokens)}, which this tokenizer lacks"
         hint = "new tokens would get embedding rows that nothing trains; use `template: alpaca` or `plain`, which need none"
         raise DataError(message, hint=hint, code="data.new-special-tokens")
-    if name != "chatml" and not tokenizer.eos_token:
+    if "eos_token" in text and not tokenizer.eos_token:
         message = f"the template `{name}` ends an answer with the tokenizer's eos token, and this tokenizer has none"
         raise DataError(message, hint="use a tokenizer with an eos token, or a Jinja file of your own", code="data.no-eot")
-    # The text is saved for good, so what depends on the tokenizer is written into it.
-    return NAMED[name].replace("{{ first }}", "{{ bos_token }}" if adds_bos(tokenizer) else "")
+    return text.replace(FIRST, "{{ bos_token }}" if adds_bos(tokenizer) else "")
+
+
+def _with(template: Template, kwargs: Mapping[str, Any]) -> Template:
+    """The template with values for some of its variables, which a caller's own values still override."""
+    from jinja2 import TemplateError, meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+        known = meta.find_undeclared_variables(environment.parse(GENERATION.sub("", template.text)))
+    except TemplateError as error:
+        message = f"the chat template `{template.name}` cannot be read: {error}"
+        raise DataError(message, hint="mend the Jinja text", code="data.template") from error
+    for name in kwargs:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"it reads: {', '.join(sorted(known))}"
+            message = f"`data.template_kwargs.{name}` is nothing that the chat template `{template.name}` reads"
+            raise DataError(message, hint=hint, code="data.template")
+    sets = "".join(f"{{% if {n} is not defined %}}{{% set {n} = {_literal(v)} %}}{{% endif %}}" for n, v in kwargs.items())
+    # A line break right after a block is swallowed, so one that the template begins with is written twice.
+    text = sets + ("\n" if template.text.startswith("\n") else "") + template.text
+    told = ", ".join(f"{name}: {json.dumps(value)}" for name, value in kwargs.items())
+    return replace(template, text=text, reason=f"{template.reason}; {told}")
+
+
+def _literal(value: Any) -> str:
+    """A value as Jinja writes it; JSON's null is its none."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(str(k), ensure_ascii=False)}: {_literal(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer begins plain text with its bos token."""
     ids = tokenizer("a", add_special_tokens=True).input_ids
     return tokenizer.bos_token_id is not None and len(ids) > 0 and ids[0] == tokenizer.bos_token_id
-
-
-class Renderer:
-    """Renders conversations of one tokenizer and one template."""
-
-    def __init__(self, template: Template, tokenizer: Any) -> None:
-        self.template = template
-        self._kwargs = dict(tokenizer.special_tokens_map)
-
-    def __call__(self, messages: Sequence[Message], prompt: bool = False) -> str:
-        """The text of a conversation; with `prompt`, up to where the assistant's next answer begins."""
-        return self._render(messages, prompt, False)[0]
-
-    def with_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the character spans of its `{% generation %}` blocks."""
-        return self._render(messages, False, True)
-
-    def _render(self, messages: Sequence[Message], prompt: bool, spans: bool) -> tuple[str, list[tuple[int, int]]]:
-        from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        chat = [{"role": m.role, "content": m.content} for m in messages]
-        try:
-            result: Any = render_jinja_template(
-                [chat],
-                chat_template=self.template.text,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=spans,
-                **self._kwargs,
-            )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            message = f"the chat template `{self.template.name}` refused these messages: {error}"
-            hint = "check the order of roles (a system message first, then user and assistant in turn)"
-            raise DataError(message, hint=hint, code="data.template") from error
-        texts, found = result  # annotated as str in transformers, but it is a pair of lists
-        return texts[0], [(int(a), int(b)) for a, b in found[0]] if spans else []

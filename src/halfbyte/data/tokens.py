@@ -2,7 +2,8 @@
 
 One source is tokenised once into a folder of plain numpy files, named after everything that decided its content: the data, the
 tokenizer, the template, the options. The arrays are memory-mapped, so a set of any size costs no RAM. The folder is written
-under another name and renamed when whole: two runs that start at once both end with a good one. Cost: 5 bytes a token.
+under another name and renamed when whole: two runs that start at once both end with a good one. Cost: 5 bytes a token, 9 where
+weights differ, and 48 an example, so that a second start need not read the tokens.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.data.encode import Encoded
+from halfbyte.data.convert import Block
 from halfbyte.data.problems import Where
 
-LAYOUT = 1  # raise it when the files change
+LAYOUT = 2  # raise it when the files change
+SMALL = {"lines": np.int64, "files": np.int64, "learned": np.int64, "marks": np.uint64}  # one number an example
+PARTS = {"ids": np.uint32, "trained": np.bool_, "weights": np.float32}  # one a token
 Int = NDArray[np.int64]
 
 
@@ -31,16 +34,20 @@ Int = NDArray[np.int64]
 class Tokens:
     """One tokenised source. Example i is `ids[offsets[i]:offsets[i+1]]`.
 
-    ids uint32 [n], trained bool [n] (memory-mapped); offsets int64 [E+1]; lines int64 [E], files int64 [E] (into `file_names`).
+    ids uint32 [n], trained bool [n], weights float32 [n] or None for all 1 (memory-mapped); offsets int64 [E+1]; lines, files
+    (into `file_names`), learned (tokens to learn behind the first): int64 [E]; marks uint64 [E], equal within a group.
     """
 
     name: str
     shape: str
     ids: NDArray[np.uint32]
     trained: NDArray[np.bool_]
+    weights: NDArray[np.float32] | None
     offsets: Int
     lines: Int
     files: Int
+    learned: Int
+    marks: NDArray[np.uint64]
     file_names: tuple[str, ...]
     unit: str
     end: tuple[int, ...]
@@ -54,11 +61,16 @@ class Tokens:
         """`chats.jsonl:12` for an example."""
         return str(Where(self.file_names[self.files[example]], int(self.lines[example]), self.unit))
 
-    def count(self, start: Int, stop: Int) -> Int:
-        """Tokens to learn in each span `start[i]:stop[i]`, int64, read span by span: no array of the whole set is made."""
+    def count(self, example: Int, start: Int, stop: Int) -> Int:
+        """Tokens to learn in each piece `start[i]:stop[i]` of an example, its first token left out: int64.
+
+        Whole examples are counted already; other pieces are read one by one, so that no array of the whole set is made.
+        """
+        counts = self.learned[example]
         trained = np.asarray(self.trained)  # a plain view: slicing it is ten times cheaper than slicing a memmap
-        spans = zip(start.tolist(), stop.tolist(), strict=True)
-        return np.fromiter((np.count_nonzero(trained[a:b]) for a, b in spans), dtype=np.int64, count=len(start))
+        for i in np.flatnonzero((start != self.offsets[example]) | (stop != self.offsets[example + 1])).tolist():
+            counts[i] = np.count_nonzero(trained[start[i] + 1 : stop[i]])
+        return counts
 
 
 def key_of(parts: dict[str, Any]) -> str:
@@ -83,7 +95,8 @@ def load(folder: Path, name: str) -> Tokens | None:
 def _map(folder: Path, name: str) -> Tokens:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     arrays = {part: np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("ids", "trained")}
-    small = {part: np.load(folder / f"{part}.npy") for part in ("offsets", "lines", "files")}
+    arrays["weights"] = np.load(folder / "weights.npy", mmap_mode="r") if meta["weighted"] else None
+    small = {part: np.load(folder / f"{part}.npy") for part in ("offsets", *SMALL)}
     return Tokens(
         name=name,
         shape=meta["shape"],
@@ -98,40 +111,60 @@ def _map(folder: Path, name: str) -> Tokens:
 
 
 class Writer:
-    """Collects encoded examples and writes the folder. Ids and masks go to disk as they come."""
+    """Collects blocks and writes the folder. What there is of every token goes to disk as it comes."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._partial = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
         self._partial.mkdir(parents=True)
-        self._lengths: list[int] = []
-        self._lines: list[int] = []
-        self._files: list[int] = []
+        self._lengths: list[Int] = []
+        self._small: dict[str, list[NDArray[Any]]] = {part: [] for part in SMALL}
         self._names: dict[str, int] = {}
         self._unit = "line"
+        self._weighted = False
+        self._tokens = 0
 
-    def write(self, examples: Iterable[Encoded]) -> int:
-        """Appends examples; returns how many there are now."""
-        with (self._partial / "ids.raw").open("ab") as ids, (self._partial / "trained.raw").open("ab") as trained:
-            for example in examples:
-                ids.write(example.ids.tobytes())
-                trained.write(example.trained.tobytes())
-                self._lengths.append(len(example.ids))
-                self._lines.append(example.where.line)
-                self._files.append(self._names.setdefault(example.where.file, len(self._names)))
-                self._unit = example.where.unit
-        return len(self._lengths)
+    def write(self, block: Block) -> None:
+        """Appends the examples of a block."""
+        numbers = np.asarray([self._names.setdefault(name, len(self._names)) for name in block.names], dtype=np.int64)
+        for part, values in (
+            ("lines", block.lines),
+            ("files", numbers[block.files]),
+            ("learned", block.learned),
+            ("marks", block.marks),
+        ):
+            self._small[part].append(values)
+        self._lengths.append(block.lengths)
+        self._unit = block.unit
+        weights = block.weights
+        if weights is not None and not self._weighted:
+            self._weighted = True
+            for at in range(0, self._tokens, 1 << 20):  # what came before weighs 1
+                self._append("weights", np.ones(min(1 << 20, self._tokens - at), dtype=np.float32))
+        if self._weighted:
+            self._append("weights", np.ones(len(block.ids), dtype=np.float32) if weights is None else weights)
+        self._append("ids", block.ids)
+        self._append("trained", block.trained)
+        self._tokens += len(block.ids)
+
+    def _append(self, part: str, values: NDArray[Any]) -> None:
+        with (self._partial / f"{part}.raw").open("ab") as stream:
+            stream.write(values.tobytes())
 
     def close(self, shape: str, end: Iterable[int], notes: Iterable[str]) -> None:
         """Turns the raw files into arrays and puts the folder in its place."""
-        for part, dtype in (("ids", np.uint32), ("trained", np.bool_)):
+        for part, dtype in PARTS.items():
             raw = self._partial / f"{part}.raw"
-            np.save(self._partial / f"{part}.npy", np.memmap(raw, dtype=dtype, mode="r"))
-            raw.unlink()
-        offsets = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]).astype(np.int64)
-        for part, values in (("offsets", offsets), ("lines", self._lines), ("files", self._files)):
-            np.save(self._partial / f"{part}.npy", np.asarray(values, dtype=np.int64))
-        meta = {"shape": shape, "file_names": list(self._names), "unit": self._unit, "end": list(end), "notes": list(notes)}
+            if raw.exists():
+                _as_array(raw, np.dtype(dtype), self._tokens)
+        lengths = np.concatenate([np.zeros(0, dtype=np.int64), *self._lengths])
+        np.save(self._partial / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        for part, small in SMALL.items():
+            np.save(self._partial / f"{part}.npy", np.concatenate([np.zeros(0, dtype=small), *self._small[part]]).astype(small))
+        meta = {
+            "shape": shape, "file_names": list(self._names), "unit": self._unit, "end": list(end), "notes": list(notes),
+            "weighted": self._weighted,
+        }  # fmt: skip
         (self._partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         try:
             self._partial.rename(self._folder)
@@ -146,11 +179,21 @@ class Writer:
         shutil.rmtree(self._partial, ignore_errors=True)
 
 
+def _as_array(raw: Path, dtype: np.dtype[Any], count: int) -> None:
+    """Gives raw numbers the header of a numpy file, piece by piece: the whole of it may be larger than memory."""
+    with raw.open("rb") as source, raw.with_suffix(".npy").open("wb") as target:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(target, header)
+        shutil.copyfileobj(source, target, 1 << 20)
+    raw.unlink()
+
+
 @dataclass(frozen=True)
 class TokenSet:
     """What is trained on, or held out: pieces of tokenised sources, each at most a row long unless it is text to be cut.
 
     source, example, start, stop: int64 [P]; `ids[start:stop]` of the source is the piece, `example` its number in the source.
+    weights: how often an epoch visits each source. cache: the folder where packings are kept, if they are.
     """
 
     sources: tuple[Tokens, ...]
@@ -160,6 +203,7 @@ class TokenSet:
     start: Int
     stop: Int
     pad_id: int
+    cache: Path | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -201,8 +245,13 @@ class TokenSet:
         counts = np.zeros(len(self), dtype=np.int64)
         for number, source in enumerate(self.sources):
             mine = np.flatnonzero(self.source == number)
-            counts[mine] = source.count(self.start[mine] + 1, self.stop[mine])
+            counts[mine] = source.count(self.example[mine], self.start[mine], self.stop[mine])
         return counts
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the tokens of any source weigh differently in the loss."""
+        return any(source.weights is not None for source in self.sources)
 
     def take(self, keep: NDArray[Any]) -> TokenSet:
         """The same set with some pieces only (indices or a mask)."""

@@ -163,9 +163,24 @@ def encode(base: Base, prompt: str | Sequence[Message], template: str | None = N
         if not ids:
             raise DataError("the prompt is empty", hint="give some text", code="generate.empty")
         return ids
-    chosen = _template(base, template)
-    text = base.tokenizer.apply_chat_template(list(prompt), chat_template=chosen, add_generation_prompt=True, tokenize=False)
-    return list(base.tokenizer(str(text), add_special_tokens=False)["input_ids"])
+    text = rendered(base, prompt, _template(base, template), prompt=True)
+    return list(base.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def rendered(base: Base, messages: Sequence[Message], template: str, *, prompt: bool) -> str:
+    """A conversation as the template writes it: the text that training saw, and with `prompt` what opens the next answer.
+
+    Vision models' templates read the content as a list of parts and would drop plain text, so they get that.
+    """
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages if isinstance(m["content"], str)]
+    forms = [list(messages), parts] if len(parts) == len(messages) else [list(messages)]
+    texts = (
+        str(base.tokenizer.apply_chat_template(form, chat_template=template, add_generation_prompt=prompt, tokenize=False))
+        for form in forms
+    )
+    first = next(texts)
+    words = str(messages[-1]["content"]).strip()
+    return first if words in first else next((text for text in texts if words in text), first)
 
 
 def end_tokens(base: Base, template: str | None = None) -> set[int]:
@@ -182,13 +197,20 @@ def end_tokens(base: Base, template: str | None = None) -> set[int]:
 
 
 def _end_of_turn(base: Base, template: str) -> int | None:
-    """The first special token after an assistant's words in a rendered conversation."""
+    """The first special token after an assistant's words in a rendered conversation.
+
+    Where a template closes no turn (GLM), it is the token that opens the next one.
+    """
     words = "halfbyte end of turn"
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": words}]
-    text = str(base.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
-    tail = base.tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
+    asked = {"role": "user", "content": "?"}
     special = set(base.tokenizer.all_special_ids) | set(base.tokenizer.added_tokens_decoder)
-    return next((token for token in tail if token in special), None)
+    for after in ([], [asked]):
+        messages = [asked, {"role": "assistant", "content": words}, *after]
+        text = rendered(base, messages, template, prompt=False)
+        tail: list[int] = base.tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
+        if (found := next((token for token in tail if token in special), None)) is not None:
+            return found
+    return None
 
 
 def _template(base: Base, template: str | None) -> str:

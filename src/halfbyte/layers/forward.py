@@ -16,6 +16,7 @@ from halfbyte.errors import ModelError, RecipeError
 from halfbyte.kernels.attention import Documents, Wanted
 from halfbyte.layers import attention
 from halfbyte.layers.decoder import given
+from halfbyte.shortage import is_shortage
 
 
 def uses_boundaries(model: PreTrainedModel) -> bool:
@@ -101,6 +102,8 @@ def prove_isolation(model: PreTrainedModel, lengths: tuple[int, ...] = (7, 12, 5
     try:
         _prove_isolation(model, lengths, seed)
     except (RuntimeError, TypeError, ValueError) as error:
+        if is_shortage(error):
+            raise
         raise _leak(model, f"its forward fails on a packed row: {str(error).splitlines()[0]}") from error
     finally:
         model.train(was_training)

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.layers.linear import Linear4bit, Operand, SupportsOperand, linear_group
+from halfbyte.shortage import is_shortage
 
 
 class PlainLinear:
@@ -60,7 +61,9 @@ def _probe_linear(module: nn.Module) -> bool:
         return False
     try:
         out = functional_call(module, values, (x,))
-    except (RuntimeError, TypeError, ValueError, AttributeError):
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if is_shortage(error):
+            raise
         return False
     expected = torch.nn.functional.linear(x, weight, values.get("bias"))
     return isinstance(out, Tensor) and out.shape == expected.shape and torch.allclose(out, expected, atol=1e-5)

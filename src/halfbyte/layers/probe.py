@@ -22,6 +22,7 @@ from halfbyte.kernels.attention.reference import banded
 from halfbyte.layers import attention
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.structure import NotUnderstood, Structure, variants
+from halfbyte.shortage import is_shortage
 
 TOKENS = 12
 _OBSERVER = "halfbyte-observer"
@@ -64,6 +65,8 @@ def prove(layer: nn.Module, structure: Structure, call: dict[str, Any]) -> Struc
         with torch.no_grad():
             return _prove(original, structure, call)
     except _EXPECTED_FAILURES as error:
+        if is_shortage(error):
+            raise
         reason = str(error).split("\n")[0]
         raise NotUnderstood(f"the probe failed: {type(error).__name__}: {reason}") from error
 

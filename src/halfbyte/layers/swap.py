@@ -44,7 +44,7 @@ def plan_packing(
     skip = list(skip)
     _check_patterns(model, skip)
     head = _head_of(model)
-    tied = _tied(model)
+    shared = tied(model)
     rows: dict[int, Row] = {}
     for module_path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -54,9 +54,9 @@ def plan_packing(
             kind, reason = _judge(module, name, parameter, module is head)
             mine = fmt
             if kind == "head" and head_format is not None:
-                _check_head(model, module, tied_to_another=id(parameter) in tied or path in tied)
+                _check_head(model, module, tied_to_another=id(parameter) in shared or path in shared)
                 reason, mine = ("", head_format) if name == "weight" else ("bias", None)
-            if id(parameter) in tied or path in tied:
+            if id(parameter) in shared or path in shared:
                 reason = "embedding, which is the output head too" if kind == "embedding" else reason or "tied to another parameter"
             reason = reason or next((f"skip: {p}" for p in skip if matches(module_path, p)), "")
             if not reason and mine is None:
@@ -104,16 +104,16 @@ def _head_of(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None  # type: ignore[no-untyped-call]
 
 
-def _tied(model: nn.Module) -> set[int | str]:
+def tied(model: nn.Module) -> set[int | str]:
     """Parameters known under two names: ids of shared ones, and both names where the model says that it will tie them."""
     names: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)] = names.get(id(parameter), 0) + 1
-    tied: set[int | str] = {key for key, count in names.items() if count > 1}
+    found: set[int | str] = {key for key, count in names.items() if count > 1}
     if isinstance(model, PreTrainedModel):
         for target, source in (model.all_tied_weights_keys or {}).items():
-            tied |= {target, source}
-    return tied
+            found |= {target, source}
+    return found
 
 
 def _judge(module: nn.Module, name: str, parameter: Tensor, is_head: bool) -> tuple[RowKind, str]:

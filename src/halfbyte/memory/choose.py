@@ -13,13 +13,14 @@ import torch
 
 from halfbyte import machine
 from halfbyte.config import Recipe
+from halfbyte.errors import RecipeError
 from halfbyte.kernels.dispatch import twin
 from halfbyte.layers.fused.keep import keeping
 from halfbyte.memory import paging, search, timeline
 from halfbyte.memory.budget import Budget
 from halfbyte.memory.fused import Layer
 from halfbyte.memory.part import Part
-from halfbyte.memory.parts import DTYPES, count, ends, learning, outside, weights
+from halfbyte.memory.parts import DTYPES, count, ends, fused_layer, learning, outside, weights
 from halfbyte.memory.rungs import CHUNKED, Rung, ways
 from halfbyte.memory.shapes import Shapes
 from halfbyte.memory.speed import Rates
@@ -56,11 +57,11 @@ class Chooser:
     def layer(self) -> Layer | None:
         """The layer as it runs fused, None where it runs as modules; of another machine it is assumed that Triton is there."""
         here = not self.budget.here or twin(torch.device("cuda")) == "fused"
-        return self.s.layer if self.budget.kind == "cuda" and isinstance(self.s.layer, Layer) and here else None
+        return fused_layer(self.s, self.compute) if self.budget.kind == "cuda" and here else None
 
     def parts(self, rung: Rung) -> list[Part]:
         """The bytes of a rung."""
-        return count(self.s, self.recipe, rung, self.dtype, self.budget.kind, self.layer is not None)
+        return count(self.s, self.recipe, rung, self.dtype, self.budget.kind, self.layer)
 
     def rows(self) -> list[int]:
         """Microbatches that the recipe allows, the largest first."""
@@ -73,9 +74,10 @@ class Chooser:
     def rungs(self) -> list[Rung]:
         """Every way that is worth taking, the fastest first; each behind it needs fewer bytes."""
         if self.layer is None:
-            paged = self.paging()[0]
+            paged, embedding = self.paging()[0], self.embedding()[0]
             never = lambda m, recompute: False  # noqa: E731
-            return ways(self.rows(), self.recipe.memory.recompute, never, paged, lambda r: sum(p.bytes for p in self.parts(r)))
+            measure = lambda rung: sum(p.bytes for p in self.parts(rung))  # noqa: E731
+            return ways(self.rows(), self.recipe.memory.recompute, never, paged, embedding, measure)
         w = Work(self.layer, 0, self.dtype.itemsize)
         found: list[Rung] = []
         for m in self.rows():
@@ -88,7 +90,8 @@ class Chooser:
         assert self.layer is not None
         task = self._task(rung.microbatch)
         w = Work(self.layer, task.tokens, self.dtype.itemsize, rung.decoded)
-        return search.seconds(task, w, self.rates, rung.keeps(self.s.layers), rung.paged, rung.chunks)
+        keeps = rung.keeps(self.s.layers)
+        return search.seconds(task, w, self.rates, keeps, rung.paged, rung.chunks, rung.embedding_away)
 
     def _ladder(self, rungs: list[Rung]) -> list[Rung]:
         """A few dozen: all near the budget, else every so many bytes."""
@@ -106,7 +109,11 @@ class Chooser:
         row = tokens or recipe.data.tokens
         assert self.layer is not None
         marks = {n: ends(s, m * row, self.layer.head_size, self.dtype, n) for n in (1, CHUNKED)}
-        fixed = [*weights(s, recipe), *(p for p in learning(s, recipe) if p.name != "optimizer"), *outside("cuda")]
+        fixed = [
+            *weights(s, recipe, embedding_away=True),
+            *(p for p in learning(s, recipe) if p.name != "optimizer"),
+            *outside("cuda"),
+        ]
         bits = recipe.optim.bits
         return search.Task(
             layers=s.layers,
@@ -123,6 +130,7 @@ class Chooser:
             fixed=sum(p.bytes for p in fixed) + s.layers * self.layer.beside(self.dtype.itemsize),
             moments={paged: paging.moments(s.padded, bits, paged).bytes for paged in self.paging()[0]},
             decoded=self.decoded(),
+            embedding={away: 0 if away else s.embedding for away in self.embedding()[0]},
             logits={n: end.logits for n, end in marks.items()},
             tables=marks[1].tables,
             numbers=s.padded,
@@ -130,17 +138,15 @@ class Chooser:
         )
 
     def decoded(self) -> dict[bool, int]:
-        """Bytes of decoded weights, by whether they are held: what may be. Products in fp8 read others (`Products.holds`)."""
+        """Bytes of decoded weights, by whether they are held: what may be."""
         assert self.layer is not None
         size = self.s.layers * self.layer.decoded(self.dtype.itemsize)
-        return {False: 0} if self.compute == "fp8" or not self.s.report.packed else {False: 0, True: size}
+        return {False: 0, True: size} if size and self.s.report.packed else {False: 0}
 
     def decoded_reason(self, rung: Rung) -> str:
         """Whether fused layers hold decoded weights, and why."""
         if self.layer is None:
             return "auto: on a GPU only fused layers hold them"
-        if self.compute == "fp8":
-            return "auto: the products are made in fp8"
         size = self.decoded().get(True, 0)
         if not size:
             return "auto: there is nothing to decode"
@@ -165,6 +171,32 @@ class Chooser:
             return [False], f"auto: {told}, and no more than {HOST_SHARE:.0%} of that is pinned"
         return [False, True], ""
 
+    def embedding(self) -> tuple[list[bool], str]:
+        """Whether the input embedding may be in host memory, in the order of what is wanted; and the reason why not, or "".
+
+        Raises RecipeError (`memory.embedding`) where that is asked for and cannot be."""
+        asked, free = self.recipe.memory.embedding, machine.ram().free
+        if self.budget.kind == "cpu":
+            return [False], "this device's memory is the host's"
+        if asked == "host" and self.s.embedding_stays:
+            message = f"memory.embedding: host cannot be had here: {self.s.embedding_stays}"
+            raise RecipeError(message, hint="set `memory.embedding: auto`", code="memory.embedding")
+        if asked != "auto":
+            return [asked == "host"], ASKED
+        if self.s.embedding_stays:
+            return [False], f"auto: {self.s.embedding_stays}"
+        if self.budget.here and self.s.embedding > HOST_SHARE * free:
+            told = f"it would take {gib(self.s.embedding)} of host memory, {gib(free)} are free"
+            return [False], f"auto: {told}, and no more than {HOST_SHARE:.0%} of that is pinned"
+        return [False, True], ""
+
+    def embedding_reason(self, rung: Rung) -> str:
+        """Where the input embedding is, and why."""
+        told = self.embedding()[1]
+        return told or (
+            "auto: faster than what else would fit" if rung.embedding_away else "auto: it stays while memory is not short"
+        )
+
     def longest(self) -> int | None:
         """Tokens of the longest row that trains one at a time, in multiples of STEP; None where layers run as modules."""
         if self.layer is None:
@@ -182,7 +214,7 @@ class Chooser:
         lean = [keeping((), tile=search.TILES[-1]), keeping(())]
         if task.offload != "off":
             lean += [replace(keep, away=("x",)) for keep in lean]
-        room = task.room - task.fixed - min(task.moments.values())
+        room = task.room - task.fixed - min(task.moments.values()) - min(task.embedding.values())
         for keep in lean:
             one = timeline.stage(w, keep)
             end = ends(self.s, tokens, self.layer.head_size, self.dtype, CHUNKED)
@@ -225,6 +257,8 @@ class Chooser:
             changes.append(("memory.microbatch=1", recipe, replace(rung, microbatch=1)))
         if not rung.paged and self.budget.kind == "cuda":
             changes.append(("optim.paged=always", recipe, replace(rung, paged=True)))
+        if not rung.embedding_away and self.budget.kind == "cuda" and not self.s.embedding_stays:
+            changes.append(("memory.embedding=host", recipe, replace(rung, embedding_away=True)))
         if recipe.data.tokens > 512:
             shorter = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokens": recipe.data.tokens // 2})})
             changes.append((f"data.tokens={recipe.data.tokens // 2}", shorter, rung))

@@ -54,5 +54,7 @@ CARDS: dict[str, float] = {
 }
 """Name without blanks or hyphens before the number: GiB."""
 
+FLOAT8 = ("rtx40", "rtx50", "b200", "h100", "h200", "l4")
+"""How the names of cards begin that multiply in fp8 (compute capability 8.9 and newer)."""
 DRIVER_SHARE = 0.03
 """Of a card's memory, what the driver and the display hold before a program starts."""

@@ -8,16 +8,9 @@ from pathlib import Path
 import torch
 
 from halfbyte.machine import Device, ram
+from halfbyte.shortage import cuda_device
 
 __all__ = ["Device", "cuda_device", "peak", "peak_rss", "ram", "rss"]
-
-
-def cuda_device() -> Device | None:
-    """The first CUDA device, or None."""
-    if not torch.cuda.is_available():
-        return None
-    free, total = torch.cuda.mem_get_info(0)
-    return Device(torch.cuda.get_device_name(0), free, total)
 
 
 def rss() -> int:

@@ -46,18 +46,24 @@ def parts(
     offload: bool = False,
 ) -> list[Part]:
     """The parts of a run of `recipe` on the model of `config` (a config.json), the largest first; on a GPU with fused layers."""
-    dtype = DTYPES[compute]
-    s = shapes(skeleton(config, dtype), recipe.format, recipe.adapter)
-    return count(s, recipe, Rung(microbatch, recompute, offload), dtype, device, device == "cuda")
+    s = shapes(skeleton(config, DTYPES[compute]), recipe.format, recipe.adapter)
+    layer = fused_layer(s, compute) if device == "cuda" else None
+    return count(s, recipe, Rung(microbatch, recompute, offload), DTYPES[compute], device, layer)
+
+
+def fused_layer(s: Shapes, compute: str) -> fused.Layer | None:
+    """The layer as it runs fused in `compute`; None where it cannot."""
+    if not isinstance(s.layer, fused.Layer):
+        return None
+    return s.layer.in_float8() if compute == "fp8" else s.layer
 
 
 def count(
-    s: Shapes, recipe: Recipe, rung: Rung, dtype: torch.dtype, device: Literal["cuda", "cpu"], fused_layers: bool
+    s: Shapes, recipe: Recipe, rung: Rung, dtype: torch.dtype, device: Literal["cuda", "cpu"], one: fused.Layer | None
 ) -> list[Part]:
-    """The same from shapes that are known. fused_layers: whether they run fused, if they can."""
+    """The same from shapes that are known. one: the layer as it runs fused, None where layers run as modules."""
     tokens = rung.microbatch * recipe.data.tokens
-    found = [*weights(s, recipe), *learning(s, recipe, rung.paged)]
-    one = s.layer if fused_layers and isinstance(s.layer, fused.Layer) else None
+    found = [*weights(s, recipe, rung.embedding_away), *learning(s, recipe, rung.paged)]
     if one is not None:
         found += fused_activations(s, one, tokens, rung, dtype)
     else:
@@ -74,7 +80,7 @@ def count(
     if device == "cpu":
         found.append(Part("heap", int(HEAP_SHARE * kept), "what the C allocator keeps of freed tensors", grows=True))
     found += outside(device)
-    return sorted((p for p in found if p.bytes), key=lambda p: -p.bytes)
+    return sorted((p for p in found if p.bytes or p.host), key=lambda p: -p.bytes)
 
 
 def outside(device: Literal["cuda", "cpu"]) -> list[Part]:
@@ -95,18 +101,26 @@ def casts(s: Shapes, dtype: torch.dtype) -> list[Part]:
     ]
 
 
-def weights(s: Shapes, recipe: Recipe) -> list[Part]:
-    """The base: exact."""
+def weights(s: Shapes, recipe: Recipe, embedding_away: bool = False) -> list[Part]:
+    """The base: exact. embedding_away: the input embedding is in host memory."""
     packed = sum(r.bytes for r in s.report.packed)
-    kept = sum(r.bytes for r in s.report.kept)
+    away = s.embedding if embedding_away else 0
+    kept = sum(r.bytes for r in s.report.kept) - away
     if recipe.adapter.kind == "none":
         return [Part("weights", 4 * s.report.params, "fp32 masters of every weight")]
     bits = 8 * packed / max(1, sum(r.params for r in s.report.packed))
     nested = ", nested scales" if recipe.format.nested and recipe.format.kind in ("nf4", "fp4") else ""
     return [
         Part("packed weights", packed, f"{recipe.format.kind}{nested}: {bits:.3f} bits a weight"),
-        Part("other weights", kept, "embeddings, head, norms" if packed else "all weights of the frozen base"),
+        Part("other weights", kept, _others(bool(packed), bool(away))),
+        Part("embedding", 0, "in host memory", host=away),
     ]
+
+
+def _others(packed: bool, away: bool) -> str:
+    if away:
+        return "head, norms" if packed else "all weights of the frozen base but the embedding"
+    return "embeddings, head, norms" if packed else "all weights of the frozen base"
 
 
 def learning(s: Shapes, recipe: Recipe, paged: bool = False) -> list[Part]:
@@ -182,8 +196,14 @@ def fused_activations(s: Shapes, layer: fused.Layer, tokens: int, rung: Rung, dt
         Part("decode scratch", top.scratch, "the weights of one product, decoded, with the adapters beside them"),
         Part("attention workspace", top.library, "of the library's backward", grows=True),
         Part("decoded weights", s.layers * layer.decoded(dtype.itemsize) * rung.decoded, "held with the adapters beside them"),
-        Part("matrices", s.layers * layer.beside(dtype.itemsize), "adapters in the compute dtype beside the weights in 16 bits"),
+        Part("matrices", s.layers * layer.beside(dtype.itemsize), _beside(layer)),
     ]
+
+
+def _beside(layer: fused.Layer) -> str:
+    if layer.float8:
+        return "bounds of the weights' sizes, which scales in e4m3 are made of"
+    return "adapters in the compute dtype beside the weights in 16 bits"
 
 
 def layer_bytes(s: Shapes, c: int) -> int:

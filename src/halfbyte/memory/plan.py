@@ -17,12 +17,12 @@ from transformers import PretrainedConfig
 
 from halfbyte.checkpoints import description, hub
 from halfbyte.config import Recipe
-from halfbyte.errors import MemoryPlanError
+from halfbyte.errors import MemoryPlanError, RecipeError
 from halfbyte.memory import calibrate, speed
 from halfbyte.memory.budget import Budget
 from halfbyte.memory.budget import budget as budget_of
 from halfbyte.memory.choose import ASKED, Chooser, gib
-from halfbyte.memory.gpus import CARDS
+from halfbyte.memory.gpus import CARDS, FLOAT8
 from halfbyte.memory.part import Part
 from halfbyte.memory.parts import DTYPES
 from halfbyte.memory.rungs import Rung, below
@@ -31,7 +31,7 @@ from halfbyte.memory.speed import Rates
 
 __all__ = ["ASKED", "Neighbour", "Parameters", "Plan", "chooser", "compute_of", "json_schema", "plan", "settled"]
 
-VERSION = 3
+VERSION = 4
 MORE = 2 << 30
 """Bytes less and more for which a plan tells what would be chosen."""
 
@@ -62,11 +62,11 @@ class Plan:
 
     microbatch: rows at once; microbatches: of them in a step. recompute: in `none`, `some` or `all` layers. offloaded: bytes of
     what layers keep that wait in host memory, offload: why, or why not. paged: bytes of the optimizer's moments there, paging: why,
-    or why not. streamed: bytes of weights there (0 here). reason: of the choice. advice: what would make it fit. help: the same of
-    the leanest way. rung: the choice; rungs: all that no other beats, fastest first. tokens_per_second, seconds (of a step),
-    run_seconds (of `train.max_steps`): predicted, null where the device's speed or the number of steps is not known. rates: where
-    the speeds of the device are from. neighbours: what less and more memory would choose. longest: tokens of the longest row that
-    this device trains.
+    or why not. embedded: bytes of the input embedding there, embedding: why, or why not. streamed: bytes of weights there (0 here).
+    reason: of the choice. advice: what would make it fit. help: the same of the leanest way. rung: the choice; rungs: all that no
+    other beats, fastest first. tokens_per_second, seconds (of a step), run_seconds (of `train.max_steps`): predicted, null where
+    the device's speed or the number of steps is not known. rates: where the speeds of the device are from. neighbours: what less
+    and more memory would choose. longest: tokens of the longest row that this device trains.
     """
 
     version: int
@@ -85,6 +85,8 @@ class Plan:
     offload: str
     paged: int
     paging: str
+    embedded: int
+    embedding: str
     streamed: int
     tokens_per_second: float | None
     parameters: Parameters
@@ -129,7 +131,8 @@ class Plan:
 def plan(recipe: Recipe, budget: str | Budget | None = None, *, config: dict[str, Any] | PretrainedConfig | None = None) -> Plan:
     """The plan of a recipe. budget: a card, a size, or None for `memory.gpu`. config: of the model, else read from its source.
 
-    Raises RecipeError for a budget that is not understood; a plan that does not fit is returned, not raised (see `Plan.require`).
+    Raises RecipeError for a budget that is not understood, or a card without the products that are asked for; a plan that does not
+    fit is returned, not raised (see `Plan.require`).
     """
     return settled(chooser(recipe, budget, config=config))
 
@@ -139,6 +142,9 @@ def chooser(
 ) -> Chooser:
     """What `plan` chooses with; for who also wants the plan's curve (`memory.curve`)."""
     given = budget if isinstance(budget, Budget) else budget_of(budget or recipe.memory.gpu)
+    if recipe.compute == "fp8" and given.name in CARDS and not given.name.startswith(FLOAT8):
+        message = f"compute: fp8 needs compute capability 8.9 or newer, which {given.name} has not"
+        raise RecipeError(message, hint="set `compute: bf16` or `auto`", code="recipe.compute")
     if config is None:
         config = description.config_of(hub.locate(recipe.model, weights=False).path)
     compute = compute_of(recipe, given)
@@ -201,6 +207,8 @@ def _plan(chooser: Chooser, rungs: list[Rung], rung: Rung) -> Plan:
         offload=chooser.offload_reason(rung, offloaded),
         paged=sum(p.host for p in found if p.name == "optimizer"),
         paging=chooser.paging_reason(rung),
+        embedded=sum(p.host for p in found if p.name == "embedding"),
+        embedding=chooser.embedding_reason(rung),
         streamed=0,
         tokens_per_second=recipe.train.batch * recipe.data.tokens / seconds if known else None,
         parameters=Parameters(s.report.params, sum(r.params for r in s.report.packed), s.trained),

@@ -23,7 +23,7 @@ class Rung:
     paged: the optimizer's moments do. chunks: how many times smaller than usual the chunks of the loss are. bytes: planned, in
     all. lean, rest: what `lean_layers` fused layers keep, and what the others do (`Keep.spec`); "" where recompute and offload say
     all: every layer then keeps everything or its input. seconds: predicted for a step, 0 where it is not. decoded: fused layers
-    hold their weights decoded too."""
+    hold their weights decoded too. embedding_away: the input embedding is in host memory."""
 
     microbatch: int
     recompute: bool
@@ -36,6 +36,7 @@ class Rung:
     rest: str = ""
     seconds: float = 0.0
     decoded: bool = False
+    embedding_away: bool = False
 
     def keeps(self, layers: int) -> list[Keep]:
         """What each of so many fused layers keeps.
@@ -56,6 +57,8 @@ class Rung:
             found.append(f"the loss in chunks {self.chunks} times smaller")
         if self.paged:
             found.append("AdamW's moments are in host memory")
+        if self.embedding_away:
+            found.append("the embedding is in host memory")
         if self.decoded:
             found.append("decoded weights are held")
         return ", ".join(found)
@@ -94,17 +97,23 @@ def ways(
     recompute: Asked,
     offload: Callable[[int, bool], bool],
     paged: Sequence[bool],
+    embedding: Sequence[bool],
     measure: Callable[[Rung], int],
 ) -> list[Rung]:
     """Every rung that may be taken, the most wanted first, with its bytes.
 
-    rows: microbatches, the largest first. offload: whether (microbatch, recompute) does. paged: what may be, in that order.
-    measure: the bytes of a rung. Keeping comes before recompute, more rows before fewer; paging and small chunks come last.
+    rows: microbatches, the largest first. offload: whether (microbatch, recompute) does. paged, embedding: what may be, in that
+    order. measure: the bytes of a rung. Keeping comes before recompute, more rows before fewer; an embedding in host memory, paging
+    and small chunks come last.
     """
     modes = {"on": [True], "off": [False], "auto": [False, True]}[recompute]
-    found = [Rung(m, mode, offload(m, mode), paged[0]) for mode in modes for m in rows]
+    found = [Rung(m, mode, offload(m, mode), paged[0], embedding_away=embedding[0]) for mode in modes for m in rows]
+    if len(embedding) > 1:
+        found += [replace(rung, embedding_away=True) for rung in found if rung.recompute == modes[-1]]
     if len(paged) > 1:
-        found += [replace(rung, paged=True) for rung in found if rung.recompute == modes[-1]]
+        found += [
+            replace(rung, paged=True) for rung in found if rung.recompute == modes[-1] and rung.embedding_away == embedding[-1]
+        ]
     found.append(replace(found[-1], chunks=CHUNKED))
     return [replace(rung, bytes=measure(rung)) for rung in found]
 

@@ -1,9 +1,10 @@
 """Every way in which fused layers can use memory that no other way beats in both bytes and seconds.
 
 A way is: rows at once, what the lean layers keep, how many they are, what the others keep, the chunks of the loss, where AdamW's
-moments are. Layers are alike, so which of them are lean is settled by rule (`rungs.places`) and their number can be enumerated: for
-two choices A and B and every k the bytes are sums of a few numbers a choice, made for all pairs at once in arrays; the seconds are
-those of the products, recomputed ones included, or of the bus, whichever takes longer, in forward and in backward.
+moments are, where the input embedding is. Layers are alike, so which of them are lean is settled by rule (`rungs.places`) and
+their number can be enumerated: for two choices A and B and every k the bytes are sums of a few numbers a choice, made for all pairs
+at once in arrays; the seconds are those of the products, recomputed ones included, or of the bus, whichever takes longer, in
+forward and in backward.
 Cost: about 0.3 s for an 8B model; what is chosen is counted again layer by layer (`memory.timeline`).
 
 Letters: A, B of the lean layers and the others, k of L layers are lean.
@@ -41,8 +42,8 @@ class Task:
     """layers: how many. tokens: of a microbatch; document: of a usual one. recompute, offload: what the recipe asks for. host:
     bytes of host memory that may be pinned for layers, None for any. room: bytes of the budget. fixed: bytes that are always there;
     moments: bytes of AdamW's on the device, by whether they are paged. decoded: bytes of decoded weights, by whether they are held.
-    logits: bytes of the loss's chunk, by how many times smaller
-    it is than usual. tables: see `timeline.Ends`. numbers, bits: of the optimizer."""
+    embedding: bytes of the input embedding on the device, by whether it is in host memory. logits: bytes of the loss's chunk, by
+    how many times smaller it is than usual. tables: see `timeline.Ends`. numbers, bits: of the optimizer."""
 
     layers: int
     tokens: int
@@ -58,6 +59,7 @@ class Task:
     fixed: int
     moments: dict[bool, int]
     decoded: dict[bool, int]
+    embedding: dict[bool, int]
     logits: dict[int, int]
     tables: int
     numbers: int
@@ -111,19 +113,27 @@ def options(task: Task, w: Work, rates: Rates) -> list[Option]:
     return [found[i] for i in sorted({*kept, *must})]
 
 
-def seconds(task: Task, w: Work, rates: Rates, keeps: Sequence[Keep], paged: bool, chunks: int) -> float:
+def seconds(
+    task: Task, w: Work, rates: Rates, keeps: Sequence[Keep], paged: bool, chunks: int, embedding_away: bool = False
+) -> float:
     """Predicted for a step with what each layer keeps."""
     cost = _cost(task, w, rates)
     sent = sum(sum(tape.away(w, keep)) for keep in keeps) / rates.bus
     back = task.layers * cost.backward + sum(_again(cost, keep, task.tokens, rates) for keep in keeps)
     layers = max(task.layers * cost.forward, sent) + max(back, sent) + 2 * BESIDE * sent
-    beside = speed.ends_cost(task.tokens, task.hidden, task.vocabulary, w.c, rates, chunks)
+    beside = _beside(task, w, rates, chunks, embedding_away)
     return task.microbatches * (layers + beside) + speed.optimizer_cost(task.numbers, task.bits, paged, rates)
 
 
 def _cost(task: Task, w: Work, rates: Rates) -> speed.Cost:
     """Of one layer."""
     return speed.layer_cost(w.layer, task.tokens, task.document, w.c, rates, w.held)
+
+
+def _beside(task: Task, w: Work, rates: Rates, chunks: int, embedding_away: bool) -> float:
+    """Of a microbatch outside the layers."""
+    ends = speed.ends_cost(task.tokens, task.hidden, task.vocabulary, w.c, rates, chunks)
+    return ends + (speed.embedding_cost(task.tokens, task.hidden, w.c, rates) if embedding_away else 0.0)
 
 
 def _again(cost: speed.Cost, keep: Keep, tokens: int, rates: Rates) -> float:
@@ -143,34 +153,34 @@ def _with(task: Task, w: Work, rates: Rates) -> Iterator[Rung]:
     """The same with decoded weights held, or not."""
     choices = options(task, w, rates)
     cost = _cost(task, w, rates)
-    for chunks, paged in itertools.product(task.logits, task.moments):
+    for chunks in task.logits:
         ends = Ends(task.tokens * task.hidden * w.c, task.logits[chunks], task.tables)
         bytes_, times, index = _pairs(task, choices, cost, ends, rates)
-        beside = speed.ends_cost(task.tokens, task.hidden, task.vocabulary, w.c, rates, chunks)
-        step = speed.optimizer_cost(task.numbers, task.bits, paged, rates)
-        for at in _front(bytes_, times, task.room - task.fixed - task.moments[paged] - task.decoded[w.held]):
-            a, b, k = np.unravel_index(index[at], (len(choices), len(choices), task.layers + 1))
-            whole = task.microbatches * (float(times[at]) + beside) + step
-            yield _rung(task, choices[a].stage, choices[b].stage, int(k), ends, chunks, paged, w.held, whole)
+        for paged, away in itertools.product(task.moments, task.embedding):
+            beside = _beside(task, w, rates, chunks, away)
+            step = speed.optimizer_cost(task.numbers, task.bits, paged, rates)
+            always = task.fixed + task.moments[paged] + task.decoded[w.held] + task.embedding[away]
+            for at in _front(bytes_, times, task.room - always):
+                a, b, k = np.unravel_index(index[at], (len(choices), len(choices), task.layers + 1))
+                whole = task.microbatches * (float(times[at]) + beside) + step
+                rung = Rung(task.microbatch, False, paged=paged, chunks=chunks, decoded=w.held, embedding_away=away, seconds=whole)
+                yield _rung(task, rung, choices[a].stage, choices[b].stage, int(k), ends, always)
 
 
-def _rung(task: Task, a: Stage, b: Stage, k: int, ends: Ends, chunks: int, paged: bool, decoded: bool, seconds: float) -> Rung:
+def _rung(task: Task, rung: Rung, a: Stage, b: Stage, k: int, ends: Ends, always: int) -> Rung:
+    """`rung` with k layers like `a` and the others like `b`, and its bytes. always: those that are there all the time."""
     lean, rest = (a, b) if k else (b, b)
-    rung = Rung(
-        task.microbatch,
+    rung = replace(
+        rung,
         recompute=any(s.keep.tile or not all(getattr(s.keep, n) for n in NAMES[1:]) for s in (lean, rest)),
         offload=bool(lean.keep.away or rest.keep.away),
-        paged=paged,
-        chunks=chunks,
         lean=lean.keep.spec(),
         lean_layers=k,
         rest=rest.keep.spec(),
-        seconds=seconds,
-        decoded=decoded,
     )
     by_keep = {s.keep: s for s in (lean, rest)}
     top = timeline.peak([by_keep[keep] for keep in rung.keeps(task.layers)], ends)
-    return Rung(**{**vars(rung), "bytes": task.fixed + task.moments[paged] + task.decoded[decoded] + top.bytes})
+    return replace(rung, bytes=always + top.bytes)
 
 
 def _pairs(

@@ -22,7 +22,7 @@ from halfbyte.adapters.config import AdapterConfig
 from halfbyte.errors import ModelError
 from halfbyte.formats.config import FormatConfig
 from halfbyte.formats.packed import Format
-from halfbyte.layers import swap
+from halfbyte.layers import embedding, swap
 from halfbyte.layers.report import Row, SwapReport
 from halfbyte.memory import fused
 
@@ -37,7 +37,8 @@ class Shapes:
     report: packed and kept rows with bytes at `compute`. layers: decoder layers. hidden, vocab: widths. linears: (N, K) of
     every linear layer of the widest decoder layer, attention first. heads. trained: elements that learn; padded: the same in
     the flat buffer; rank_sum: of all adapters' ranks in that layer. largest: elements of the largest packed weight. layer: the
-    widest decoder layer as the fused path sees it, or why it cannot take it."""
+    widest decoder layer as the fused path sees it, or why it cannot take it. embedding: bytes of the input embedding;
+    embedding_stays: why it must be on the device, or ""."""
 
     report: SwapReport
     layers: int
@@ -50,6 +51,8 @@ class Shapes:
     rank_sum: int
     largest: int
     layer: fused.Layer | str
+    embedding: int
+    embedding_stays: str
 
 
 def skeleton(config: dict[str, Any] | PretrainedConfig, compute: torch.dtype) -> PreTrainedModel:
@@ -89,8 +92,17 @@ def shapes(net: PreTrainedModel, fmt: FormatConfig, adapter: AdapterConfig) -> S
         padded=sum(-(-n // SEGMENT) * SEGMENT for n in sizes),
         rank_sum=sum(ranks.get(r.module, 0) for r in widest),
         largest=max((r.params for r in report.rows if r.kind in ("linear", "conv1d")), default=0),
-        layer=fused.read(net, adapter, ranks, {r.module for r in report.packed}),
+        layer=fused.read(net, adapter, ranks, {r.module: r.format for r in report.packed}),
+        embedding=sum(r.bytes for r in report.rows if r.path == embedding.path_of(net)),
+        embedding_stays=_stays(net, adapter),
     )
+
+
+def _stays(net: PreTrainedModel, adapter: AdapterConfig) -> str:
+    """Why the input embedding must be on the device. What will learn is not known to a model without an adapter."""
+    whole = targets.modules_named(net, adapter.modules_to_save)
+    learns = adapter.kind == "none" or any(embedding.path_of(net).startswith(f"{path}.") for path in whole)
+    return "it learns" if learns else embedding.stays(net)
 
 
 def _nk(row: Row) -> tuple[int, int]:

@@ -16,10 +16,17 @@ from halfbyte.memory.fused import Group, Layer
 
 ATTENTION_SHARE, HALF_ATTENTION = 0.8, 900
 """Of the products' rate, what attention reaches in long documents; and the length at which it reaches half of that."""
+GATHER = 0.5
+"""Of the bus's rate, what a gather of single rows is taken to reach."""
 HALF_RATE = 160
 """Tokens at which a product runs at half the rate of a large one."""
-DECODED = 2.0 + 0.52
-"""Bytes written and read for one decoded weight."""
+DECODED, FLOAT8_DECODED = 2.0 + 0.52, 1.0 + 0.52
+"""Bytes written and read for one decoded weight: a 16-bit number, or one in e4m3."""
+FLOAT8 = 1.9
+"""The rate of products in e4m3 over that of 16-bit ones."""
+BESIDE, APART = 2.0, 1.15
+"""Times of a copy that a byte takes where operands in e4m3 are written: beside 16-bit numbers, by a kernel that first looks for the
+row's largest; and by a pass of their own, what it reads included."""
 LAUNCHES = {"forward": 26, "backward": 46, "again": 4}
 """Kernels a layer; `again`: of each tensor that is computed again."""
 
@@ -55,8 +62,11 @@ def layer_cost(one: Layer, tokens: int, document: int, c: int, rates: Rates, dec
 
     def product(group: Group) -> float:
         flops = 2.0 * group.n * group.k * (tokens + HALF_RATE)
-        decode = 0.0 if group.held or decoded else DECODED * group.n * group.k / rates.copy
-        return flops / rates.gemm + decode
+        if one.float8 and group.fits:
+            decode = 0.0 if decoded and group.straight else FLOAT8_DECODED * group.n * group.k / rates.copy
+            return flops / (FLOAT8 * rates.gemm) + decode
+        held = group.held or (decoded and not one.float8)
+        return flops / rates.gemm + (0.0 if held else DECODED * group.n * group.k / rates.copy)
 
     def ranks(group: Group, reads: int) -> float:
         return wide * reads if group.r else 0.0
@@ -73,10 +83,12 @@ def layer_cost(one: Layer, tokens: int, document: int, c: int, rates: Rates, dec
         "mid": product(out) + norm + ranks(out, out.k),
         "inputs": product(inputs) + ranks(inputs, inputs.k) + mlp,
     }
-    groups = (qkv, out, inputs, down)
+    groups = one.groups
     products = sum(product(g) for g in groups)
     forward = products + attention + norms * norm + heads + glu + sum(ranks(g, g.k) for g in groups)
     backward = products + 2.5 * attention + norms * norm + heads + 2 * glu + sum(ranks(g, 2 * g.n + g.k) for g in groups)
+    forward += _quantising(one, tokens, c, rates, back=False)
+    backward += _quantising(one, tokens, c, rates, back=True)
     return Cost(
         max(forward, LAUNCHES["forward"] * rates.launch),
         max(backward, LAUNCHES["backward"] * rates.launch),
@@ -84,10 +96,25 @@ def layer_cost(one: Layer, tokens: int, document: int, c: int, rates: Rates, dec
     )
 
 
+def _quantising(one: Layer, tokens: int, c: int, rates: Rates, back: bool) -> float:
+    """Seconds in which a layer writes the operands of its products in e4m3: beside the 16-bit ones in the kernel in front, or (the
+    attention's output, and the gradient of q, k and v) by a pass of their own."""
+    if not one.float8:
+        return 0.0
+    apart = one.qkv if back else one.out
+    passes = [(g.n if back else g.k) * (APART * (1 + c) if g is apart else BESIDE) for g in one.groups if g.fits]
+    return tokens * sum(passes) / rates.copy
+
+
 def ends_cost(tokens: int, hidden: int, vocabulary: int, c: int, rates: Rates, chunks: int = 1) -> float:
     """Embedding, head and loss: two products over all tokens, and four passes over the logits."""
     products = 4.0 * hidden * vocabulary * tokens / rates.gemm
     return products * (1.0 if chunks == 1 else 1.1) + 4.0 * tokens * vocabulary * c / rates.copy + 20 * rates.launch
+
+
+def embedding_cost(tokens: int, hidden: int, c: int, rates: Rates) -> float:
+    """Of a microbatch, what rows of the embedding take to come out of host memory: the GPU reads them itself, nothing hides it."""
+    return tokens * hidden * c / (GATHER * rates.bus)
 
 
 def optimizer_cost(numbers: int, bits: int, paged: bool, rates: Rates) -> float:

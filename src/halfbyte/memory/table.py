@@ -42,7 +42,7 @@ def render(plan: Plan, console: Console) -> None:
     console.print(table)
     waits = "".join(
         f", {size(count)} of {what} in host memory"
-        for count, what in ((plan.offloaded, "activations"), (plan.paged, "AdamW's moments"))
+        for count, what in ((plan.offloaded, "activations"), (plan.paged, "AdamW's moments"), (plan.embedded, "the embedding"))
         if count
     )
     rows = f"{plan.microbatch} x {plan.tokens} tokens, {plan.microbatches} a step{waits}, computed in {plan.compute}"

@@ -67,8 +67,8 @@ class Tape:
 
 @dataclass(frozen=True)
 class Work:
-    """A layer at work. held: its weights live in the matrices of their groups, so a product decodes nothing. flash: attention is a
-    library's for GPUs, with a workspace that is in `_attend_back`."""
+    """A layer at work. held: its weights live decoded in their groups, so a product decodes nothing. flash: attention is a
+    library's for GPUs, with a workspace that is in `_attention`."""
 
     layer: Layer
     tokens: int
@@ -160,6 +160,8 @@ def backward(w: Work, keep: Keep, want_x: bool = True) -> Passage:
     for name, size in kept(w, keep).items():
         tape.new(name, size)
     tape.new("grad", wide * (one.hidden + one.down.r))
+    if one.plain and not one.after_mlp and one.before_attention:
+        _rows(tape, w, "rows of grad", one.down, back=True)
     _fill(tape, w, keep)
     if keep.tile:
         _mlp_in_tiles(tape, w, keep)
@@ -169,6 +171,8 @@ def backward(w: Work, keep: Keep, want_x: bool = True) -> Passage:
         tape.new("d_out", wide * (one.hidden + one.out.r))
     else:
         tape.new("d_mid", wide * (one.hidden + one.out.r))
+        if one.plain and one.two_norms:
+            _rows(tape, w, "rows of d_mid", one.out, back=True)
         tape.free("mid", "normed_mlp", "d_source")
         if one.after_attention or one.scaled:
             tape.new("d_out", wide * (one.hidden + one.out.r))
@@ -180,6 +184,8 @@ def backward(w: Work, keep: Keep, want_x: bool = True) -> Passage:
         if one.parallel and one.two_norms:
             tape.new("between", wide * one.hidden)
         tape.new("dx", wide * (one.hidden + (0 if one.parallel else one.down.r)))
+        if one.plain and not one.after_mlp and one.before_attention:
+            _rows(tape, w, "rows of dx", one.down, back=True)
     return Passage(tape.peak, tape.at_peak)
 
 
@@ -189,14 +195,36 @@ def _mlp_in_tiles(tape: Tape, w: Work, keep: Keep) -> None:
     tape.new("d_source", w.tokens * w.c * one.inputs.k)
     _mlp_inputs(tape, part)
     tape.new("grad tile", part.tokens * w.c * (one.hidden + one.down.r))
+    tape.free("rows of grad")
     _mlp(tape, part, "d_source tile")
     tape.free(*(set(tape.now) - before - {"d_source"}))
 
 
-def _product(tape: Tape, w: Work, group: Group, masked: int = 0) -> None:
-    """A group's matrix, while it multiplies. masked: numbers a token of the dropped copies beside it."""
-    size = 0 if w.held else group.matrix(w.c)
-    tape.passing(SCRATCH, size + (w.tokens * w.c * masked if w.layer.dropout and group.r else 0))
+def _product(tape: Tape, w: Work, group: Group, masked: int = 0, back: bool = False, ready: bool = False) -> None:
+    """A group's weights, while it multiplies. masked: numbers a token of the dropped copies beside it. back: for the gradient of
+    its input. ready: the other operand is there in e4m3, or is not wanted."""
+    dropped = w.tokens * w.c * masked if w.layer.dropout and group.r else 0
+    if not (w.layer.float8 and group.fits):
+        # In fp8, what does not fit decodes at every call (`Float8`).
+        held = w.held and not w.layer.float8
+        tape.passing(SCRATCH, (0 if held else group.matrix(w.c)) + dropped)
+        return
+    size = 0 if w.held and group.straight else group.float8(back)
+    tape.new(SCRATCH, size + w.c * group.r * (group.n if back else group.k))
+    tape.passing("dense", group.dense)
+    if dropped and not back:
+        tape.passing("dropped", dropped)
+    if not ready:
+        tape.new("rows", group.rows(w.tokens, back))
+    if dropped and back:
+        tape.passing("dropped", dropped + FLOAT * group.r * (group.n + group.k) + w.c * group.r * group.k)
+    tape.free(SCRATCH, "rows")
+
+
+def _rows(tape: Tape, w: Work, name: str, group: Group, back: bool = False) -> None:
+    """An operand in e4m3, which the kernel in front writes."""
+    if w.layer.float8 and group.fits:
+        tape.new(name, group.rows(w.tokens, back))
 
 
 def _learn(tape: Tape, w: Work, group: Group, contiguous: bool) -> None:
@@ -209,17 +237,20 @@ def _fill(tape: Tape, w: Work, keep: Keep) -> None:
     """What is missing of everything that backward reads."""
     one, wide, there = w.layer, w.tokens * w.c, tape.now
     if "qkv" not in there:
+        if "normed" not in there and one.before_attention:
+            _rows(tape, w, "rows of normed", one.qkv)
         _normed(tape, w)
         tape.new("qkv", wide * (one.qkv.n + one.qkv.r))
-        _product(tape, w, one.qkv, 2 * one.qkv.k)
+        _product(tape, w, one.qkv, 2 * one.qkv.k, ready="rows of normed" in there)
         if one.qk_norm != "none":
             tape.new("q", wide * one.query)
             tape.new("k", wide * one.keys)
+        tape.free("rows of normed")
     if "attended" not in there:
         tape.new("attended", wide * one.query)
         tape.new("log sums", w.tokens * FLOAT * one.heads if w.flash else 0)
     if "mid" not in there:
-        _mid(tape, w)
+        _mid(tape, w, keep)
     if "inputs" not in there and not keep.tile:
         _mlp_inputs(tape, w)
 
@@ -229,7 +260,7 @@ def _normed(tape: Tape, w: Work) -> None:
         tape.new("normed", w.tokens * w.c * (w.layer.qkv.k + w.layer.qkv.r))
 
 
-def _mid(tape: Tape, w: Work) -> None:
+def _mid(tape: Tape, w: Work, keep: Keep) -> None:
     one, wide = w.layer, w.tokens * w.c
     tape.new("delta", wide * one.hidden)
     tape.new("xa_out", wide * one.out.r)
@@ -241,6 +272,8 @@ def _mid(tape: Tape, w: Work) -> None:
         if "normed_mlp" in tape.now and "inputs" in tape.now:
             tape.rename("normed_mlp", "behind xa_inputs")
         tape.new("normed_mlp", wide * (one.inputs.k + one.inputs.r))
+        if "inputs" not in tape.now and one.two_norms and not keep.tile:
+            _rows(tape, w, "rows of normed_mlp", one.inputs)
         if one.after_attention or one.scaled:
             tape.new("mid", wide * one.hidden)
             tape.free("delta")
@@ -261,19 +294,21 @@ def _mlp_inputs(tape: Tape, w: Work) -> None:
     _normed_mlp(tape, w)
     one = w.layer
     tape.new("inputs", w.tokens * w.c * (one.inputs.n + one.inputs.r))
-    _product(tape, w, one.inputs, 2 * one.inputs.k)
+    _product(tape, w, one.inputs, 2 * one.inputs.k, ready="rows of normed_mlp" in tape.now)
+    tape.free("rows of normed_mlp")
 
 
 def _down(tape: Tape, w: Work) -> None:
     one, wide = w.layer, w.tokens * w.c
     tape.new("h", wide * (one.down.k + one.down.r))
+    _rows(tape, w, "rows of h", one.down)
     tape.new("out", wide * one.hidden)
-    _product(tape, w, one.down, 2 * one.down.k)
+    _product(tape, w, one.down, 2 * one.down.k, ready=True)
     tape.new("xa_down", wide * one.down.r)
     if one.after_mlp:
         tape.rename("out", "mlp_raw")
         tape.new("out", wide * one.hidden)
-    tape.free("h")
+    tape.free("h", "rows of h")
 
 
 def _mlp(tape: Tape, w: Work, source: str) -> None:
@@ -286,22 +321,24 @@ def _mlp(tape: Tape, w: Work, source: str) -> None:
         tape.new("d_down", wide * (one.hidden + one.down.r))
     tape.free("mlp_raw")
     tape.new("dh", wide * one.down.k)
-    _product(tape, w, one.down, 2 * one.down.k)
+    _product(tape, w, one.down, 2 * one.down.k, back=True, ready="rows of grad" in tape.now)
+    _rows(tape, w, "rows of d_inputs", one.inputs, back=True)
+    tape.free("rows of grad")
     _learn(tape, w, one.down, contiguous=True)
     tape.free("dh")
     tape.new(source, wide * one.inputs.k)
-    _product(tape, w, one.inputs, 2 * one.inputs.k)
+    _product(tape, w, one.inputs, 2 * one.inputs.k, back=True, ready=True)
     if one.inputs.r:
         _normed_mlp(tape, w)
         _learn(tape, w, one.inputs, contiguous=False)
-    tape.free("d_down", "inputs", "xa_inputs", "behind xa_inputs")
+    tape.free("d_down", "inputs", "xa_inputs", "behind xa_inputs", "rows of d_inputs")
 
 
 def _attention(tape: Tape, w: Work, want_x: bool) -> None:
     """To the gradient of the attention's input, `d_normed`."""
     one, wide = w.layer, w.tokens * w.c
     tape.new("d_attended", wide * one.query)
-    _product(tape, w, one.out, 2 * one.query)
+    _product(tape, w, one.out, 2 * one.query, back=True, ready="rows of d_mid" in tape.now)
     _learn(tape, w, one.out, contiguous=True)
     tape.new("dq", wide * one.query)
     tape.new("dk and dv", 2 * wide * one.keys)
@@ -314,7 +351,7 @@ def _attention(tape: Tape, w: Work, want_x: bool) -> None:
     tape.free("q", "k", "dq", "dk and dv", "d_attended")
     if want_x:
         tape.new("d_normed", wide * one.qkv.k)
-    _product(tape, w, one.qkv, 2 * one.qkv.k if want_x else 0)
+    _product(tape, w, one.qkv, 2 * one.qkv.k if want_x else 0, back=True, ready=not want_x)
     if one.qkv.r:
         _normed(tape, w)
         _learn(tape, w, one.qkv, contiguous=False)

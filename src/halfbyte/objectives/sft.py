@@ -4,11 +4,15 @@ Why a mean over the whole batch, not over microbatches: examples differ in lengt
 the company it keeps and change with the microbatch. Here every trained token of the batch weighs the same, whatever m is.
 Cost: the batch's trained tokens must be counted before its first forward pass (the loader does).
 
+Where tokens have weights, the mean is a weighted one: sum(w * loss) / sum(w). The head is applied once for each weight that occurs
+in a microbatch, to the tokens that have it, so the arithmetic is that of one pass.
+
 Letters: S = tokens of a microbatch (m rows), H = hidden size.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from halfbyte.kernels.cross_entropy import CHUNK_BYTES, IGNORE, PLAIN, Extras, Head, Method, cross_entropy
@@ -32,10 +36,27 @@ def sums(
     return cross_entropy(hidden, on_device, head, labelled=labelled, extras=extras, chunk_bytes=size, method=method)
 
 
-def loss(hidden: Tensor, labels: Tensor, head: Head, total_trained: int, config: LossConfig = DEFAULT, chunks: int = 1) -> Tensor:
+def loss(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Head,
+    total: float,
+    config: LossConfig = DEFAULT,
+    chunks: int = 1,
+    weights: Tensor | None = None,
+) -> Tensor:
     """A microbatch's share of the batch's mean loss, fp32 scalar: the shares of all microbatches add up to the mean.
 
-    Label smoothing and z-loss are part of each token's loss, so they too are means over the whole batch.
+    total: the batch's trained tokens, or the sum of their weights. weights: float `[1, S]` on the CPU, of each label; None where
+    all weigh 1. Label smoothing and z-loss are part of each token's loss, so they too are means over the whole batch.
     """
     extras = Extras(config.label_smoothing, config.z_loss)
-    return sums(hidden, labels, head, extras, config.method, chunks)[0] / max(1, total_trained)
+    divisor = total if total > 0 else 1
+    if weights is None:
+        return sums(hidden, labels, head, extras, config.method, chunks)[0] / divisor
+    cpu = labels.cpu()
+    found = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for weight in torch.unique(weights[cpu != IGNORE]).tolist() or [1.0]:  # without labels too, so that there is a graph
+        own = torch.where(weights == weight, cpu, IGNORE)
+        found = found + weight * sums(hidden, own, head, extras, config.method, chunks)[0]
+    return found / divisor

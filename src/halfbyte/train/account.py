@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfbyte.formats.packed import SLOTS
+from halfbyte.layers import embedding
 from halfbyte.layers.linear import Linear4bit
 from halfbyte.memory import curve, picture
 from halfbyte.memory.choose import Chooser
@@ -83,6 +84,8 @@ class Account:
         """Bytes that are there all the time, by part."""
         flat = self.optimizer.flat
         own = {flat.values.untyped_storage().data_ptr()}
+        if (table := embedding.away(self.model)) is not None:
+            own.add(table.untyped_storage().data_ptr())
         packed, other = _weights(self.model, own)
         found = {"weights" if self.full else "adapter": flat.values.nbytes, "gradients": flat.grads.nbytes}
         found["optimizer"] = self.optimizer.resident_bytes

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from halfbyte.config_base import Section
+
+Every = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)]
+
+
+def _prompts(value: Any) -> Any:
+    """The lines of a file, so that the recipe which a run stores is whole."""
+    if not isinstance(value, str):
+        return value
+    try:
+        lines = Path(value).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{value}` is not a text file with one question a line ({type(error).__name__})") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 class TrainConfig(Section):
@@ -36,10 +51,10 @@ class TrainConfig(Section):
     graphs: Literal["auto", "on", "off"] = "auto"
     """CUDA graphs of the layers' forward and backward (fused layers on a GPU): on, off, or auto: where the first steps show that
     they are faster, as with small models and short rows, and the plan leaves room."""
-    eval_every: int = Field(default=100, ge=0)
-    """Optimizer steps between evaluations; 0 evaluates at the start and the end only."""
-    save_every: int = Field(default=100, ge=0)
-    """Optimizer steps between checkpoints; 0 saves at the end only."""
+    eval_every: Every = 100
+    """Optimizer steps between evaluations, or below 1 a share of all steps; 0 evaluates at the start and the end only."""
+    save_every: Every = 100
+    """Optimizer steps between checkpoints, or below 1 a share of all steps; 0 saves at the end only."""
     log_every: int = Field(default=1, ge=1)
     """Optimizer steps between log lines."""
     keep: int = Field(default=2, ge=2)
@@ -48,10 +63,18 @@ class TrainConfig(Section):
     """Export the adapter of the lowest held-out loss instead of the last one."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many evaluations without a lower held-out loss."""
-    prompts: list[str] = Field(default_factory=list)
-    """Questions answered before, during and after the run."""
+    prompts: Annotated[list[str], BeforeValidator(_prompts, json_schema_input_type=str | list[str])] = Field(default_factory=list)
+    """Questions answered before, during and after the run: a list, or a text file with one a line."""
     sample_tokens: int = Field(default=48, ge=1)
     """Longest answer to such a question, in tokens."""
+
+    def in_steps(self, total: int) -> TrainConfig:
+        """The same with `eval_every` and `save_every` in steps of a run of `total`: a share is rounded up."""
+        return self.model_copy(update={name: _steps(getattr(self, name), total) for name in ("eval_every", "save_every")})
+
+
+def _steps(every: float, total: int) -> int:
+    return math.ceil(round(every * total, 6)) if 0 < every < 1 else int(every)
 
 
 class LogConfig(Section):

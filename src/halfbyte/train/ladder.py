@@ -1,4 +1,4 @@
-"""On which rung of its plan a run stands, how it gets to another, and what it says when an allocation failed.
+"""On which rung of its plan a run stands, and how it gets to another.
 
 A rung (`memory.rungs`) is chosen before the first step, and a smaller one is taken whenever memory turns out to be shorter. None
 changes what a step computes, so a run goes down in the middle of one and a checkpoint resumes on the rung it holds.
@@ -7,7 +7,6 @@ changes what a step computes, so a run goes down in the middle of one and a chec
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 
 from halfbyte.config import Recipe
-from halfbyte.memory import measure
 from halfbyte.memory.plan import Plan
 from halfbyte.memory.rungs import Rung
 from halfbyte.train import choices as choosing
@@ -23,8 +21,6 @@ from halfbyte.train.choices import KEPT, Choice
 
 RISING = 3
 """Steps in a row in which the allocator had to give its cache back and ask again, after which memory counts as too short."""
-PHRASES = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
-"""What libraries say in a plain RuntimeError, when it was they who asked for memory."""
 
 
 def _nothing(*_: object) -> None:
@@ -81,26 +77,6 @@ def _retries(device: torch.device) -> Callable[[], int]:
     return lambda: int(torch.cuda.memory_stats_as_nested_dict(device).get("num_alloc_retries", 0))
 
 
-def is_shortage(error: RuntimeError) -> bool:
-    """Whether memory was what was missing."""
-    return isinstance(error, torch.OutOfMemoryError) or any(phrase in str(error) for phrase in PHRASES)
-
-
-def in_words(error: RuntimeError, device: torch.device) -> str:
-    """`512.00 MiB could not be allocated (the run holds 7.10 GiB, others 3.20, free are 0.02 of 11.00)`."""
-    asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-    told = f"{asked.group(1) if asked else 'memory'} could not be allocated"
-    card = measure.cuda_device() if device.type == "cuda" else None
-    if card is None:
-        return told
-    held = torch.cuda.memory_reserved(device)
-    others = max(0, card.total - card.free - held)
-    gib = [f"{count / 2**30:.2f}" for count in (held, others, card.free, card.total)]
-    capped = re.search(r"([\d.]+ \w+) allowed", str(error))
-    cap = f", allowed are {capped.group(1)}" if capped else ""
-    return f"{told} (the run holds {gib[0]} GiB, driver and others {gib[1]}, free are {gib[2]} of {gib[3]}{cap})"
-
-
 def begin(
     plan: Plan, recipe: Recipe, kept: Mapping[str, Choice], fallen: Sequence[Mapping[str, Any]]
 ) -> tuple[Rung, dict[str, Choice]]:
@@ -111,17 +87,19 @@ def begin(
     if fallen:
         rung = _standing(plan, recipe, Rung(**fallen[-1]["rung"]))
         why = f"memory ran short at step {fallen[-1]['step']}{KEPT}"
-        told = {"microbatch": why, "recompute": why, "offload": why, "moments": why}
+        told = dict.fromkeys(("microbatch", "recompute", "offload", "moments", "embedding"), why)
     else:
         rows = choosing.settle("microbatch", recipe.memory.microbatch, kept, lambda: Choice(plan.microbatch, plan.reason))
         again = choosing.settle("recompute", recipe.memory.recompute, kept, lambda: Choice(_on(plan.rung.recompute), plan.reason))
         rung = _nearest(plan, rows.value, again.value == "on")
         told = {"microbatch": rows.reason, "recompute": again.reason, "offload": plan.offload, "moments": plan.paging}
+        told["embedding"] = plan.embedding
     values = {
         "microbatch": rung.microbatch,
         "recompute": _on(rung.recompute),
         "offload": _on(rung.offload),
-        "moments": "in host memory" if rung.paged else "on the device",
+        "moments": _place(rung.paged),
+        "embedding": _place(rung.embedding_away),
     }
     return rung, {name: Choice(value, told[name]) for name, value in values.items()}
 
@@ -144,10 +122,15 @@ def _standing(plan: Plan, recipe: Recipe, rung: Rung) -> Rung:
         memory.recompute in ("auto", _on(rung.recompute)),
         memory.offload in ("auto", _on(rung.offload)),
         paging == "auto" or (paging == "always") == rung.paged,
+        memory.embedding == "auto" or (memory.embedding == "host") == rung.embedding_away,
     ]
     if all(asked):
         return rung
     return next((r for r in plan.rungs if r.bytes <= rung.bytes), plan.rungs[-1])
+
+
+def _place(away: bool) -> str:
+    return "in host memory" if away else "on the device"
 
 
 def _on(value: bool) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halfbyte.errors import Interrupted, MemoryPlanError, TrainingError
 from halfbyte.kernels import gemm
-from halfbyte.train import metrics, saving
+from halfbyte.train import metrics, proofs, saving
 from halfbyte.train.evaluate import evaluate, record
 from halfbyte.train.signals import Stop
 from halfbyte.train.state import Batch, Parts, State
@@ -37,8 +37,8 @@ def train(parts: Parts, state: State, stop: Stop) -> None:
     """Train from where `state` stands to the end of the run. Raises Interrupted (exit code 75) after saving when asked to stop."""
     pending: list[Outcome] = []
     parts.model.train()
-    survey(parts, state, stop)
     try:
+        survey(parts, state, stop)
         steps(parts, state, stop, pending)
     except MemoryPlanError:
         read(parts, state, pending)
@@ -99,7 +99,9 @@ def gradient(parts: Parts, state: State, stop: Stop) -> tuple[Tensor, Batch] | N
         share = backward(parts, loss)
         total = share if total is None else total + share
     assert total is not None
-    return clip_gradient(parts, total), batch
+    values = clip_gradient(parts, total)
+    proofs.gradient(parts.proofs, parts.flat, values, batch.trained_tokens)
+    return values, batch
 
 
 def read(parts: Parts, state: State, pending: list[Outcome]) -> None:
@@ -127,7 +129,8 @@ def survey(parts: Parts, state: State, stop: Stop) -> None:
         if scores is None:
             return
         record(parts, state, scores)
-        for prompt, answer in zip(parts.config.prompts, parts.answers(parts.config.prompts), strict=True):
+        told = rewinding(parts, state, lambda: list(parts.answers(parts.config.prompts)), lambda: None)
+        for prompt, answer in zip(parts.config.prompts, told, strict=True):
             sample = {"kind": "sample", "step": state.step, "prompt": prompt, "answer": answer}
             state.samples.append(sample)
             parts.report.event(sample)
@@ -152,6 +155,6 @@ def at_boundary(parts: Parts, state: State) -> bool:
     return bool(finished(parts, state)) or any(due(state.step, n) for n in (config.log_every, config.eval_every, config.save_every))
 
 
-def due(step: int, every: int) -> bool:
+def due(step: int, every: float) -> bool:
     """Whether `step` is a multiple of `every`; 0 is never."""
     return every > 0 and step % every == 0

@@ -18,18 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.adapters import checks as checks_of_adapter
 from halfbyte.adapters import full, lora
 from halfbyte.adapters import state as adapter_state
 from halfbyte.adapters.lora import Adapter
-from halfbyte.checkpoints import cache, description, hub, huggingface, resume
+from halfbyte.checkpoints import cache, description, hub, huggingface, peft_config, resume, vllm
 from halfbyte.checkpoints.base import Base
 from halfbyte.checkpoints.resume import Contents
 from halfbyte.config import Recipe
 from halfbyte.data import checks
+from halfbyte.data.check import run as checking
 from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare
+from halfbyte.errors import MemoryPlanError, ModelError, RecipeError
 from halfbyte.generate.chat import answers
-from halfbyte.layers import decoded, forward, head, recompute
+from halfbyte.layers import decoded, embedding, forward, head, recompute
 from halfbyte.memory import measure
 from halfbyte.memory import plan as planning
 from halfbyte.memory.plan import Plan
@@ -38,6 +41,7 @@ from halfbyte.memory.watch import Watch
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.flat import flatten
 from halfbyte.optim.scaling import LossScale
+from halfbyte.shortage import in_words, is_shortage
 from halfbyte.train import account as accounting
 from halfbyte.train import choices as choosing
 from halfbyte.train import finish, fusing, graphs, ladder, lock, loop, metrics, saving, signals
@@ -51,8 +55,21 @@ from halfbyte.train.ladder import Ladder
 from halfbyte.train.report import OnEvent, Report
 from halfbyte.train.state import Parts, State
 
+log = logging.getLogger("halfbyte")
 CHECKPOINTS = "checkpoints"
-TOLD = ("compute", "threads", "attention", "layers", "microbatch", "recompute", "offload", "moments", "decoded weights", "graphs")
+TOLD = (
+    "compute",
+    "threads",
+    "attention",
+    "layers",
+    "microbatch",
+    "recompute",
+    "offload",
+    "moments",
+    "embedding",
+    "decoded weights",
+    "graphs",
+)
 """Choices, in the order in which they are told."""
 
 
@@ -69,7 +86,7 @@ def train(recipe: Recipe, *, on_event: OnEvent | None = None, memory_timeline: b
     with lock.hold(output, report.tell), _words(report), deterministic(recipe.train.deterministic):
         resume.sweep(output / CHECKPOINTS, report.tell)
         stored = resume.newest(output / CHECKPOINTS, report.tell)
-        base, adapter, prepared, parts, plan, account = compose(recipe, report, stored, memory_timeline)
+        base, adapter, prepared, parts, plan, account = _composed(recipe, report, stored, memory_timeline)
         state = State() if stored is None else saving.restore(parts, stored)
         if stored is not None:
             report.tell(f"resuming at step {state.step} of {parts.total_steps}, from {CHECKPOINTS}/step-{state.step:08d}")
@@ -86,9 +103,23 @@ def train(recipe: Recipe, *, on_event: OnEvent | None = None, memory_timeline: b
         return finish.hand_over(recipe, base, adapter, prepared, parts, state, account, report)
 
 
-def compose(
-    recipe: Recipe, report: Report, stored: Contents | None, memory_timeline: bool
-) -> tuple[Base, Adapter, Prepared, Parts, Plan, Account]:
+Composed = tuple[Base, Adapter, Prepared, Parts, Plan, Account]
+
+
+def _composed(recipe: Recipe, report: Report, stored: Contents | None, memory_timeline: bool) -> Composed:
+    """`compose`; raises MemoryPlanError (train.out-of-memory) where others have taken the memory that the plan found free."""
+    try:
+        return compose(recipe, report, stored, memory_timeline)
+    except RuntimeError as error:
+        if not is_shortage(error):
+            raise
+        why = in_words(error, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    less = f"memory.gpu is {recipe.memory.gpu}, a size such as 16GiB caps it"
+    hint = f"end other programs on the device, or let the plan use less: {less}"
+    raise MemoryPlanError(f"before the first step: {why}", hint=hint, code="train.out-of-memory")
+
+
+def compose(recipe: Recipe, report: Report, stored: Contents | None, memory_timeline: bool) -> Composed:
     """Everything a run is made of, checked."""
     started, device = measure.rss(), choosing.device(report.tell)
     choosing.require(recipe.compute, device)
@@ -108,8 +139,8 @@ def compose(
     rung, standing = ladder.begin(plan, recipe, kept, fallen)
     chosen |= standing
     _tell_beforehand(report, recipe, plan, fresh=stored is None)
-    base = huggingface.load(recipe.model, recipe.format, _stored_dtype(recipe, compute), device, report.display.advance)
-    report.display.settled()
+    base = _base(recipe, compute, device, rung, report)
+    chosen["embedding"], rung = _embedding(base, rung, chosen["embedding"])
     report.tell(f"base: {base.name}, {base.report.summary()}")
     chosen["attention"] = choosing.settle("attention", "auto", kept, lambda: Choice(_attention(base), "what the layers allow"))
     adapter = _adapter(recipe, base, report)
@@ -151,8 +182,9 @@ def _data(recipe: Recipe, report: Report) -> Prepared:
     """The token sets; needs the tokenizer only, so that mistakes in data are told before a model is loaded."""
     tokenizer = description.read(hub.locate(recipe.model, weights=False).path).tokenizer
     prepared = prepare(recipe.data, tokenizer, recipe.train.seed, cache.cache_root(), report.display.advance)
+    checked = checking.before_training(prepared, tokenizer, cache.cache_root(), report.display.advance)
     report.display.settled()
-    for line in prepared.report.lines():
+    for line in [*prepared.report.lines(), *checked.lines()]:
         report.tell(line)
     return prepared
 
@@ -165,9 +197,27 @@ def _tell_beforehand(report: Report, recipe: Recipe, plan: Plan, *, fresh: bool)
 
 
 def _check_embeddings(prepared: Prepared, base: Base) -> None:
-    embedding = base.model.get_input_embeddings().weight
-    assert isinstance(embedding, Tensor)
-    checks.embeddings(prepared.train, base.tokenizer, embedding, trainable=embedding.requires_grad)
+    table = base.model.get_input_embeddings().weight
+    assert isinstance(table, Tensor)
+    checks.embeddings(prepared.train, base.tokenizer, table, trainable=table.requires_grad)
+
+
+def _base(recipe: Recipe, compute: torch.dtype, device: torch.device, rung: Rung, report: Report) -> Base:
+    stored, advance = _stored_dtype(recipe, compute), report.display.advance
+    base = huggingface.load(recipe.model, recipe.format, stored, device, advance, embedding_away=rung.embedding_away)
+    report.display.settled()
+    return base
+
+
+def _embedding(base: Base, rung: Rung, planned: Choice) -> tuple[Choice, Rung]:
+    """Where the input embedding really is. Raises RecipeError (`memory.embedding`) where it was asked to be elsewhere."""
+    device = next(base.model.parameters()).device
+    if not rung.embedding_away or not (reason := embedding.send(base.model, device)):
+        return planned, rung
+    if planned.reason == planning.ASKED:
+        message = f"memory.embedding: host cannot be had here: {reason}"
+        raise RecipeError(message, hint="set `memory.embedding: auto`", code="memory.embedding")
+    return Choice("on the device", f"auto: {reason}"), replace(rung, embedding_away=False)
 
 
 def _adapter(recipe: Recipe, base: Base, report: Report) -> Adapter:
@@ -177,7 +227,21 @@ def _adapter(recipe: Recipe, base: Base, report: Report) -> Adapter:
     else:
         adapter = lora.attach(base.model, recipe.adapter, recipe.train.seed)
         report.tell(f"adapter: {adapter.summary()}")
+        _doubts(adapter, base, report)
     return adapter
+
+
+def _doubts(adapter: Adapter, base: Base, report: Report) -> None:
+    """What is doubtful about the adapter, and whether vLLM will load it: told before anything is learned. Raises ModelError for
+    what cannot be trained (`adapter.head`)."""
+    config = peft_config.to_peft(adapter, base)
+    refused = vllm.obstacles(config, adapter_state.names(adapter))
+    for finding in [*checks_of_adapter.findings(adapter), *refused]:
+        if finding.stops:
+            raise ModelError(finding.message, hint=finding.hint, code=finding.code)
+        report.tell(f"WARNING: {finding}")
+    if not refused:
+        report.tell(f"vLLM loads this adapter with {vllm.flags(config)}")
 
 
 def _parts(
@@ -194,9 +258,10 @@ def _parts(
     watch: Watch,
     rows: Graphs,
 ) -> Parts:
-    config, tokens = recipe.train, recipe.data.tokens
-    loader = Loader(prepared.train, tokens, config.batch, config.seed)
-    batches = loader.steps(config.epochs)
+    tokens = recipe.data.tokens
+    loader = Loader(prepared.train, tokens, recipe.train.batch, recipe.train.seed)
+    total = loader.steps(recipe.train.epochs, recipe.train.max_steps)
+    config = recipe.train.in_steps(total)
     full_model = recipe.adapter.kind == "none"
 
     def restore(tensors: Mapping[str, Tensor]) -> None:
@@ -223,7 +288,7 @@ def _parts(
         ladder=steps,
         watch=watch,
         row_tokens=tokens,
-        total_steps=min(batches, config.max_steps or batches),
+        total_steps=total,
         checkpoints=Path(recipe.output).expanduser() / CHECKPOINTS,
         identity=identity(
             recipe,
@@ -245,6 +310,8 @@ def _ladder(plan: Plan, rung: Rung, base: Base, optimizer: AdamW, device: torch.
         if to != rung:
             rows.drop()
         fusing.use(base.model, to)
+        if to.embedding_away and (reason := embedding.send(base.model, device)):
+            log.warning("the input embedding stays on the device: %s", reason)
         if to.paged:
             optimizer.page()
 

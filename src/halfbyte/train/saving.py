@@ -18,6 +18,7 @@ import torch
 from halfbyte.checkpoints import resume
 from halfbyte.checkpoints.resume import Contents, DiskFull
 from halfbyte.errors import TrainingError
+from halfbyte.train import proofs
 from halfbyte.train.state import Parts, State
 
 TOLERATED = 3
@@ -47,7 +48,7 @@ def save(parts: Parts, state: State) -> None:
     before, state.saved = state.saved, state.step
     started = time.monotonic()
     try:
-        resume.save(parts.checkpoints, contents(parts, state))
+        written = resume.save(parts.checkpoints, contents(parts, state))
     except DiskFull as error:
         state.saved = before
         state.save_failures += 1
@@ -61,6 +62,7 @@ def save(parts: Parts, state: State) -> None:
         parts.report.tell(f"WARNING: {error.message}; going on, next try at the next save")
         return
     state.save_failures = 0
+    proofs.saved(parts.proofs, parts.flat, written)
     seconds = time.monotonic() - started
     if seconds > SLOW_SECONDS:
         parts.report.tell(f"WARNING: saving took {seconds:.0f} s; schedulers often kill {SLOW_SECONDS:.0f} s after SIGTERM")

@@ -18,6 +18,7 @@ from halfbyte.optim.flat import Flat
 from halfbyte.optim.scaling import LossScale
 from halfbyte.train.config import TrainConfig
 from halfbyte.train.ladder import Ladder
+from halfbyte.train.proofs import Proofs
 
 
 class Microbatch(Protocol):
@@ -31,6 +32,8 @@ class Microbatch(Protocol):
     def position_ids(self) -> Tensor: ...
     @property
     def cu_seqlens(self) -> Tensor: ...
+    @property
+    def weights(self) -> Tensor | None: ...
 
 
 class Batch(Protocol):
@@ -40,6 +43,8 @@ class Batch(Protocol):
     def example_ids(self) -> list[list[int]]: ...
     @property
     def trained_tokens(self) -> int: ...
+    @property
+    def weight(self) -> float: ...
     def microbatches(self, m: int) -> Iterator[Microbatch]: ...
 
 
@@ -61,7 +66,8 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of. Nothing in it but tensors' contents changes, the rung of `ladder`, and what `watch` has seen.
+    """What a run is made of. Nothing in it but tensors' contents changes, the rung of `ladder`, what `watch` has seen, and what was
+    proven.
 
     forward: (input_ids, position_ids, cu_seqlens) -> hidden `[1, S, H]`. dropout: (seed, step, first row), numbers the masks.
     weights: the adapter's tensors for a checkpoint, by name; restore: the mirror. autocast: compute dtype of a model whose
@@ -92,6 +98,7 @@ class Parts:
     identity: Mapping[str, Any]
     choices: Mapping[str, Any]
     report: Reporter
+    proofs: Proofs = field(default_factory=Proofs)
 
     @property
     def microbatch(self) -> int:

@@ -62,7 +62,7 @@ def forward(parts: Parts, part: Microbatch) -> Tensor:
 def objective(parts: Parts, hidden: Tensor, part: Microbatch, batch: Batch) -> Tensor:
     """The microbatch's share of the batch's mean loss."""
     parts.watch.mark("loss")
-    return sft.loss(hidden, part.labels, parts.head, batch.trained_tokens, parts.loss, chunks=parts.ladder.rung.chunks)
+    return sft.loss(hidden, part.labels, parts.head, batch.weight, parts.loss, parts.ladder.rung.chunks, part.weights)
 
 
 def backward(parts: Parts, loss: Tensor) -> Tensor:

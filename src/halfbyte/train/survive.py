@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import TypeVar
 
 from halfbyte.errors import MemoryPlanError
-from halfbyte.train.ladder import in_words, is_shortage
+from halfbyte.shortage import in_words, is_shortage
 from halfbyte.train.state import Parts, State
 
 T = TypeVar("T")

@@ -46,6 +46,7 @@ __all__ = [
     "forward_weight",
     "glu",
     "glu_backward",
+    "held_bytes",
     "norm_backward",
     "product",
     "quantize_both",
@@ -191,6 +192,12 @@ def _weight(group: Group, found: Plan, back: bool) -> Weight:
     if not isinstance(kept, Weight):
         kept = found.tables[name] = Weight(outputs, inner, group.rank, group.device, held=True)
     return kept
+
+
+def held_bytes(group: Group) -> int:
+    """Of the weights that a group holds in e4m3."""
+    tables = group.float8.tables.values() if isinstance(group.float8, Plan) else ()
+    return sum(weight.nbytes for weight in tables if isinstance(weight, Weight))
 
 
 def forward_adapter(group: Group, dtype: torch.dtype) -> Tensor:

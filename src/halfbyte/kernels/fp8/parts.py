@@ -66,6 +66,12 @@ class Weight:
         self.inverse = torch.full((outputs,), float("nan"), device=device) if held else torch.empty(outputs, device=device)
         self.changed = torch.ones(outputs, dtype=torch.int32, device=device) if held else None
 
+    @property
+    def nbytes(self) -> int:
+        """All of it, the rest of the last line of each row included."""
+        tensors = (self.data, self.scale, self.inverse, self.changed)
+        return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
+
 
 @dataclass(frozen=True)
 class Plan:

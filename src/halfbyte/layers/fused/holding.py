@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.formats.packed import Packed
+from halfbyte.kernels import fp8
 from halfbyte.layers.fused.projection import Projection
 
 
@@ -51,9 +52,10 @@ def as_if_alone(module: nn.Module, state: dict[str, Any], prefix: str, metadata:
 
 
 def decoded_bytes(projections: Iterable[Projection], dtype: torch.dtype) -> int:
-    """Bytes of what `hold` has decoded, adapters included."""
+    """Bytes of what `hold` and, once products have run, `hold_float8` have decoded, adapters included."""
     groups = [p.group for p in projections]
-    return sum(g.hold(dtype).nbytes for g in groups if g.held and all(isinstance(m.weight, Packed) for m in g.members))
+    wide = sum(g.hold(dtype).nbytes for g in groups if g.held and all(isinstance(m.weight, Packed) for m in g.members))
+    return wide + sum(fp8.held_bytes(g) for g in groups)
 
 
 def drop_decoded(projections: Iterable[Projection]) -> None:

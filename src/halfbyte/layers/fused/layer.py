@@ -119,7 +119,7 @@ class Fused:
                 holding.drop_decoded(other)
             if self.products.holds:
                 holding.hold(built, self.dtype, packed=self._holding == "all")
-            else:
+            elif self._holding == "all":
                 holding.hold_float8(built)
             # Parameters may have moved into the matrices.
             groups = [reading.operands(group) for group in modules]

@@ -1,0 +1,137 @@
+"""Tokens of a text, and which of them spell the spans that are learned: proven for every span, or not given.
+
+A text is tokenised whole, and the tokens of a span are looked for by its characters. Where a token would straddle the beginning of
+a span (a header that ends in a newline, an answer that begins with one), the text is tokenised piece by piece instead: that is
+what the model meets in use, where the prompt is tokenised alone. Whatever was found must stand together and spell the span before
+it counts, since offsets of tokenizers have surprises. Byte-level tokenizers spell by a table of bytes, others by decoding. Cost:
+the tokenizer's time and a tenth more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Span = tuple[int, int]
+Run = tuple[int, int]
+
+
+class Aligned(NamedTuple):
+    """Ids of a text; `runs`: first token and the one behind the last, for each span. None: they cannot be told apart."""
+
+    ids: list[int]
+    runs: list[Run] | None
+
+
+class Aligner:
+    """Tokenises texts for one tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._backend = tokenizer.backend_tokenizer
+
+    @cached_property
+    def _bytes(self) -> list[bytes] | None:
+        return _table(self._backend)
+
+    def __call__(self, texts: Sequence[str], spans: Sequence[Sequence[Span] | None]) -> list[Aligned]:
+        """The tokens of each text; where it has spans, with the run of tokens that spells each of them."""
+        return [self._aligned(e, *of) for e, of in zip(self._encode(texts), zip(texts, spans, strict=True), strict=True)]
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of one text, without special tokens that were not written in it."""
+        return list(self._encode([text])[0].ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special tokens included."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+
+    def _encode(self, texts: Sequence[str]) -> list[Any]:
+        # A tokenizer's file, or whoever used it before, may have asked for either.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        return list(self._backend.encode_batch(list(texts), add_special_tokens=False))
+
+    def _aligned(self, encoding: Any, text: str, spans: Sequence[Span] | None) -> Aligned:
+        ids: list[int] = encoding.ids
+        if spans is None:
+            return Aligned(ids, [])
+        for find in (self._by_ends, self._by_offsets):
+            runs = find(encoding, spans)
+            if runs is not None and self._spelled(ids, runs, text, spans):
+                return Aligned(ids, runs)
+        ids, parts = self._piecewise(text, spans)
+        return Aligned(ids, parts if self._spelled(ids, parts, text, spans) else None)
+
+    def _by_ends(self, encoding: Any, spans: Sequence[Span]) -> list[Run] | None:
+        """By the tokens of the first and the last character of each span: enough where they begin and end just there."""
+        runs: list[Run] = []
+        for start, stop in spans:
+            first, last = encoding.char_to_token(start), encoding.char_to_token(stop - 1)
+            if first is None or last is None:
+                return None
+            runs.append((first, last + 1))
+        return runs
+
+    def _by_offsets(self, encoding: Any, spans: Sequence[Span]) -> list[Run] | None:
+        """By the offsets of all tokens: those wholly inside a span, in an unbroken run."""
+        offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        runs: list[Run] = []
+        for start, stop in spans:
+            mine = np.flatnonzero((offsets[:, 0] >= start) & (offsets[:, 1] <= stop) & (offsets[:, 0] < stop))
+            if not len(mine) or mine[-1] - mine[0] + 1 != len(mine):
+                return None
+            runs.append((int(mine[0]), int(mine[-1]) + 1))
+        return runs
+
+    def _piecewise(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[Run]]:
+        ids: list[int] = []
+        runs: list[Run] = []
+        at = 0
+        for start, stop in spans:
+            ids += self.ids(text[at:start])
+            first = len(ids)
+            ids += self.ids(text[start:stop])
+            runs.append((first, len(ids)))
+            at = stop
+        return ids + self.ids(text[at:]), runs
+
+    def _spelled(self, ids: list[int], runs: Sequence[Run], text: str, spans: Sequence[Span]) -> bool:
+        """Whether runs follow each other and each spells its span."""
+        at = 0
+        for (first, last), (start, stop) in zip(runs, spans, strict=True):
+            if first < at or not self._same(ids[first:last], text[start:stop]):
+                return False
+            at = last
+        return True
+
+    def _same(self, ids: list[int], span: str) -> bool:
+        if self._bytes is not None and b"".join(map(self._bytes.__getitem__, ids)) == span.encode("utf-8", "surrogatepass"):
+            return True
+        # Some tokenizers normalise text, and some lose a leading space: then the span's own round trip is the measure.
+        said, alone = self.decode(ids), self.decode(self.ids(span))
+        if self._bytes is not None:
+            return said == alone
+        return said == span or said.removeprefix(" ") == alone.removeprefix(" ")
+
+
+def _table(backend: Any) -> list[bytes] | None:
+    """The bytes of every token of a byte-level tokenizer, by its id; None for others, and where decoding says otherwise."""
+    decoder = json.loads(backend.to_str())["decoder"]
+    if not decoder or decoder["type"] != "ByteLevel":
+        return None
+    # GPT-2's alphabet: bytes that print stand for themselves, the others for characters from 256 on, in their order.
+    plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    odd = [byte for byte in range(256) if byte not in plain]
+    alphabet = {256 + n: byte for n, byte in enumerate(odd)} | dict.fromkeys(odd, 0x10FFFF)
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    table = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    for token, number in vocabulary.items():
+        try:
+            table[number] = token.translate(alphabet).encode("latin-1")
+        except UnicodeEncodeError:  # an added token, which stands for its own characters
+            table[number] = token.encode()
+    return table
