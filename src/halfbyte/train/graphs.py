@@ -27,8 +27,8 @@ from halfbyte.kernels.attention import Documents, Wanted
 from halfbyte.layers import forward
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused.layer import Fused
+from halfbyte.shortage import is_shortage
 from halfbyte.train.choices import Choice
-from halfbyte.train.ladder import is_shortage
 
 Asked = Literal["auto", "on", "off"]
 ROUNDS = 3
