@@ -10,8 +10,11 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import pytest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -238,3 +241,17 @@ def cli(*args: str, cwd: Path | None = None, stdin: str = "", timeout: float = 3
     return subprocess.run(
         command, input=stdin, capture_output=True, text=True, cwd=cwd, timeout=timeout, check=False, env=environment(**env)
     )
+
+
+def trl_wheel(folders: pytest.TempPathFactory) -> Path:
+    """TRL's wheel, unpacked (Apache-2.0; it stays outside the project); skips where no package index has it."""
+    root = os.environ.get("HALFBYTE_CACHE")
+    folder = Path(root) / "trl-1.16.0" if root else folders.mktemp("trl")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "trl").exists():
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), "trl==1.16.0"]
+        if subprocess.run(command, capture_output=True, timeout=120, check=False).returncode:
+            pytest.skip("no package index has trl 1.16.0")
+        with zipfile.ZipFile(next(folder.glob("trl-*.whl"))) as archive:
+            archive.extractall(folder)
+    return folder

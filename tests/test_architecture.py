@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first. A folder may import every folder above it in this list; those on one line do not import each other.
 ORDER: list[set[str]] = [
-    {"config_base", "errors", "machine", "mistakes", "pinned"},
+    {"cachefile", "config_base", "errors", "machine", "mistakes", "pinned"},
     {"shortage"},
     {"*.config"},
     {"config"},

@@ -82,3 +82,13 @@ def demo() -> Callable[[str], str]:
     if not folder:
         pytest.skip("HALFBYTE_TEST_DATA does not name a folder with the public demo sets (docs/guides/data.md tells which)")
     return lambda name: str(Path(folder) / name)
+
+
+@pytest.fixture(scope="session")
+def dialogues(demo: Callable[[str], str]) -> list[dict[str, Any]]:
+    """Records of shape `messages` from a public set: distinct, of usual length."""
+    records = json.loads(Path(demo("alpaca_en_demo.json")).read_text(encoding="utf-8"))
+    chosen = [r for r in records if 60 < len(r["output"]) < 600 and not r["input"] and "@" not in r["output"]]
+    return [
+        {"messages": [{"role": "user", "content": r["instruction"]}, {"role": "assistant", "content": r["output"]}]} for r in chosen
+    ]

@@ -178,13 +178,8 @@ CLEAN = [
 
 
 @pytest.fixture(scope="module")
-def base(demo: Callable[[str], str]) -> Records:
-    records = json.loads(Path(demo("alpaca_en_demo.json")).read_text(encoding="utf-8"))
-    chosen = [r for r in records if 60 < len(r["output"]) < 600 and not r["input"] and "@" not in r["output"]]
-    return [
-        {"messages": [{"role": "user", "content": r["instruction"]}, {"role": "assistant", "content": r["output"]}]}
-        for r in chosen[100 : 100 + BASE]
-    ]
+def base(dialogues: Records) -> Records:
+    return dialogues[100 : 100 + BASE]
 
 
 def test_there_are_enough() -> None:

@@ -224,14 +224,8 @@ FAULTS = [
 
 
 @pytest.fixture(scope="module")
-def base(demo: Callable[[str], str]) -> Records:
-    """Dialogues of a public set, distinct, of usual length."""
-    records = json.loads(Path(demo("alpaca_en_demo.json")).read_text(encoding="utf-8"))
-    chosen = [r for r in records if 60 < len(r["output"]) < 600 and not r["input"] and "@" not in r["output"]]
-    return [
-        {"messages": [{"role": "user", "content": r["instruction"]}, {"role": "assistant", "content": r["output"]}]}
-        for r in chosen[:BASE]
-    ]
+def base(dialogues: Records) -> Records:
+    return dialogues[:BASE]
 
 
 @pytest.fixture

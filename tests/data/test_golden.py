@@ -4,11 +4,7 @@
 from __future__ import annotations
 
 import datetime
-import os
 import re
-import subprocess
-import sys
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +20,7 @@ from halfbyte.data.rendering import PINNED, Form, Renderer, chat
 from halfbyte.data.templates import GENERATION, NAMED, Template, resolve
 from halfbyte.data.turns import Example
 from halfbyte.errors import DataError
+from support import trl_wheel
 
 DOCS = Path(__file__).parents[2] / "docs" / "concepts" / "templates.md"
 REFUSED = {"data.mask", "data.template", "data.no-eot"}
@@ -188,18 +185,6 @@ def test_renders_are_what_transformers_renders(name: str, make_tokenizer: Callab
                 assert renderer(part, prompt=prompt) == theirs.replace(today, PINNED.isoformat())
 
 
-def wheel(folder: Path) -> Path:
-    """TRL's wheel, unpacked; skips without an index. Its templates are Apache-2.0 and stay outside the project."""
-    done = folder / "trl"
-    if not done.exists():
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), "trl==1.16.0"]
-        if subprocess.run(command, capture_output=True, timeout=120).returncode:
-            pytest.skip("no package index has trl 1.16.0")
-        with zipfile.ZipFile(next(folder.glob("trl-*.whl"))) as archive:
-            archive.extractall(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def smollm2() -> Any:
     from transformers import AutoTokenizer
@@ -213,10 +198,8 @@ def smollm2() -> Any:
 @pytest.fixture(scope="module")
 def trl(tmp_path_factory: pytest.TempPathFactory, smollm2: Any) -> dict[str, tuple[Any, str]]:
     """Template name -> SmolLM2's tokenizer with its special tokens, and its text."""
-    root = os.environ.get("HALFBYTE_CACHE")
-    folder = Path(root) / "trl-1.16.0" if root else tmp_path_factory.mktemp("trl")
-    folder.mkdir(parents=True, exist_ok=True)
-    return {name: (fitted(smollm2, name, text), text) for name, text in trl_templates(wheel(folder)).items()}
+    folder = trl_wheel(tmp_path_factory)
+    return {name: (fitted(smollm2, name, text), text) for name, text in trl_templates(folder).items()}
 
 
 @pytest.mark.slow

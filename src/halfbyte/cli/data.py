@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from halfbyte.config import Recipe
     from halfbyte.data.check.run import Checked
-    from halfbyte.data.config import SourceConfig
 
 app = typer.Typer(help="Check the data, and look at it as the model will see it.", rich_markup_mode=None)
 RECIPE = typer.Argument(None, help="Recipe file; left out with --model and --data.", show_default=False)
@@ -55,17 +53,13 @@ def check(
     else:
         print("\n".join(found.findings.lines()), flush=True)
     if bad is not None:
-        written, missing = lines.write(found.problems, _sources(chosen), cache_root(), bad)
+        written, missing = lines.write(found.problems, chosen.data.sources, cache_root(), bad)
         say(f"{bad}: {written:,} wrong lines written" + (f"; {missing:,} cannot be cut out of their file" if missing else ""))
     if fix is not None:
         specials = texts.special_tokens(tokenizer)
         for source, file in zip(chosen.data.train, repair.outputs(fix, len(chosen.data.train)), strict=True):
             say("\n".join(repair.repair(source, cache_root(), specials, file).lines()))
     _leave(found)
-
-
-def _sources(recipe: Recipe) -> list[SourceConfig]:
-    return [*recipe.data.train, *(recipe.data.eval if isinstance(recipe.data.eval, list) else ())]
 
 
 def _leave(found: Checked) -> None:

@@ -125,6 +125,11 @@ class DataConfig(Section):
     check: CheckConfig = Field(default_factory=CheckConfig)
     """What is looked for before the first step."""
 
+    @property
+    def sources(self) -> list[SourceConfig]:
+        """All that are read: of the training set, then held-out ones of their own."""
+        return [*self.train, *(self.eval if isinstance(self.eval, list) else ())]
+
     @field_validator("eval")
     @classmethod
     def _read_whole(cls, value: float | int | list[SourceConfig]) -> float | int | list[SourceConfig]:

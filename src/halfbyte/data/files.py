@@ -15,13 +15,13 @@ import gzip
 import hashlib
 import json
 import lzma
-import os
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from halfbyte.cachefile import replacing
 from halfbyte.data.problems import Where
 from halfbyte.errors import DataError
 
@@ -103,10 +103,8 @@ def _content(file: Path, cache_dir: Path) -> str:
     with file.open("rb") as stream:
         found = _hash(stream)
     if began - max(stat.st_mtime, stat.st_ctime) > SETTLED:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        partial = note.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}")
-        partial.write_text(json.dumps({"file": identity, "digest": found}), encoding="utf-8")
-        partial.replace(note)
+        with replacing(note) as kept:
+            kept.write(json.dumps({"file": identity, "digest": found}).encode())
     return found
 
 

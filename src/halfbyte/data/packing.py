@@ -12,13 +12,13 @@ operation an example (the free spaces are bits, so "the smallest space that fits
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from halfbyte.cachefile import replacing
 
 Int = NDArray[np.int64]
 
@@ -56,13 +56,10 @@ class Packing:
 
     def save(self, place: Path) -> None:
         """Keeps it in a file, for good or not at all."""
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_suffix(f".{os.getpid()}.{time.monotonic_ns()}")
         sizes = np.diff(self.first)
         head = np.asarray([len(self.item), len(sizes)], dtype=np.int64)
-        with partial.open("wb") as stream:
+        with replacing(place) as stream:
             np.save(stream, np.concatenate([head, self.item, self.offset, self.length, sizes]))
-        partial.replace(place)
 
     @staticmethod
     def load(place: Path, tokens: int) -> Packing | None:

@@ -38,7 +38,7 @@ CHECKS: dict[str, Check] = {
     "data.tools": Check("tool calls that cannot be learned", "leave these examples out, or turn them into plain messages", 0),
     "data.empty": Check("there is no usable example", "every example needs an answer by the assistant, or text", 0),
     "data.template": Check("the chat template refuses, drops or changes messages", "choose another one with `data.template`", 0),
-    "data.mask": Check("an answer cannot be told from what surrounds it", "`data.template: chatml`, or `data.loss_on: last`", 0),
+    "data.mask": Check("an answer cannot be told from what surrounds it", "`data.loss_on: each`, or `data.template: chatml`", 0),
     "data.no-eot": Check("answers would be learned without their end: the model would never stop",
                          "write the end-of-turn token after every answer in the template", 0),
     "data.pad-eos": Check("the end-of-turn token is also the pad token and is masked out: the model would never stop",

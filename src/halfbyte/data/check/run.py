@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from halfbyte.cachefile import replacing
 from halfbyte.data import shapes, templates
 from halfbyte.data import tokens as store
 from halfbyte.data.check import duplicates, learned
 from halfbyte.data.check.findings import CHECKS, KEPT, LATER, Findings
-from halfbyte.data.check.scan import LISTED, Scan, replacing, scan
+from halfbyte.data.check.scan import LISTED, Scan, scan
 from halfbyte.data.check.texts import Tests, special_tokens
 from halfbyte.data.config import DataConfig, SourceConfig
 from halfbyte.data.encode import Encoder, Options
@@ -131,16 +132,12 @@ def _findings(config: DataConfig, private: bool) -> Findings:
     return findings
 
 
-def _configs(config: DataConfig) -> list[SourceConfig]:
-    return [*config.train, *(config.eval if isinstance(config.eval, list) else ())]
-
-
 def _scans(config: DataConfig, tokenizer: Any, cache: Path, private: bool, most: int, tell: Progress | None) -> list[Scan]:
     specials = special_tokens(tokenizer)
     tests = Tests(specials, private)
     options = {"special": specials, "private": private}
     found: list[Scan] = []
-    for source in _configs(config):
+    for source in config.sources:
         found.append(scan(source, cache, tests, options, most))
         if tell is not None:
             tell(f"checks: {found[-1].name}", found[-1].examples, found[-1].examples)
@@ -172,7 +169,7 @@ def _encoding(config: DataConfig, tokenizer: Any, cache: Path) -> list[Problem]:
     try:
         template = templates.resolve(config.template, tokenizer, config.template_kwargs)
         encoder = Encoder(tokenizer, template, Options(config.system, config.loss_on))
-        for source in _configs(config):
+        for source in config.sources:
             problems = Problems(keep=LISTED)
             for _ in encoder.encode(examples(source, cache, problems), problems):
                 pass
@@ -212,8 +209,7 @@ def _prepared(prepared: Prepared, tokenizer: Any, cache: Path, findings: Finding
     train, held = np.zeros(size, np.bool_), np.zeros(size, np.bool_)
     for part, mask in ((prepared.train, train), *((part, held) for part in prepared.eval.values())):
         mask[_numbers(part, bases)] = True
-    _within(copies, train, where, findings)
-    _across(copies, train, held, where, findings)
+    _copied(copies, train, held, where, findings)
 
 
 def find_copies(sources: list[Tokens], near: float, cache: Path) -> duplicates.Copies:
@@ -252,26 +248,19 @@ def _firsts(group: Int, members: NDArray[np.bool_]) -> Int:
     return first
 
 
-def _within(copies: duplicates.Copies, train: NDArray[np.bool_], where: Callable[[int], str], findings: Findings) -> None:
-    numbers = np.flatnonzero(train)
-    exact = _firsts(copies.exact, train)[copies.exact]
-    near = _firsts(copies.near, train)[copies.near]
-    same = numbers[exact[numbers] != numbers]
-    close = numbers[(exact[numbers] == numbers) & (near[numbers] != numbers)]
-    for name, found, of in (("data.duplicates", same, exact), ("data.near-duplicates", close, near)):
-        findings.add(name, "train", len(found), len(numbers), _pairs(found, of, where))
-
-
-def _across(
+def _copied(
     copies: duplicates.Copies, train: NDArray[np.bool_], held: NDArray[np.bool_], where: Callable[[int], str], findings: Findings
 ) -> None:
-    numbers = np.flatnonzero(held)
-    exact = _firsts(copies.exact, train)[copies.exact]
-    near = _firsts(copies.near, train)[copies.near]
-    same = numbers[exact[numbers] >= 0]
-    close = numbers[(exact[numbers] < 0) & (near[numbers] >= 0)]
-    for name, found, of in (("data.overlap", same, exact), ("data.near-overlap", close, near)):
-        findings.add(name, "held out", len(found), len(numbers), _pairs(found, of, where))
+    """Examples with an exact or else a near copy in the training set: before them in it, or held out from it."""
+    numbers = np.arange(len(train))
+    exact, near = (_firsts(group, train)[group] for group in (copies.exact, copies.near))
+    for name, members, ids, same, close in (
+        ("train", train, ("data.duplicates", "data.near-duplicates"), exact != numbers, near != numbers),
+        ("held out", held, ("data.overlap", "data.near-overlap"), exact >= 0, near >= 0),
+    ):
+        for code, copied, of in ((ids[0], members & same, exact), (ids[1], members & close & ~same, near)):
+            found = np.flatnonzero(copied)
+            findings.add(code, name, len(found), int(members.sum()), _pairs(found, of, where))
 
 
 def _pairs(found: Int, of: Int, where: Callable[[int], str]) -> tuple[str, ...]:

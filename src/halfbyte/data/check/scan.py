@@ -8,18 +8,15 @@ kept beside the tokens under the digest of the source and the options, so that a
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from array import array
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import Any
 
+from halfbyte.cachefile import replacing
 from halfbyte.data import shapes
 from halfbyte.data import tokens as store
 from halfbyte.data.check import preferences
@@ -72,19 +69,6 @@ def scan(config: SourceConfig, cache: Path, tests: Tests, options: dict[str, Any
     with replacing(file) as stream:
         stream.write(json.dumps(vars(found)).encode())
     return found
-
-
-@contextmanager
-def replacing(file: Path) -> Iterator[IO[bytes]]:
-    """A file that is there when it is whole: two runs that start at once do not disturb each other."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
-    try:
-        with partial.open("wb") as stream:
-            yield stream
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _loaded(file: Path) -> Scan:

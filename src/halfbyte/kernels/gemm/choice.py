@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from halfbyte.cachefile import replacing
 from halfbyte.machine import cache_root
 
 log = logging.getLogger("halfbyte.kernels")
@@ -110,10 +110,8 @@ class Memory:
     def keep(self, name: str, algorithm: str) -> None:
         """One more choice, with what other processes have written since."""
         self.entries = self._read() | self.entries | {name: algorithm}
-        scratch = self.file.with_suffix(f".{os.getpid()}")
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(json.dumps(self.entries, indent=0, sort_keys=True), "utf-8")
-            os.replace(scratch, self.file)
+            with replacing(self.file) as stream:
+                stream.write(json.dumps(self.entries, indent=0, sort_keys=True).encode())
         except OSError as error:
             log.warning("gemm: the choices are not kept: %s", error)
