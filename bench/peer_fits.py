@@ -1,12 +1,11 @@
 """Unsloth's settings by speed and memory on one GPU: what `fits_gpu.py --table` holds our plans against.
 
     python bench/peer_fits.py --out DIR --dir M --tokenizer DIR [--budget 150]     # writes DIR/peer_fits.jsonl, a line a setting
-    python bench/peer_fits.py --cpu --out DIR                                       # the script itself, with our engine in its place
+    python bench/peer_fits.py --cpu --out DIR                                 # the script itself, with a tiny model in its place
 
-One process, one 8B model in nf4 (random weights, `random_model.py`), rank 16, 8-bit AdamW: its rows at once by the three ways it has
-to recompute (none, `unsloth`: inputs offloaded, and inputs on the GPU), over a batch of 1 x 8,192 and of 4 x 2,048 tokens. No cap is
-set: a setting fits a card where what its tensors took at the peak does, which is the kindest count. Times are those of
-`fits_gpu.py`: whole steps on a hot chip. Gate: a loss near ln(vocabulary).
+One process, one 8B model in nf4 (random weights, `random_model.py`), rank 16, 8-bit AdamW: its rows at once by the three ways that
+it has to recompute (none, `unsloth`: inputs offloaded, and inputs on the GPU), over a batch of 1 x 8,192 and of 4 x 2,048 tokens.
+No cap is set: a setting fits a card where what its tensors took at the peak does, the kindest count. Times are those of `fits_gpu.py`: whole steps on a hot chip. Gate: a loss near ln(vocabulary).
 """
 
 from __future__ import annotations
