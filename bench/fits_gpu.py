@@ -49,8 +49,8 @@ BOUND = 7.9
 """GiB: the peak of Unsloth's full recompute, 4 x 2,048."""
 PROMISED = 1.01
 """The truth is no more than so many times the prediction."""
-LONGEST = ((8, 32), (16, 16), (24, 6), (80, 2))
-"""Card in GiB, layers that are run."""
+LONGEST = ((8, "nf4", 32), (16, "16bit", 16), (24, "16bit", 6), (80, "16bit", 2))
+"""Card in GiB, `format.head`, layers that are run."""
 CAPS_OF_ALL = (5.5, 7.0)
 """GiB, for 8 of 32 layers: they leave the layers a quarter of what cards of about 11 and 17 GiB leave 32."""
 OTHERS = 14
@@ -192,10 +192,10 @@ def seventy(bench: Bench) -> Iterator[Line]:
 
 def longest(bench: Bench) -> Iterator[Line]:
     """Under the card's cap, less what the missing layers would hold."""
-    for card, layers in LONGEST:
-        of_all = bench.chooser(bench.case("8b", 32, 1, 2048, bits=8, layers=32), 0.97 * card)
+    for card, head, layers in LONGEST:
+        of_all = bench.chooser(bench.case("8b", 32, 1, 2048, bits=8, layers=32, head=head), 0.97 * card)
         tokens = of_all.longest() or 0
-        case = bench.case("8b", 32, 1, tokens, bits=8, layers=32)
+        case = bench.case("8b", 32, 1, tokens, bits=8, layers=32, head=head)
         of_all = bench.chooser(case, 0.97 * card)
         rung = planned.chosen(of_all)
         part = replace(case, layers=layers if bench.device == "cuda" else 2, size="8b" if bench.device == "cuda" else "tiny4")

@@ -5,9 +5,9 @@
 
 Models have random packed weights, made on the GPU (`planned.py`). 32B and 70B run with fewer layers (`layers` of `whole`): layers
 are alike, and the peak is a sum over them. Each case runs some steps, then some that are measured: the allocator's peak (allocated
-and reserved; driver: what is taken of the device), and seconds. `error` is predicted over measured peak, less one; `speed_error` the
-same of tokens/s. Predictions come from shapes alone, before the model is built; rates of the GPU from `memory.calibrate`. The last
-line sums up: worst over, worst under, mean of the absolute errors. What the plan chooses, and how far it carries: `fits_gpu.py`.
+and reserved; driver: what is taken of the device), and seconds. `error` is predicted over measured peak, less one; `speed_error`
+the same of tokens/s. Predictions come from shapes alone, before the model is built; rates of the GPU from `memory.calibrate`. The
+last line sums up: worst over, worst under, mean of the absolute errors. What is chosen, and how far it carries: `fits_gpu.py`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 
 One process, one 8B model in nf4 (random weights, `random_model.py`), rank 16, 8-bit AdamW: its rows at once by the three ways that
 it has to recompute (none, `unsloth`: inputs offloaded, and inputs on the GPU), over a batch of 1 x 8,192 and of 4 x 2,048 tokens.
-No cap is set: a setting fits a card where what its tensors took at the peak does, the kindest count. Times are those of `fits_gpu.py`: whole steps on a hot chip. Gate: a loss near ln(vocabulary).
+No cap is set: a setting fits a card where what its tensors took at the peak does, which is the kindest count. Times are those of
+`fits_gpu.py`: whole steps on a hot chip. Gate: a loss near ln(vocabulary).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from halfbyte.memory.budget import Budget
 from halfbyte.memory.fused import Layer
 from halfbyte.memory.part import Part
 from halfbyte.memory.parts import DTYPES, count, ends, fused_layer, learning, outside, weights
-from halfbyte.memory.rungs import CHUNKED, Rung, ways
+from halfbyte.memory.rungs import CHUNKED, Rung, places, ways
 from halfbyte.memory.shapes import Shapes
 from halfbyte.memory.speed import Rates
 from halfbyte.memory.tape import Work
@@ -215,11 +215,15 @@ class Chooser:
         if task.offload != "off":
             lean += [replace(keep, away=("x",)) for keep in lean]
         room = task.room - task.fixed - min(task.moments.values()) - min(task.embedding.values())
+        end = ends(self.s, tokens, self.layer.head_size, self.dtype, CHUNKED)
         for keep in lean:
             one = timeline.stage(w, keep)
-            end = ends(self.s, tokens, self.layer.head_size, self.dtype, CHUNKED)
-            fits = timeline.peak([one] * task.layers, end).bytes <= room
-            if fits and (task.host is None or not self.budget.here or one.host * task.layers <= task.host):
+            stages = [one] * task.layers
+            if one.host and task.host is not None and self.budget.here:
+                # As many as host memory has room for; the others keep their input on the device.
+                here, away = timeline.stage(w, replace(keep, away=())), min(task.layers, task.host // one.host)
+                stages = [one if is_away else here for is_away in places(task.layers, away, True)]
+            if timeline.peak(stages, end).bytes <= room:
                 return True
         return False
 
