@@ -55,11 +55,8 @@ def budget(asked: str = "auto") -> Budget:
     """The budget of `memory.gpu` or `--gpu`: `auto`, a size such as `24GiB`, or a card. Raises RecipeError (`memory.gpu`)."""
     if asked == "auto":
         return _of_this_machine()
-    if size := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", asked):
-        unit = size.group(2).lower()
-        if unit in UNITS and unit not in ("", "b"):
-            total = int(float(size.group(1)) * UNITS[unit])
-            return Budget("cuda", asked.strip(), _without_gaps(total), total, False, f"{_gaps(total)} of it stay free")
+    if (total := _bytes(asked)) is not None:
+        return Budget("cuda", asked.strip(), _without_gaps(total), total, False, f"{_gaps(total)} of it stay free")
     name = re.sub(r"nvidia|geforce|[\s_]", "", asked.lower())
     for card in (name, name.replace("-", ""), f"rtx{name}"):
         if card in CARDS:
@@ -70,6 +67,20 @@ def budget(asked: str = "auto") -> Budget:
     guess = nearest(name, CARDS)
     hint = f"did you mean `{guess}`?" if guess else "give a size such as 24GiB, or a card such as rtx4090, a100-80g, t4"
     raise RecipeError(f"`{asked}` is neither a size nor a card that the plan knows", hint=hint, code="memory.gpu")
+
+
+def host_size(asked: str) -> int:
+    """Bytes of `memory.host`, a size such as `24GiB`. Raises RecipeError (`memory.host`) for anything else."""
+    found = _bytes(asked)
+    if found is None:
+        raise RecipeError(f"memory.host: `{asked}` is no size", hint="give a size such as 24GiB, or auto", code="memory.host")
+    return found
+
+
+def _bytes(text: str) -> int | None:
+    size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = size.group(2).lower() if size else ""
+    return int(float(size.group(1)) * UNITS[unit]) if size and unit in UNITS and unit not in ("", "b") else None
 
 
 def _of_this_machine() -> Budget:

@@ -18,11 +18,12 @@ from transformers import PretrainedConfig
 from halfbyte.checkpoints import description, hub
 from halfbyte.config import Recipe
 from halfbyte.errors import MemoryPlanError, RecipeError
+from halfbyte.memory import advice as advising
 from halfbyte.memory import calibrate, speed
 from halfbyte.memory.budget import Budget
 from halfbyte.memory.budget import budget as budget_of
 from halfbyte.memory.choose import ASKED, Chooser, gib
-from halfbyte.memory.gpus import CARDS, FLOAT8
+from halfbyte.memory.gpus import CARDS, FLOAT8, NO_BF16
 from halfbyte.memory.part import Part
 from halfbyte.memory.parts import DTYPES
 from halfbyte.memory.rungs import Rung, below
@@ -170,10 +171,10 @@ def rates_of(recipe: Recipe, budget: Budget, dtype: torch.dtype) -> Rates:
 
 
 def compute_of(recipe: Recipe, budget: Budget) -> str:
-    """The compute dtype to plan with: what was asked, else bf16 on a GPU and fp32, which needs the most, on a CPU."""
+    """The compute dtype to plan with: what was asked, else 16 bits as a GPU has them, and fp32, which needs the most, on a CPU."""
     if recipe.compute != "auto":
         return recipe.compute
-    return "fp32" if budget.kind == "cpu" else "bf16"
+    return "fp32" if budget.kind == "cpu" else "fp16" if budget.name.startswith(NO_BF16) else "bf16"
 
 
 def json_schema() -> dict[str, Any]:
@@ -213,8 +214,8 @@ def _plan(chooser: Chooser, rungs: list[Rung], rung: Rung) -> Plan:
         tokens_per_second=recipe.train.batch * recipe.data.tokens / seconds if known else None,
         parameters=Parameters(s.report.params, sum(r.params for r in s.report.packed), s.trained),
         reason=chooser.reason(rungs, rung, fits),
-        advice=() if fits else tuple(chooser.advice(rung, budget.bytes)),
-        help=tuple(chooser.advice(leanest, 0)),
+        advice=() if fits else tuple(advising.advice(chooser, rung, budget.bytes)),
+        help=tuple(advising.advice(chooser, leanest, 0)),
         rung=rung,
         rungs=tuple(rungs),
         seconds=seconds if known else None,

@@ -108,7 +108,7 @@ def _composed(recipe: Recipe, report: Report, stored: Contents | None, memory_ti
     """`compose`; raises MemoryPlanError (train.out-of-memory) where others have taken the memory that the plan found free."""
     try:
         return compose(recipe, report, stored, memory_timeline)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_shortage(error):
             raise
         why = in_words(error, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
