@@ -27,6 +27,7 @@ from halfbyte.data.pieces import Pieces, fit
 from halfbyte.data.problems import Problems
 from halfbyte.data.report import Report
 from halfbyte.data.sources import Record, Source, open_source, parse
+from halfbyte.data.stops import stops
 from halfbyte.data.tokens import Tokens, TokenSet
 from halfbyte.errors import DataError
 
@@ -91,7 +92,7 @@ def prepare(config: DataConfig, tokenizer: Any, seed: int, cache_dir: Path, prog
     report.rows, report.efficiency = loader.rows(0), loader.efficiency(0)
     report.notes += mixing.told([s.name for s in sources], visits, learned)
     report.notes += [f"{s.name}: {note}" for s in (*sources, *others) for note in s.notes]
-    ends = {i for s in sources for i in s.end} | ({tokenizer.eos_token_id} - {None})
+    ends = {i for s in sources for i in stops(s)} | ({tokenizer.eos_token_id} - {None})
     return Prepared(train, held, report, template, tuple(sorted(ends)), config)
 
 
