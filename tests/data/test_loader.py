@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -20,6 +24,7 @@ from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.kernels.cross_entropy import Head
 from halfbyte.objectives import sft
+from support import chats, tiny_tokenizer
 
 T = 64
 
@@ -186,6 +191,54 @@ def test_any_number_of_processes_shares_the_same_batches_and_resumes_anywhere(ra
         assert {part.weight for part in parts} == {batch.weight} == {float(batch.trained_tokens)}
     with pytest.raises(AssertionError, match="cannot share"):
         whole.at(0, 5, 6)
+
+
+WALK = """
+import hashlib, json, sys
+from pathlib import Path
+from halfbyte.data.config import DataConfig
+from halfbyte.data.loader import Loader
+from halfbyte.data.prepare import prepare
+from support import tiny_tokenizer
+
+data, cache, rank, ranks, first, last = json.loads(sys.argv[1])
+loader = Loader(prepare(DataConfig(**data), tiny_tokenizer(), 3, Path(cache)).train, 128, 5, seed=3)
+for step in range(first, last):
+    part = loader.at(step, rank, ranks)
+    for row in range(len(part.input_ids)):
+        content = [t[row].tolist() for t in (part.input_ids, part.labels, part.position_ids, part.cu_seqlens)]
+        told = [part.example_ids[row], part.trained_tokens, part.weight]
+        print(json.dumps([step, hashlib.sha256(json.dumps(content).encode()).hexdigest(), *told]))
+"""
+
+
+@pytest.mark.cpu
+def test_real_processes_come_to_the_same_rows_and_resume_anywhere(jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    """One, two and three processes, each with hashes of its own and its own copy of nothing but the files; a mixture with a share,
+    a temperature and a cap; stopped in the middle of an epoch and gone on with by another number of processes."""
+    files = [str(jsonl([{**c, "w": 1 + i % 2} for i, c in enumerate(chats(n))], f"{n}.jsonl")) for n in (60, 14, 30)]
+    train = [{"path": files[0], "columns": {"weight": "w"}}, {"path": files[1]}, {"path": files[2], "share": 0.2}]
+    data = {"train": train, "eval": 0.1, "tokens": 128, "mix": {"temperature": 2, "cap": 40}}
+    loader = Loader(prepare(DataConfig(**data), tiny_tokenizer(), 3, tmp_path / "cache").train, 128, 5, seed=3)
+    steps = loader.steps(2.5)
+    middle = loader.batches(0) - 1  # the batch that ends one epoch and opens the next
+    assert steps > middle + 3 and loader.position(middle)[0] == 0 and loader.position(middle + 1)[0] == 1
+
+    def walk(ranks: int, first: int, last: int) -> list[Any]:
+        running = []
+        for rank in range(ranks):
+            told = json.dumps([data, str(tmp_path / "cache"), rank, ranks, first, last])
+            environment = {**os.environ, "PYTHONHASHSEED": str(rank + 1)}
+            command = [sys.executable, "-c", WALK, told]
+            running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        rows = [json.loads(line) for process in running for line in process.communicate()[0].splitlines()]
+        assert [process.returncode for process in running] == [0] * ranks
+        return sorted(rows, key=lambda row: row[0])  # stable: within a step, rank after rank
+
+    whole = walk(1, 0, steps)
+    assert len(whole) == 5 * steps and len({row[1] for row in whole}) > 3 * steps and {row[4] != row[3] for row in whole} == {True}
+    for ranks in (2, 3):
+        assert walk(ranks, 0, middle) + walk(5 - ranks, middle, steps) == whole, ranks
 
 
 @pytest.fixture

@@ -192,8 +192,8 @@ def rendered(base: Base, messages: Sequence[Message], template: str, *, prompt: 
 
 
 def end_tokens(base: Base, template: str | None = None, end_ids: Iterable[int] = ()) -> set[int]:
-    """Tokens that end an answer: the model's and the tokenizer's end of sequence, what the template puts after a turn, and `end_ids`
-    (what training used: it also saw how tool calls end)."""
+    """Tokens that end an answer: the model's and the tokenizer's end of sequence, what the template puts after a turn, and
+    `end_ids` (what training used: it also saw how tool calls end)."""
     ends = set(end_ids)
     declared = [base.tokenizer.eos_token_id, base.model.config.get_text_config().eos_token_id]
     if base.model.generation_config is not None:

@@ -36,7 +36,9 @@ class Lengths:
     def __str__(self) -> str:
         spread = f"{self.shortest:,} to {self.longest:,} tokens (median {self.median:,})"
         rows = f"{self.rows:,} rows of {self.row:,} an epoch, {self.efficiency:.1%} full"
-        return f"{self.documents:,} documents of {spread}: {rows}, attention {self.attention:.1%} of full rows', {self.steps:,} steps"
+        return (
+            f"{self.documents:,} documents of {spread}: {rows}, attention {self.attention:.1%} of full rows', {self.steps:,} steps"
+        )
 
 
 UNKNOWN = "lengths unknown (the data is not prepared yet: `halfbyte data check` does it): rows taken as one document each"

@@ -270,7 +270,9 @@ def _parts(
         dropout=lambda seed, step, row: adapter.set_dropout_state(seed, step, row, tokens),
         weights=lambda: adapter_state.state_dict(adapter),
         restore=restore,
-        answers=functools.partial(answers, base, max_tokens=config.sample_tokens, template=prepared.template.text, end_ids=prepared.end_ids),
+        answers=functools.partial(
+            answers, base, max_tokens=config.sample_tokens, template=prepared.template.text, end_ids=prepared.end_ids
+        ),
         flat=optimizer.flat,
         optimizer=optimizer,
         scale=LossScale.create(compute, device),
