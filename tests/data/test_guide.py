@@ -43,7 +43,8 @@ def test_endings_shapes_and_templates_are_listed() -> None:
 def blocks(kind: str, title: str) -> list[str]:
     """The code blocks of a section, without the indent of a list."""
     section = GUIDE.split(f"## {title}\n")[1].split("\n## ")[0]
-    return [textwrap.dedent(found) for found in re.findall(rf"^ *```{kind}\n(.*?)^ *```", section, flags=re.S | re.M)]
+    found = re.findall(r"^ *```(\w*)\n(.*?)^ *```", section, flags=re.S | re.M)
+    return [textwrap.dedent(text) for name, text in found if name == kind]
 
 
 def test_the_ten_minutes(tokenizer: Any, jsonl: Any, chat: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
