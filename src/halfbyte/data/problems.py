@@ -20,8 +20,8 @@ HINTS = {
     "or leave them out",
     "data.mask": "where the template strips thoughts from earlier turns: `data.loss_on: each` or `data.loss_on: last`; where it "
     "has no place for `reasoning_content`: <think>...</think> in the content; else another `data.template`, or `data.loss_on: all`",
-    "data.template": "the chat template refused or dropped these messages; choose one that writes them (tool calls, system messages, "
-    "this order of roles) with `data.template`, such as a Jinja file, or leave them out",
+    "data.template": "the chat template refused or dropped these messages; choose one that writes them (tool calls, system "
+    "messages, this order of roles) with `data.template`, such as a Jinja file, or leave them out",
     "data.no-eot": "write the end-of-turn token after every answer in the template, or use `template: chatml`",
 }
 
