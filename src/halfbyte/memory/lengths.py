@@ -41,4 +41,4 @@ class Lengths:
         )
 
 
-UNKNOWN = "lengths unknown (the data is not prepared yet: `halfbyte data check` does it): rows taken as one document each"
+UNKNOWN = "lengths unknown (no prepared data: `halfbyte data check` makes it or tells what is wrong), rows taken as one document"
