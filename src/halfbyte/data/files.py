@@ -44,7 +44,7 @@ def uncompressed(name: str) -> str:
 
 
 def stem(path: str) -> str:
-    """How a source is called: the last part of its path without endings that is no mere wildcard (`chats` of `chats/**/*.jsonl`)."""
+    """How a source is called: the last part of its path without endings that is no wildcard (`chats` of `chats/**/*.jsonl`)."""
     for part in reversed(Path(path).parts):
         name = uncompressed(part)
         for suffix in SUFFIXES:

@@ -22,8 +22,8 @@ def stops(source: Tokens) -> set[int]:
     starts = source.offsets[1:-1]
     inside: set[int] = set()
     for at in range(0, len(source.ids), CHUNK):
-        ids, learned = (np.asarray(part[at : at + CHUNK + 1]) for part in (source.ids, source.trained))
-        goes_on = learned[:-1] & learned[1:]
+        ids, learned = np.asarray(source.ids[at : at + CHUNK + 1]), np.asarray(source.trained[at : at + CHUNK + 1])
+        goes_on = np.logical_and(learned[:-1], learned[1:])
         # The first token of the next example follows nothing.
         first = starts[(starts > at) & (starts < at + len(ids))]
         goes_on[first - at - 1] = False

@@ -82,7 +82,7 @@ def write_texts(
     if template is not None:
         tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    generation = copy.deepcopy(base.model.generation_config) or GenerationConfig()
+    generation = copy.deepcopy(base.model.generation_config) or GenerationConfig()  # type: ignore[no-untyped-call]
     chosen = tokenizer.chat_template
     ends = sorted(end_tokens(base, chosen if isinstance(chosen, str) else None, end_ids))
     generation.eos_token_id = ends[0] if len(ends) == 1 else ends or None

@@ -16,7 +16,7 @@ from halfbyte.errors import DataError, RecipeError
 from halfbyte.mistakes import nearest
 
 SHOWN = 3  # places named in words; `--json` has the first KEPT
-KEPT = 20
+KEPT = 1000
 
 
 class Check(NamedTuple):
