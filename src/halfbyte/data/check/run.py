@@ -22,6 +22,7 @@ from halfbyte.data.check import duplicates, learned
 from halfbyte.data.check.findings import CHECKS, KEPT, LATER, Findings
 from halfbyte.data.check.scan import LISTED, Scan, scan
 from halfbyte.data.check.texts import Tests, special_tokens
+from halfbyte.data.checks import DROP_LIMIT
 from halfbyte.data.config import DataConfig, SourceConfig
 from halfbyte.data.encode import Encoder, Options
 from halfbyte.data.prepare import Prepared, Progress, prepare
@@ -96,7 +97,10 @@ def _with_long(config: DataConfig, tokenizer: Any, seed: int, cache: Path, findi
         return False
     before = len(findings.found)
     _prepared(replace(cut, config=config), tokenizer, cache, findings, config.check.near)
-    findings.found[before:] = [replace(f, error=True, fix=error.hint) if f.id == error.code else f for f in findings.found[before:]]
+    lost = "" if config.too_long == "error" else f"; dropping them would lose more than {DROP_LIMIT:.0%} of what is learned"
+    for number, f in enumerate(findings.found[before:], before):
+        if f.id == error.code:
+            findings.found[number] = replace(f, detail=f.detail + lost, error=True, fix=error.hint)
     return True
 
 
