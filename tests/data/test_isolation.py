@@ -53,8 +53,11 @@ def alone(model: Any, part: MicroBatch) -> Tensor:
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's advice to compile flex_attention
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("llama", Sdpa()), ("llama", Flex(compiled=False)), ("gpt2", Sdpa()), ("gpt2", Flex(compiled=False)), ("falcon", Sdpa()),
-     ("gptj", None)],
+    [
+        ("llama", Sdpa()), ("gpt2", Sdpa()), ("falcon", Sdpa()), ("gptj", None),
+        pytest.param("llama", Flex(compiled=False), marks=pytest.mark.cpu),
+        pytest.param("gpt2", Flex(compiled=False), marks=pytest.mark.cpu),
+    ],
     ids=lambda v: v if isinstance(v, str) else v.name if v else "dense mask",
 )  # fmt: skip
 def test_logits_of_a_packed_example_equal_those_of_the_example_alone(
