@@ -210,3 +210,17 @@ def test_a_hub_dataset_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(DataError) as caught:
             read("somebody/chats")
         assert caught.value.code == code and caught.value.hint and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("a/chats.jsonl.gz", "chats"),
+        ("chats/**/*.jsonl", "chats"),
+        ("a/part-*.parquet", "part-*"),
+        ("a/b/*", "b"),
+        ("*.txt", "*.txt"),
+    ],
+)
+def test_how_a_source_is_called(path: str, name: str) -> None:
+    assert files.stem(path) == name

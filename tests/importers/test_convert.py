@@ -111,6 +111,9 @@ def test_llamafactory(here: Path) -> None:
     assert next(line for line in found.lines if line.to == "adapter.alpha").why == "2 x 4, its rule"
     assert line_of(found, "trust_remote_code").why.startswith("never imported")
     assert any("divide `train.batch: 16` by the examples in a row" in line.why for line in found.of("differs"))
+    kinds = {key: line_of(found, f"theirs.{key}").kind for key in ("subset", "split", "hf_hub_url")}
+    assert kinds == {"subset": "mapped", "split": "mapped", "hf_hub_url": "derived"}, "dataset_info.json is part of the source"
+    assert not any(key.startswith(("mine.", "theirs.")) for line in found.of("default") for key in line.keys)
 
 
 def test_tags_and_columns_of_a_dataset_info(here: Path) -> None:

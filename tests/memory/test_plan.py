@@ -20,6 +20,7 @@ from halfbyte.memory import speed
 from halfbyte.memory.budget import GIB, Budget, budget
 from halfbyte.memory.choose import Chooser
 from halfbyte.memory.gpus import CARDS
+from halfbyte.memory.lengths import Lengths
 from halfbyte.memory.measure import peak_rss, ram, rss
 from halfbyte.memory.plan import Plan, json_schema, plan, rates_of
 from halfbyte.memory.rungs import Rung
@@ -202,6 +203,26 @@ def test_speeds_of_cards_and_of_none() -> None:
     assert "tokens/s" in run.table() and "longest row that fits" in run.table()
 
 
+def test_lengths_of_documents_decide_the_seconds_and_no_byte() -> None:
+    """Attention is timed by the sum of squares; what runs beside it stays as it is."""
+    one = ("data.tokens=16384", "memory.microbatch=1", "memory.recompute=off", "memory.offload=off", "optim.paged=never")
+
+    def planned(document: float | None) -> Plan:
+        known = None if document is None else Lengths(900, 90_000, 5, 100, 16_384, document, 16384, 40, 0.98, 15)
+        return plan(recipe_of(*one), "h200", config=QWEN3_8B, lengths=known)
+
+    unknown, rows, chats = planned(None), planned(16384), planned(512)
+    assert unknown.seconds == rows.seconds and rows.seconds is not None and chats.seconds is not None
+    assert {p.bytes for p in (unknown, rows, chats)} == {chats.bytes} and chats.longest == rows.longest
+    rate, query = speed.ATTENTION_SHARE * speed.tabulated("h200").gemm, 32 * 128
+    less = 8 * 36 * 3.5 * 2.0 * query * 16384 * (16384 - 512) / rate  # 8 rows, 36 layers, forward and 2.5 times that backward
+    assert rows.seconds - chats.seconds == pytest.approx(less, rel=1e-6) and chats.seconds < 0.8 * rows.seconds
+    assert unknown.run_seconds is None and chats.steps == 15 and chats.run_seconds == pytest.approx(15 * chats.seconds)
+    told = " ".join(chats.table().split())
+    assert "data: 900 documents of 5 to 16,384 tokens (median 100): 40 rows of 16,384 an epoch, 98.0% full, attention 3.1%" in told
+    assert "15 steps" in told and "lengths unknown" in " ".join(unknown.table().split())
+
+
 def test_modules_are_planned_where_the_layers_run_so(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Budget("cuda", "a card", 80 * GIB, 80 * GIB, True, "")
     found = {}
@@ -230,7 +251,7 @@ def test_json_is_what_the_schema_says() -> None:
     part = schema["$defs"]["Part"]["properties"]
     again = json.loads(json.dumps(found))
     assert all(set(p) == set(part) for p in again["parts"])
-    assert again["version"] == 4 and again["tokens_per_second"] is None
+    assert again["version"] == 5 and again["lengths"] is None and again["tokens_per_second"] is None
 
 
 def test_table_is_readable_without_colour() -> None:

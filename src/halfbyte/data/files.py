@@ -44,11 +44,14 @@ def uncompressed(name: str) -> str:
 
 
 def stem(path: str) -> str:
-    """How a source is called: the last part of its path, without endings."""
-    name = uncompressed(Path(path).name)
-    for suffix in SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name or path
+    """How a source is called: the last part of its path without endings that is no wildcard (`chats` of `chats/**/*.jsonl`)."""
+    for part in reversed(Path(path).parts):
+        name = uncompressed(part)
+        for suffix in SUFFIXES:
+            name = name.removesuffix(suffix)
+        if any(letter.isalnum() for letter in name):
+            return name
+    return path
 
 
 def looks_local(path: str) -> bool:

@@ -322,7 +322,7 @@ def _nothing_lost(messages: Sequence[Message], places: Sequence[Place], learn: S
         if found["content"] + kept < wanted["content"]:
             raise Unsafe(f"the {message.role} message in the rendered text", "a template that drops or changes it", code)
         if found["call"] < wanted["call"]:
-            raise Unsafe("the tool call in the rendered text", "a template that drops or changes it", code)
+            raise Unsafe("the tool call in the rendered text", "a template that drops or changes it", "data.template")
         if found.total() > wanted.total():
             raise Unsafe(f"the {message.role} message once", "a template that writes it more than once", code)
 
@@ -361,7 +361,9 @@ def _prove(talk: Rendered, found: Sequence[Learned], learn: Sequence[int]) -> No
             # As it is, as JSON or as Python; which quotes are escaped is the template's affair.
             written = (leaf, json.dumps(leaf)[1:-1], json.dumps(leaf, ensure_ascii=False)[1:-1])
             if not any(form.replace("\\", "") in said for form in written):
-                raise Unsafe("the tool call's arguments in the rendered text", "a template that drops or changes them")
+                raise Unsafe(
+                    "the tool call's arguments in the rendered text", "a template that drops or changes them", "data.template"
+                )
 
 
 def _leaves(value: Any) -> Iterator[str]:

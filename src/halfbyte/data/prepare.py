@@ -26,7 +26,8 @@ from halfbyte.data.loader import Loader
 from halfbyte.data.pieces import Pieces, fit
 from halfbyte.data.problems import Problems
 from halfbyte.data.report import Report
-from halfbyte.data.sources import Record, Source, open_source, parse
+from halfbyte.data.sources import Record, Source, at_hand, open_source, parse
+from halfbyte.data.stops import stops
 from halfbyte.data.tokens import Tokens, TokenSet
 from halfbyte.errors import DataError
 
@@ -91,8 +92,19 @@ def prepare(config: DataConfig, tokenizer: Any, seed: int, cache_dir: Path, prog
     report.rows, report.efficiency = loader.rows(0), loader.efficiency(0)
     report.notes += mixing.told([s.name for s in sources], visits, learned)
     report.notes += [f"{s.name}: {note}" for s in (*sources, *others) for note in s.notes]
-    ends = {i for s in sources for i in s.end} | ({tokenizer.eos_token_id} - {None})
+    ends = {i for s in sources for i in stops(s)} | ({tokenizer.eos_token_id} - {None})
     return Prepared(train, held, report, template, tuple(sorted(ends)), config)
+
+
+def stored(config: DataConfig, tokenizer: Any, cache_dir: Path) -> bool:
+    """Whether `prepare` would find every source in the cache. Nothing is tokenised or downloaded; content is read to be hashed
+    where that was not done before. Raises `DataError` for what cannot be opened."""
+    cache = Path(cache_dir).expanduser()
+    template = templates.resolve(config.template, tokenizer, config.template_kwargs)
+    basis = Basis(tokenizer, template, Options(config.system, config.loss_on))
+    if not (cache / "tokens").is_dir() or not all(at_hand(s, cache) for s in config.sources):
+        return False
+    return all(_folder(open_source(s, cache), s, basis, cache).is_dir() for s in config.sources)
 
 
 class Basis(NamedTuple):
@@ -115,13 +127,7 @@ def _tokenise(
     """One source from the cache, or read and tokenised into it; checked when it is written."""
     source = open_source(config, cache)
     name = _unique(source.name, taken)
-    key = store.key_of(
-        {
-            "source": source.digest, "shape": config.shape, "limit": config.limit, "template": basis.template.text,
-            "tokenizer": _fingerprint(basis.tokenizer), "options": asdict(basis.options), "layout": asdict(shapes.layout(config)),
-        }
-    )  # fmt: skip
-    folder = cache / "tokens" / key
+    folder = _folder(source, config, basis, cache)
     tokens = store.load(folder, name)
     if tokens is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -134,6 +140,17 @@ def _tokenise(
         checks.double_bos(tokens, basis.tokenizer)
         passed.touch()
     return tokens
+
+
+def _folder(source: Source, config: SourceConfig, basis: Basis, cache: Path) -> Path:
+    """Where the tokens of a source are kept."""
+    key = store.key_of(
+        {
+            "source": source.digest, "shape": config.shape, "limit": config.limit, "template": basis.template.text,
+            "tokenizer": _fingerprint(basis.tokenizer), "options": asdict(basis.options), "layout": asdict(shapes.layout(config)),
+        }
+    )  # fmt: skip
+    return cache / "tokens" / key
 
 
 def _unique(name: str, taken: set[str]) -> str:

@@ -64,6 +64,13 @@ class Source:
                 yield record
 
 
+def at_hand(config: SourceConfig, cache_dir: Path) -> bool:
+    """Whether `open_source` would neither download nor build anything."""
+    if config.path == PYTHON_DOCS:
+        return python_docs.place(cache_dir).exists()
+    return bool(files.find(config.path)[0]) or (not files.looks_local(config.path) and hub.kept(config.path))
+
+
 def open_source(config: SourceConfig, cache_dir: Path) -> Source:
     """Finds out what `config.path` means. Raises `DataError` (`data.not-found`) for what is neither a file nor a dataset."""
     if config.path == PYTHON_DOCS:

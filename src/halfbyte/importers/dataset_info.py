@@ -91,6 +91,7 @@ def _entry(draft: Draft, key: str, name: str, entry: dict[str, Any], at: str, fo
     """One name: its place, its shape, its columns."""
     for inner, value in entry.items():
         draft.source[f"{name}.{inner}"] = value
+        draft.given |= {f"{name}.{inner}"}
         if inner not in KEYS:
             unknown(draft, f"{name}.{inner}", inner, dict.fromkeys(KEYS))
     if entry.get("file_name"):

@@ -19,6 +19,7 @@ from halfbyte.layers.fused.keep import keeping
 from halfbyte.memory import paging, search, timeline
 from halfbyte.memory.budget import Budget, host_size
 from halfbyte.memory.fused import Layer
+from halfbyte.memory.lengths import Lengths
 from halfbyte.memory.part import Part
 from halfbyte.memory.parts import DTYPES, count, ends, fused_layer, learning, outside, weights
 from halfbyte.memory.rungs import CHUNKED, Rung, places, ways
@@ -41,13 +42,14 @@ ASKED = "asked for"
 
 @dataclass(frozen=True)
 class Chooser:
-    """A recipe on a device. compute: by name. rates: of the device, as far as they are known."""
+    """A recipe on a device. compute: by name. rates: of the device, as far as they are known. lengths: of the data, if known."""
 
     s: Shapes
     recipe: Recipe
     budget: Budget
     compute: str
     rates: Rates
+    lengths: Lengths | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,7 +122,7 @@ class Chooser:
             tokens=m * row,
             microbatches=recipe.train.batch // m,
             microbatch=m,
-            document=row,
+            document=row if self.lengths is None else min(row, self.lengths.document),
             hidden=s.hidden,
             vocabulary=s.vocab,
             recompute=recipe.memory.recompute,

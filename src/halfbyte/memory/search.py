@@ -50,7 +50,7 @@ class Task:
     tokens: int
     microbatches: int
     microbatch: int
-    document: int
+    document: float
     hidden: int
     vocabulary: int
     recompute: Asked

@@ -57,8 +57,8 @@ class Cost:
         return sum(self.again[name] for name in NAMES if not getattr(keep, name))
 
 
-def layer_cost(one: Layer, tokens: int, document: int, c: int, rates: Rates, decoded: bool = False) -> Cost:
-    """document: L, the length of a usual document. decoded: weights are held decoded."""
+def layer_cost(one: Layer, tokens: int, document: float, c: int, rates: Rates, decoded: bool = False) -> Cost:
+    """document: L, how long the document of a usual token is (sum of squares over sum). decoded: weights are held decoded."""
     wide = tokens * c / rates.copy
 
     def product(group: Group) -> float:

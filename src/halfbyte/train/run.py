@@ -51,6 +51,7 @@ from halfbyte.train.determinism import deterministic
 from halfbyte.train.finish import Result
 from halfbyte.train.identity import identity
 from halfbyte.train.ladder import Ladder
+from halfbyte.train.lengths import lengths
 from halfbyte.train.report import OnEvent, Report
 from halfbyte.train.state import Parts, State
 
@@ -131,7 +132,8 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None, memory_time
     torch.set_num_threads(chosen["threads"].value)
     compute = choosing.DTYPES[chosen["compute"].value]
     prepared = _data(recipe, report)
-    chooser = planning.chooser(recipe.model_copy(update={"compute": chosen["compute"].value}))
+    planned = recipe.model_copy(update={"compute": chosen["compute"].value})
+    chooser = planning.chooser(planned, lengths=lengths(prepared, recipe))
     plan = planning.settled(chooser).require()
     fallen = stored.documents["trainer"].get("shortages", []) if stored is not None else []
     rung, standing = ladder.begin(plan, recipe, kept, fallen)
@@ -268,7 +270,9 @@ def _parts(
         dropout=lambda seed, step, row: adapter.set_dropout_state(seed, step, row, tokens),
         weights=lambda: adapter_state.state_dict(adapter),
         restore=restore,
-        answers=functools.partial(answers, base, max_tokens=config.sample_tokens, template=prepared.template.text),
+        answers=functools.partial(
+            answers, base, max_tokens=config.sample_tokens, template=prepared.template.text, end_ids=prepared.end_ids
+        ),
         flat=optimizer.flat,
         optimizer=optimizer,
         scale=LossScale.create(compute, device),
