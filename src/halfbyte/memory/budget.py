@@ -54,16 +54,28 @@ def budget(asked: str = "auto") -> Budget:
         return _of_this_machine()
     if (total := _bytes(asked)) is not None:
         return Budget("cuda", asked.strip(), int(total * (1 - RESERVE)), total, False, f"{RESERVE:.0%} of it stay free")
-    name = re.sub(r"nvidia|geforce|[\s_]", "", asked.lower())
-    for card in (name, name.replace("-", ""), f"rtx{name}"):
-        if card in CARDS:
-            total = int(CARDS[card] * GIB)
-            usable = int(total * (1 - DRIVER_SHARE) * (1 - RESERVE))
-            note = f"{CARDS[card]:g} GiB, {DRIVER_SHARE:.0%} held by the driver, {RESERVE:.0%} stay free"
-            return Budget("cuda", card, usable, total, False, note)
+    name = re.sub(r"nvidia|geforce|tesla|[\s_-]", "", asked.lower())
+    if (card := _card(name)) is not None:
+        total = int(CARDS[card] * GIB)
+        usable = int(total * (1 - DRIVER_SHARE) * (1 - RESERVE))
+        note = f"{CARDS[card]:g} GiB, {DRIVER_SHARE:.0%} held by the driver, {RESERVE:.0%} stay free"
+        return Budget("cuda", card, usable, total, False, note)
     guess = nearest(name, CARDS)
     hint = f"did you mean `{guess}`?" if guess else "give a size such as 24GiB, or a card such as rtx4090, a100-80g, t4"
+    if name.isdigit():
+        hint = f"a size has a unit: {name}GiB"
     raise RecipeError(f"`{asked}` is neither a size nor a card that the plan knows", hint=hint, code="memory.gpu")
+
+
+def _card(name: str) -> str | None:
+    """The card of a name without blanks and hyphens: `4090`, `a10080gb`, also with the size that it has anyway: `h10080gb`."""
+    spelled = {card.replace("-", ""): card for card in CARDS}
+    for one in (name, f"rtx{name}"):
+        short = re.sub(r"gi?b$", "g", one)
+        for spelling, card in spelled.items():
+            if short in (spelling, f"{spelling}{CARDS[card]:g}g"):
+                return card
+    return None
 
 
 def host_size(asked: str) -> int:
