@@ -4,8 +4,8 @@
     python bench/fits_gpu.py --table DIR          # with what bench/peer_fits.py has written there: ours beside Unsloth's, by card
     python bench/fits_gpu.py --cpu --out DIR      # the script itself, on tiny models
 
-Models have random packed weights (`planned.py`). A card is a cap on the allocator, 0.75 GiB below its size; the plan has 97 % of
-the size, CUDA's context included. Every line has the peak as allocated, reserved and taken of the device, beside the predicted one.
+Models have random packed weights (`planned.py`). A card is a cap on the allocator, 0.75 GiB below its size; the plan has what
+`--gpu` leaves it of the size, CUDA's context included. Every line has the peak as allocated, reserved and taken of the device, beside the predicted one.
 
 - leanest: 8B, rows of 2,048, the last rung of the plan, with a 16-bit and with a packed head.
 - bound: 8B, 4 x 2,048, the fastest plan whose peak is no more than 7.9 GiB.
@@ -39,6 +39,7 @@ from planned import GIB, SIZES, Case
 
 from halfbyte.layers.fused import host
 from halfbyte.memory import calibrate, speed
+from halfbyte.memory.budget import budget
 from halfbyte.memory.choose import Chooser
 from halfbyte.memory.parts import CONTEXT
 from halfbyte.memory.rungs import Rung
@@ -58,6 +59,11 @@ HOT, BRIEF, ONCE = (0.7, 1.0), (0.3, 0.4), (0.0, 0.0)
 """Seconds of steps before those that are timed, and of those."""
 SHOWN = ("what", "card", "rows", "tokens", "head", "layers", "failed", "rung", "tokens_per_s", "predicted_tokens_per_s", "peak_GiB")
 SHOWN += ("predicted_GiB", "reserved_GiB", "driver_GiB", "host_GiB", "whole_GiB", "ratio", "seconds", "gate")
+
+
+def usable(card: float) -> float:
+    """GiB that a plan may use of a card."""
+    return budget(f"{card}GiB").bytes / GIB
 
 
 @dataclass
@@ -124,7 +130,7 @@ class Bench:
 
             seconds, steps = planned.first(once, self.device) if times is None else planned.timed(once, self.device, *times)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            return found | {"failed": str(error)[:200]}
+            return found | {"failed": str(error)}
         finally:
             host.forget()
         if not math.isfinite(float(loss)):
@@ -151,7 +157,7 @@ def caps(bench: Bench) -> Iterator[Line]:
         before: Line = {}
         for card in CARDS:
             case = bench.case("8b", 16, rows, tokens, cap=card)
-            chooser = bench.chooser(case, 0.97 * card)
+            chooser = bench.chooser(case, usable(card))
             rung = planned.chosen(chooser)
             if before.get("rung") == rung.words() and "failed" not in before:
                 yield before | {"card": card, "cap": card, "as": "on the card before"}
@@ -164,7 +170,7 @@ def every_plan(bench: Bench) -> Iterator[Line]:
     """`ratio`: the chosen plan's seconds over the least of all."""
     for cap in CAPS_OF_ALL:
         case = bench.case("8b", 16, 4, 2048, cap=cap, layers=8)
-        chooser = bench.chooser(case, 0.97 * cap)
+        chooser = bench.chooser(case, usable(cap))
         best = planned.chosen(chooser)
         others = fits_plans.others(chooser, best, OTHERS if bench.device == "cuda" else 3)
         lines: list[Line] = []
@@ -193,10 +199,10 @@ def seventy(bench: Bench) -> Iterator[Line]:
 def longest(bench: Bench) -> Iterator[Line]:
     """Under the card's cap, less what the missing layers would hold."""
     for card, head, layers in LONGEST:
-        of_all = bench.chooser(bench.case("8b", 32, 1, 2048, bits=8, layers=32, head=head), 0.97 * card)
+        of_all = bench.chooser(bench.case("8b", 32, 1, 2048, bits=8, layers=32, head=head), usable(card))
         tokens = of_all.longest() or 0
         case = bench.case("8b", 32, 1, tokens, bits=8, layers=32, head=head)
-        of_all = bench.chooser(case, 0.97 * card)
+        of_all = bench.chooser(case, usable(card))
         rung = planned.chosen(of_all)
         part = replace(case, layers=layers if bench.device == "cuda" else 2, size="8b" if bench.device == "cuda" else "tiny4")
         chooser = bench.chooser(part)

@@ -97,19 +97,18 @@ def run(found: list[Case], device: str, budget: float) -> Iterator[dict[str, Any
             it = planned.ready(case, dtype, device)
         assert it is not None
         sizes = SIZES[case.size]
-        line: dict[str, Any] = {**asdict(case), "layers": sizes[2], "whole": sizes[3]}
+        line: dict[str, Any] = {**asdict(case), "layers": sizes[2], "whole": sizes[3], "rung": rung.words()}
+        line["predicted_GiB"] = round(sum(bytes_.values()) / GIB, 3)
         try:
             took, steps = planned.timed(planned.use(case, it, rung, device), device, WARM, TIMED)
         except torch.OutOfMemoryError as error:
-            yield line | {"failed": str(error)[:200]}
+            yield line | {"failed": str(error)}
             continue
         tokens = case.rows * case.tokens
         line |= {
-            "rung": rung.words(),
             "seconds": round(took, 4),
             "steps": steps,
             "tokens_per_s": round(tokens / took),
-            "predicted_GiB": round(sum(bytes_.values()) / GIB, 3),
             "predicted_tokens_per_s": round(tokens / seconds),
             "speed_error": round(took / seconds - 1, 4),
             **planned.peaks(),

@@ -244,6 +244,7 @@ def use(case: Case, it: Ready, rung: Rung, device: str) -> Callable[[], torch.Te
         for _ in range(microbatches):
             hidden = forward.hidden_states(it.model, ids, positions, bounds)
             loss = sft.loss(hidden, labels, it.output, total * microbatches, chunks=rung.chunks)
+            del hidden
             loss.backward()
         optimizer.clip(loss.detach(), one, 1.0)
         optimizer.step(1e-4)
