@@ -5,7 +5,8 @@
     python bench/fits_gpu.py --cpu --out DIR      # the script itself, on tiny models
 
 Models have random packed weights (`planned.py`). A card is a cap on the allocator, 0.75 GiB below its size; the plan has what
-`--gpu` leaves it of the size, CUDA's context included. Every line has the peak as allocated, reserved and taken of the device, beside the predicted one.
+`--gpu` leaves it of the size, CUDA's context included. Every line has the peak as allocated, reserved and taken of the device,
+beside the predicted one.
 
 - leanest: 8B, rows of 2,048, the last rung of the plan, with a 16-bit and with a packed head.
 - bound: 8B, 4 x 2,048, the fastest plan whose peak is no more than 7.9 GiB.
