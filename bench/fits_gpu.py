@@ -5,7 +5,8 @@
     python bench/fits_gpu.py --cpu --out DIR      # the script itself, on tiny models
 
 Models have random packed weights (`planned.py`). A card is a cap on the allocator, 0.75 GiB below its size; the plan has what
-`memory.budget` gives it of that size, CUDA's context included. Every line has the peak as allocated, reserved and taken of the device, beside the predicted one.
+`--gpu` leaves it of the size, CUDA's context included. Every line has the peak as allocated, reserved and taken of the device,
+beside the predicted one.
 
 - leanest: 8B, rows of 2,048, the last rung of the plan, with a 16-bit and with a packed head.
 - bound: 8B, 4 x 2,048, the fastest plan whose peak is no more than 7.9 GiB.
@@ -59,6 +60,11 @@ HOT, BRIEF, ONCE = (0.7, 1.0), (0.3, 0.4), (0.0, 0.0)
 """Seconds of steps before those that are timed, and of those."""
 SHOWN = ("what", "card", "rows", "tokens", "head", "layers", "failed", "rung", "tokens_per_s", "predicted_tokens_per_s", "peak_GiB")
 SHOWN += ("predicted_GiB", "reserved_GiB", "driver_GiB", "host_GiB", "whole_GiB", "ratio", "seconds", "gate")
+
+
+def usable(card: float) -> float:
+    """GiB that a plan may use of a card."""
+    return budget(f"{card}GiB").bytes / GIB
 
 
 @dataclass
@@ -132,11 +138,6 @@ class Bench:
             return found | {"gate": "red", "loss": float(loss)}
         found |= {"gate": "green", "seconds": round(seconds, 4), "steps": steps, "tokens_per_s": round(tokens / seconds)}
         return found | planned.peaks()
-
-
-def usable(card: float) -> float:
-    """GiB of a card of so many that a plan may use."""
-    return budget(f"{card}GiB").bytes / GIB
 
 
 def leanest(bench: Bench) -> Iterator[Line]:

@@ -23,7 +23,7 @@ from typing import Any
 
 import planned
 import torch
-from planned import GIB, POLICIES, SIZES, Case
+from planned import POLICIES, SIZES, Case
 
 from halfbyte.memory import calibrate, speed
 
@@ -105,11 +105,9 @@ def run(found: list[Case], device: str, budget: float) -> Iterator[dict[str, Any
             continue
         tokens = case.rows * case.tokens
         line |= {
-            "rung": rung.words(),
             "seconds": round(took, 4),
             "steps": steps,
             "tokens_per_s": round(tokens / took),
-            "predicted_GiB": round(sum(bytes_.values()) / GIB, 3),
             "predicted_tokens_per_s": round(tokens / seconds),
             "speed_error": round(took / seconds - 1, 4),
             **planned.peaks(),

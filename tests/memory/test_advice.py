@@ -10,6 +10,7 @@ import pytest
 from halfbyte.errors import ModelError, RecipeError
 from halfbyte.memory import choose
 from halfbyte.memory.advice import advice
+from halfbyte.memory.budget import Budget
 from halfbyte.memory.plan import Plan, chooser, plan, settled
 from memory.test_plan import QWEN3_8B, recipe_of
 
@@ -33,6 +34,11 @@ def _set(name: str) -> str:
     return f"{name.partition('=')[0]}={name.partition('=')[2]}"
 
 
+def exactly(count: int) -> Budget:
+    """A GPU of which so many bytes may be used."""
+    return Budget("cuda", "a size", count, count, False, "")
+
+
 def test_every_single_change_saves_what_a_plan_with_it_saves() -> None:
     none = plan(recipe_of(), "2GiB", config=QWEN3_8B)
     assert not none.fits
@@ -46,7 +52,7 @@ def test_every_single_change_saves_what_a_plan_with_it_saves() -> None:
 
 def test_a_change_that_suffices_is_marked_and_does() -> None:
     least = plan(recipe_of(), "2GiB", config=QWEN3_8B).bytes
-    room = f"{(least - (1 << 20)) / 0.97 / (1 << 20):.0f}MiB"
+    room = exactly(least - (1 << 20))
     short = plan(recipe_of(), room, config=QWEN3_8B)
     fitting = [line.partition(" saves ")[0] for line in short.advice if line.endswith("and fits")]
     assert fitting and not any(line.startswith("all of these") for line in short.advice)
@@ -61,7 +67,7 @@ def test_where_no_single_change_suffices_all_together_and_a_card_are_told() -> N
     assert f"need {choose.gib(changed.bytes)}, still {choose.gib(changed.bytes - none.budget.bytes)} too much" in together
     assert none.advice[-1].startswith("a smaller model, or with this a card of 6 GiB: rtx2060")
     assert plan(recipe_of(*TITLES), "rtx2060", config=QWEN3_8B).fits
-    room = f"{1.01 * changed.bytes / 0.97 / (1 << 20):.0f}MiB"
+    room = exactly(changed.bytes + (1 << 20))
     assert any(line.endswith("which fits") for line in plan(recipe_of(), room, config=QWEN3_8B).advice)
     assert plan(recipe_of(*TITLES), room, config=QWEN3_8B).fits
 

@@ -17,7 +17,8 @@ from halfbyte.errors import Interrupted, MemoryPlanError
 from halfbyte.machine import Device
 from halfbyte.memory.rungs import Rung, below, ways
 from halfbyte.pinned import Arena
-from halfbyte.train.state import Parts
+from halfbyte.train import survive
+from halfbyte.train.state import Parts, State
 from train import rig
 from train.test_loop import StopAfter, assert_same
 from train.trials import CPU, KEEPING, SMALLER, Trial, close, fused, modules, near, rungs, same_bits, with_ladder
@@ -249,6 +250,28 @@ def test_the_numbers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_gpu_the_step_is_the_same_to_rounding(tmp_path: Path, steps: list[Rung]) -> None:
     """To rounding only: attention adds in the order in which threads finish."""
     Trial(fused(tmp_path, 32, steps, 0.2, torch.device("cuda", 0))).every(7, near)
+
+
+def test_what_a_failed_step_held_is_given_back_before_less_is_tried(tmp_path: Path) -> None:
+    parts, steps = rig.build(tmp_path, steps=3), rungs(Rung(2, False), Rung(2, True))
+    told: list[str] = []
+    ladder = replace(
+        parts.ladder,
+        rung=steps[0],
+        smaller=lambda rung: below(steps, rung),
+        place=lambda rung: told.append(f"placed, recompute {rung.recompute}"),
+        forget=lambda: told.append("given back"),
+    )
+    tries = iter([OUT, None])
+
+    def attempt() -> str:
+        if (error := next(tries)) is not None:
+            told.append("failed")
+            raise error
+        return "done"
+
+    found = survive.rewinding(replace(parts, ladder=ladder), State(step=1), attempt, lambda: told.append("rewound"))
+    assert found == "done" and told == ["failed", "rewound", "given back", "placed, recompute True"]
 
 
 @pytest.mark.cpu

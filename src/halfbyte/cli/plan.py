@@ -34,8 +34,9 @@ def plan(
     if json_schema:
         emit(schema())
         return
-    data = ["python-docs"] if model and recipe is None else None
-    chosen = recipes.resolve(recipe, overrides or [], model=model, data=data)
+    file, changes = recipes.apart(recipe, overrides or [])
+    data = ["python-docs"] if model and file is None else None
+    chosen = recipes.resolve(file, changes, model=model, data=data)
     made = chooser(chosen, gpu, lengths=known(chosen))
     found = settled(made)
     if timeline is not None:

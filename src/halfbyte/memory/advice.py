@@ -13,7 +13,7 @@ from halfbyte.formats.packed import Format
 from halfbyte.kernels.augmented import PADDED_TO
 from halfbyte.layers.report import SwapReport
 from halfbyte.memory import gpus
-from halfbyte.memory.budget import RESERVE
+from halfbyte.memory.budget import without_gaps
 from halfbyte.memory.choose import Chooser, gib
 from halfbyte.memory.fused import Layer
 from halfbyte.memory.rungs import Rung
@@ -72,7 +72,7 @@ def _otherwise(chooser: Chooser, least: int, room: int) -> Iterator[str]:
 
 def _card(least: int) -> str:
     """The smallest cards that have so many bytes to use."""
-    usable = {name: size * (1 << 30) * (1 - gpus.DRIVER_SHARE) * (1 - RESERVE) for name, size in gpus.CARDS.items()}
+    usable = {name: without_gaps(int(size * (1 << 30) * (1 - gpus.DRIVER_SHARE))) for name, size in gpus.CARDS.items()}
     able = {name: gpus.CARDS[name] for name, count in usable.items() if count >= least}
     if not able:
         return "a smaller model: no card that the plan knows has that much"
