@@ -269,6 +269,7 @@ def glu_case(
     name = f"glu {shape} {dtype} {activation} gated={gated} scale={scale}"
     make = Windows(device, dtype)
     gate, up = make.normal(*shape, scale=scale), make.normal(*shape) if gated else None
+    gate[0, -1] = 0.0  # where relu has no slope by convention
     dh, out = make.normal(*shape), make.empty(*shape)
 
     def plain(dtype: torch.dtype) -> list[Tensor]:

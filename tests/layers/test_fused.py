@@ -12,7 +12,7 @@ from halfbyte.adapters import lora
 from halfbyte.adapters.config import AdapterConfig
 from halfbyte.errors import ModelError
 from halfbyte.formats.packed import Format
-from halfbyte.layers import recompute
+from halfbyte.layers import recompute, swap
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused import gradients, prove
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep
@@ -34,6 +34,7 @@ from layers.families import (
     weight_of,
     with_adapters,
 )
+from support import tiny_model
 
 Tensors = dict[str, Tensor]
 KEEPS = [Keep(*flags) for flags in itertools.product((False, True), repeat=5)]
@@ -103,6 +104,39 @@ def test_every_adapter_stays_on_the_path(family: str, config: AdapterConfig) -> 
     torch.testing.assert_close(got_hidden, hidden, atol=2e-5, rtol=1e-4)
     for name, grad in expected.items():
         assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
+
+
+def test_parallel_branches_with_a_norm_each() -> None:
+    """No family above has them in a layout that is fused, so a Llama is rewritten."""
+    model = tiny_model("llama")
+    kind = type(model.model.layers[0])
+
+    class Parallel(kind):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: object) -> Tensor:
+            normed = self.input_layernorm(hidden_states)
+            attended, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)
+            out: Tensor = hidden_states + attended + self.mlp(self.post_attention_layernorm(hidden_states))
+            return out
+
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.__class__ = Parallel
+            layer.input_layernorm.weight.uniform_(0.5, 1.5)
+            layer.post_attention_layernorm.weight.uniform_(0.5, 1.5)
+    swap.pack(model, None, NF4)
+    swap.adopt(model)
+    adapter = lora.attach(model, AdapterConfig(rank=4), seed=1)
+    with torch.no_grad():
+        for layer in adapter.layers.values():
+            layer.lora_b.normal_(0, 0.1, generator=torch.Generator().manual_seed(layer.number))
+    hidden, expected = gradients_of(model.train(), adapter)
+    for keep in (EVERYTHING, INPUTS):
+        done = prepare(model, keep)
+        assert (done.layers, done.left) == (2, {})
+        got_hidden, got = gradients_of(model, adapter)
+        torch.testing.assert_close(got_hidden, hidden, atol=2e-5, rtol=1e-4)
+        for name, grad in expected.items():
+            assert grad is not None and (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
 
 
 @pytest.mark.cpu
