@@ -25,6 +25,7 @@ from layers.families import (
     LENGTHS,
     NF4,
     STILL,
+    adapted,
     gradients_of,
     hidden_of,
     learned,
@@ -125,11 +126,8 @@ def test_parallel_branches_with_a_norm_each() -> None:
             layer.post_attention_layernorm.weight.uniform_(0.5, 1.5)
     swap.pack(model, None, NF4)
     swap.adopt(model)
-    adapter = lora.attach(model, AdapterConfig(rank=4), seed=1)
-    with torch.no_grad():
-        for layer in adapter.layers.values():
-            layer.lora_b.normal_(0, 0.1, generator=torch.Generator().manual_seed(layer.number))
-    hidden, expected = gradients_of(model.train(), adapter)
+    adapter = adapted(model, AdapterConfig(rank=4))
+    hidden, expected = gradients_of(model, adapter)
     for keep in (EVERYTHING, INPUTS):
         done = prepare(model, keep)
         assert (done.layers, done.left) == (2, {})
@@ -179,6 +177,18 @@ def test_neighbouring_gradients_are_one_product() -> None:
     assert stacked is not None and stacked.shape == (12, 64) and stacked.data_ptr() == three[0].grad.data_ptr()
     assert gradients.Gradients(in_place=True).stacked([three[0], three[2]]) is None
     assert gradients.Gradients(in_place=False).stacked(three) is None
+
+
+def test_a_gradient_left_for_the_layer_below_is_nobody_elses() -> None:
+    """Between two fused layers one runs its modules; without an adapter on `down` its gradient looks like what was left."""
+    model, _ = pair("llama", NF4, num_hidden_layers=3)
+    adapter = adapted(model, AdapterConfig(rank=4, targets=["q_proj"]))
+    _, expected = gradients_of(model, adapter)
+    assert prepare(model).layers == 3
+    [m for m in model.modules() if isinstance(m, DecoderLayer)][1].fused = None
+    _, got = gradients_of(model, adapter)
+    for name, grad in expected.items():
+        assert grad is not None and (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
 
 
 def test_backward_twice_is_refused() -> None:
