@@ -107,6 +107,29 @@ def test_every_adapter_stays_on_the_path(family: str, config: AdapterConfig) -> 
         assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"sliding_window": 5}),
+        ("gemma2", {"attn_logit_softcapping": 0.5, "sliding_window": 5, "query_pre_attn_scalar": 1}),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    ],
+    ids=["window", "cap-and-window", "partial-rotation"],
+)
+def test_what_is_short_in_these_rows_is_made_to_matter(family: str, changes: dict[str, object]) -> None:
+    """Windows shorter than a document, caps below the scores, heads that turn in part: as the modules have them."""
+    (model, _), (usual, _) = pair(family, NF4, **changes), pair(family, NF4)
+    adapter = adapted(model, AdapterConfig(rank=4))
+    hidden, expected = gradients_of(model, adapter)
+    adapted(usual, AdapterConfig(rank=4))
+    assert (hidden_of(usual) - hidden).abs().max() > 1e-3
+    assert prepare(model, INPUTS).layers == 2
+    got_hidden, got = gradients_of(model, adapter)
+    torch.testing.assert_close(got_hidden, hidden, atol=2e-5, rtol=1e-4)
+    for name, grad in expected.items():
+        assert grad is not None and (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
+
+
 def test_parallel_branches_with_a_norm_each() -> None:
     """No family above has them in a layout that is fused, so a Llama is rewritten."""
     model = tiny_model("llama")
