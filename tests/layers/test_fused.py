@@ -14,6 +14,7 @@ from halfbyte.errors import ModelError
 from halfbyte.formats.packed import Format
 from halfbyte.layers import recompute, swap
 from halfbyte.layers.decoder import DecoderLayer
+from halfbyte.layers.forward import hidden_states
 from halfbyte.layers.fused import gradients, prove
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep
 from halfbyte.layers.fused.prepare import prepare, remove
@@ -212,6 +213,16 @@ def test_a_gradient_left_for_the_layer_below_is_nobody_elses() -> None:
     _, got = gradients_of(model, adapter)
     for name, grad in expected.items():
         assert grad is not None and (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
+
+
+def test_a_row_of_the_same_length_has_its_own_positions() -> None:
+    model, _ = learned(AdapterConfig(rank=4))
+    other = row((20, 14))
+    with torch.no_grad():
+        expected = hidden_states(model, *other)
+        prepare(model)
+        hidden_of(model)
+        torch.testing.assert_close(hidden_states(model, *other), expected, atol=2e-5, rtol=1e-4)
 
 
 def test_backward_twice_is_refused() -> None:
