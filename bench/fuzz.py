@@ -10,8 +10,8 @@ and Rust) are not. It begins with sound files and a list of words. What ends in 
 kept under FOLDER/TARGET/found, named by the exception and the line it came from, one input each, and fuzzing goes on. A process
 that dies, hangs for 60 s, or takes 4 GiB is one too (libFuzzer names it crash-, timeout- or oom-).
 
-`--replay` runs every kept input once more: after a change, or under `coverage run --source=halfbyte`, which tells the lines reached.
-`tests/data/test_fuzz.py` does the same with hypothesis, which makes records and damaged files instead of mutating bytes.
+`--replay` runs every kept input once more: after a change, or under `coverage run --source=halfbyte`, which tells the lines that
+were reached. `tests/data/test_fuzz.py` does the same with hypothesis, which makes records and damaged files.
 """
 
 from __future__ import annotations
@@ -178,6 +178,9 @@ WORDS = {
 }
 
 
+WORDLESS = ("json", "jsonl", "csv", "tsv", "txt", "md", "parquet", "arrow", "feather", "compressed", "gguf")
+
+
 def words(target: str) -> str:
     """libFuzzer's dictionary: words of the format, so that it need not guess them letter by letter."""
     if target in WORDS:
@@ -220,7 +223,10 @@ def seeds(target: str) -> list[bytes]:
         "llamafactory": [examples.LLAMAFACTORY.replace("mine,theirs", "mine")],
         "trl": ["model_name_or_path: m\ndataset_name: a/b\nuse_peft: true\nload_in_4bit: true\nargs: {max_length: 9}"],
         "unsloth": ["model: {name: a}\nlora: {r: 8}\ntraining: {max_steps: 9}", "model_name: a\nmax_seq_length: 9"],
-        "trainer.json": ['{"base_model": "m", "datasets": [{"path": "a", "type": "alpaca"}]}', '{"dataset_name": "a", "use_peft": true}'],
+        "trainer.json": [
+            '{"base_model": "m", "datasets": [{"path": "a", "type": "alpaca"}]}',
+            '{"dataset_name": "a", "use_peft": true}',
+        ],
         "command": [examples.TRL, examples.UNSLOTH, "llamafactory-cli train --stage sft --dataset mine --model_name_or_path m"],
         "registry": [examples.DATASET_INFO],
         "md": ["# a\n\nb"],
@@ -304,9 +310,9 @@ def fuzz(target: str, folder: Path, seconds: int) -> None:
         place.mkdir(parents=True, exist_ok=True)
     for i, seed in enumerate(seeds(target)):
         (corpus / f"seed-{i}").write_bytes(seed)
-    options = ["-rss_limit_mb=4096", "-timeout=60", f"-max_total_time={seconds}", f"-artifact_prefix={found}/", "-print_final_stats=1"]
-    options += [f"-max_len={MOST * (4 if target == 'gguf' else 1)}", "-reload=0", "-detect_leaks=0"]
-    if target in WORDS or target not in ("json", "jsonl", "csv", "tsv", "txt", "md", "parquet", "arrow", "feather", "compressed", "gguf"):
+    options = ["-rss_limit_mb=4096", "-timeout=60", f"-max_total_time={seconds}", f"-artifact_prefix={found}/", "-reload=0"]
+    options += [f"-max_len={MOST * (4 if target == 'gguf' else 1)}", "-detect_leaks=0"]
+    if target not in WORDLESS:
         (folder / "words").write_text(words(target), encoding="ascii")
         options.append(f"-dict={folder / 'words'}")
     atheris.Setup([sys.argv[0], *options, str(corpus)], guarded(target, found))

@@ -188,6 +188,11 @@ def test_templates_resolve(make_tokenizer: Any, tokenizer: Any, tmp_path: Path) 
     assert templates.resolve(str(tmp_path / "t.jinja"), bare).text == "{{ eos_token }}"
     with pytest.raises(DataError, match="neither a known template nor a file"):
         templates.resolve("chatnl", bare)
+    with pytest.raises(DataError, match="neither a known template nor a file"):
+        templates.resolve("{% for m in messages %}" * 20, bare)
+    (tmp_path / "latin.jinja").write_bytes(b"\xe9")
+    with pytest.raises(DataError, match=r"latin\.jinja is not UTF-8 text"):
+        templates.resolve(str(tmp_path / "latin.jinja"), bare)
     silent = make_tokenizer(template=None, eos_token=None)
     silent.get_vocab = lambda: {}
     assert templates.resolve("auto", silent).name == "none"
