@@ -157,6 +157,8 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
         ("train.lr=[", "override `train.lr=[`: the value is not valid YAML"),
         (f"train.lr={'[' * 3000}", "the value is not valid YAML"),
         ("train.lr=!!int two", "the value is not valid YAML"),
+        ("data.prain.0.weight=2", "unknown key `data.prain`"),
+        ("data.train.²=2", "`data.train.²`"),
     ],
 )
 def test_wrong_overrides(tmp_path: Path, override: str, told: str) -> None:

@@ -189,16 +189,17 @@ def _plain(loader: _Loader, node: yaml.Node, path: Path, document: Document) -> 
 def _override(document: Document, text: str) -> None:
     """Applies `key.key=value`; the value is read as YAML. A list is reached by index, a one-word section is unfolded."""
     name, sign, value = text.partition("=")
-    path: Path = tuple(int(step) if step.isdigit() else step for step in name.strip().split("."))
+    path: Path = tuple(int(step) if step.isdecimal() and len(step) < 9 else step for step in name.strip().split("."))
     if not sign or not all(step != "" for step in path):
         document.mistakes.append(Mistake((), f"override `{text}` is not of the form key=value", "for example train.lr=1e-4"))
         return
     document.overrides[path] = text
     data: Any = document.data
-    for depth, step in enumerate(path[:-1]):
+    for depth, key in enumerate(path[:-1]):
+        step = key if isinstance(data, list) else str(key)
         inner = data[step] if _has(data, step) else None
         if depth == 0 and step in SHORT and isinstance(inner, str):
-            inner = {SHORT[str(step)]: inner}
+            inner = {SHORT[step]: inner}
         elif path[: depth + 1] in (("data", "train"), ("data", "eval")) and isinstance(inner, str):
             inner = [inner]
         elif path[:depth] in (("data", "train"), ("data", "eval")) and isinstance(inner, str):

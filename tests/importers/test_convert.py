@@ -497,6 +497,20 @@ def test_sources_that_cannot_be_read(given: str, told: str) -> None:
         convert([given])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model_name: m\nmax_seq_length: 9\ntraining: 1\n",
+        "model_name: m\nmax_seq_length: 9\nlora: r\n",
+        "dataset_name: a\nargs: b\n",
+    ],
+)
+def test_a_section_that_is_none(here: Path, text: str) -> None:
+    (here / "a.yml").write_text(text)
+    with pytest.raises(RecipeError, match="must be a section"):
+        convert(["a.yml"])
+
+
 def test_a_value_that_is_none_names_file_line_and_key(here: Path) -> None:
     (here / "a.yml").write_text("base_model: m\ndatasets: [{path: a.jsonl, type: alpaca}]\nmicro_batch_size: two\n")
     with pytest.raises(RecipeError) as caught:

@@ -50,7 +50,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer and its chat template, from the file's metadata. Raises CheckpointError if there is none that can be built."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except DAMAGED as error:
+    except Exception as error:  # the tokenizers library raises nothing narrower: `Token ... out of vocabulary`
         raise CheckpointError(f"{path}: no tokenizer can be built of it: {error}", hint="is it whole? download it again") from error
     return tokenizer
 
