@@ -2,15 +2,13 @@
 
     python bench/faults_peers.py plant --data FOLDER --work WORK         (in halfbyte's environment: writes files, tokenizer, model)
     python bench/faults_peers.py run trl|axolotl|llamafactory --work WORK --out bench/results/faults_peers.jsonl     (in theirs)
-    python bench/faults_peers.py write --docs docs/concepts/faults.md    (the tables of that page, from the results)
 
 Each mistake is a process of its own, which does what the trainer's command does between reading its settings and the first step,
 on a CPU: TRL `load_dataset` and `SFTTrainer` (`DPOTrainer`, `KTOTrainer`) with batches of its collator; axolotl `load_cfg` and
-`load_datasets` (`load_preference_datasets`); LLaMA-Factory `get_dataset`; settings are the tools' defaults but for the place and
-the columns of the file, the row length (2,048 tokens) and no packing. The tokenizer is the one that the tests use, a byte-level
-one with ChatML, so that all sides read the same. What stands in `outcome` is derived from what came out: the exception and
-the texts of its causes, rows and learned tokens, and lines of the log that the run on sound data does not print. What cannot be
-run without a GPU, a hub or a whole training is in `READ`: told from the source, with file and function.
+`load_datasets` (`load_preference_datasets`); LLaMA-Factory `get_dataset`. Settings are the tools' defaults but for the place and
+the columns of the file, the row length (2,048 tokens) and, with axolotl, packing, as in its QLoRA examples. The tokenizer is the
+one that the tests use, byte-level with ChatML, so that all sides read the same. Kept are rows and learned tokens, the texts of an
+exception and of its causes, and lines of the log that the run on sound data does not print; `faults_table.py` says what they mean.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,14 +30,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results/faults_peers.jsonl"
 PEERS = ("axolotl", "llamafactory", "trl")
-TELLING = re.compile(r"warn|drop|skip|invalid|trunc|remov|exceed|mismatch|error|not found|duplicate|no valid", re.IGNORECASE)
+TELLING = re.compile(r"WARNING|UserWarning|Skipping|Dropp|Invalid (role|message)|trainable|[Tt]runcat|[Rr]emoved|exceeds")
 NOISE = re.compile(
-    r"^\s*(File|raise) |it/s|s/it|examples/s|deprecat|torch_dtype|use_cache|pin_memory|telemetry|unauthenticated|loss_type|cpu",
-    re.IGNORECASE,
+    r"it/s|s/it|examples/s|deprecat|torch_dtype|pin_memory|was not specified|special_tokens=|random hash|[Tt]elemetry|gemm_4bit"
 )
-LOCATED = re.compile(
-    r"\b(line|row|index|record)s?:? \d|Invalid role tag|Dropped invalid|not found|doesn't exist|Unable to find", re.IGNORECASE
-)
+LOCATED = re.compile(r"\b(line|row|index) [1-9]|(File|find|path).*not/there|Messages is null|Last turn|vision-related")
 ENDLESS = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
     "{% endgeneration %}<|im_end|>\n{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
@@ -78,12 +74,18 @@ def plant(data: Path, work: Path) -> None:
         ("pad = end of turn, masked by its id", base, {"pad": "<|im_end|>"}),
         ("held-out examples that are learned", base[1:], {"held": _held(work, "held", [*planted.longest(base), base[0]])}),
         ("held-out examples that are nearly learned", base[1:], {"held": _held(work, "near", held)}),
-        ("tools that the template does not show", tools, {"list": "conversations"}),
+        ("tools that the template does not show", tools, {"list": "conversations", "tokens": 4096, "needs": _described(tools)}),
     ):
         fault = planted.Fault(name, "", lambda rs: None)
         lines.append(_entry(work, fault, "\n".join(map(json.dumps, content)).encode(), content) | more)
     (work / "faults.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     print(f"{len(lines) - 1} mistakes in {work}")
+
+
+def _described(records: list[Any]) -> list[str]:
+    """What the first tool of every record that has one is described as."""
+    given = (json.loads(r["tools"]) for r in records)
+    return [tools[0]["description"] for tools in given if tools]
 
 
 def _held(work: Path, name: str, records: list[Any]) -> str:
@@ -100,10 +102,10 @@ def _entry(work: Path, fault: Any, content: bytes, base: list[Any]) -> dict[str,
         found = [json.loads(line) for line in content.splitlines()] if fault.file.endswith("l") else []
     except ValueError:
         found = []
-    columns = (
-        sorted(found[0]) if found and isinstance(found[0], dict) else ["prompt", "completion"] if fault.file.endswith("csv") else []
-    )
-    return {"name": fault.name, "file": str(folder / fault.file), "rows": len(found) or len(base), "columns": columns,
+    table = fault.file.endswith("csv")
+    columns = sorted(found[0]) if found and isinstance(found[0], dict) else ["prompt", "completion"] if table else []
+    rows = len(found) or (content.count(b"\n") - 1 if table else len(base))
+    return {"name": fault.name, "file": str(folder / fault.file), "rows": rows, "columns": columns,
             "tokens": fault.options.get("tokens", 2048), "template": fault.options.get("template", ""),
             "path": (fault.options.get("train") or [""])[0]}  # fmt: skip
 
@@ -210,6 +212,7 @@ def axolotl(fault: dict[str, Any], work: Path) -> Rows:
     settings |= {
         "base_model": str(model), "datasets": [source], "sequence_len": fault["tokens"], "micro_batch_size": 1, "num_epochs": 1,
         "gradient_accumulation_steps": 1, "learning_rate": 1e-4, "optimizer": "adamw_torch", "adapter": "lora", "lora_r": 4,
+        "sample_packing": "rl" not in settings, "eval_sample_packing": False,
         "lora_alpha": 8, "lora_target_linear": True, "output_dir": str(work / "out"),
         "dataset_prepared_path": str(work / "prepared"),
         "chat_template": "jinja" if fault["template"] else "tokenizer_default", "bf16": False, "dataset_num_proc": 1,
@@ -278,6 +281,13 @@ def llamafactory(fault: dict[str, Any], work: Path) -> Rows:
 # --- what came out
 
 
+def unseen(fault: dict[str, Any], rows: Rows, work: Path) -> int:
+    """How many of the words that a mistake is about stand in no row."""
+    decode = tokenizer_of(fault, work).decode
+    text = "\n".join(decode(ids) for ids, _ in rows)
+    return sum(word not in text for word in fault["needs"])
+
+
 def run_one(peer: str, fault: dict[str, Any], work: Path) -> dict[str, Any]:
     """One mistake in this process: rows, learned tokens, or the texts of an exception and its causes."""
     try:
@@ -286,7 +296,8 @@ def run_one(peer: str, fault: dict[str, Any], work: Path) -> dict[str, Any]:
         texts: list[str] = []
         link: BaseException | None = error
         while link is not None:
-            texts.append(f"{type(link).__name__}: {str(link)[:300]}")
+            if type(link).__name__ != "RemoteTraceback":
+                texts.append(f"{type(link).__name__}: {str(link)[:300]}")
             link = link.__cause__ or link.__context__
         traceback.print_exc()
         return {"error": texts}
@@ -298,6 +309,7 @@ def run_one(peer: str, fault: dict[str, Any], work: Path) -> dict[str, Any]:
         "cut": sum(len(ids) == fault["tokens"] for ids, _ in rows),
         "twice": sum(ids[:2] == [0, 0] for ids, _ in rows),
         "unending": sum(end not in labels for _, labels in rows),
+        **({"unseen": unseen(fault, rows, work)} if "needs" in fault else {}),
     }
 
 
@@ -336,10 +348,11 @@ def run(peer: str, work: Path, out: Path) -> None:
         said = _said(log)
         usual = usual or {shape for shape, _ in said} | {"-"}
         found["said"] = [text for shape, text in said if shape not in usual][:8]
-        line = {"peer": peer, "fault": fault["name"], "given": fault["rows"], **found}
-        line["outcome"] = "" if not number else outcome(line, lines[0])
-        lines.append(line)
-        print(f"{fault['name']}: {line['outcome']} {json.dumps(found)[:160]}", flush=True)
+        lines.append({"peer": peer, "fault": fault["name"], "given": fault["rows"], **found})
+        print(fault["name"], json.dumps(found)[:200], flush=True)
+    lines[0]["versions"] = {name: version(name) for name in ("transformers", "datasets", *(peer,) * (peer != "llamafactory"))}
+    if peer == "llamafactory":  # run from its source
+        lines[0]["versions"][peer] = importlib.import_module("llamafactory.extras.env").VERSION
     others = (
         [line for line in out.read_text(encoding="utf-8").splitlines() if json.loads(line)["peer"] != peer] if out.exists() else []
     )
@@ -355,34 +368,17 @@ def _said(log: Path) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def outcome(line: dict[str, Any], clean: dict[str, Any]) -> str:
-    """A cell of the table, from what came out."""
-    logged = ", logged" if line["said"] else ""
-    if "error" in line:
-        told = " ".join([*line["error"], *line["said"]])
-        name = line["error"][0].partition(":")[0]
-        return f"stops, says where ({name})" if LOCATED.search(told) else f"stops ({name})"
-    if line["rows"] < line["given"]:
-        return f"drops {'all' if not line['rows'] else 'them'}{logged}"
-    if line["zero"] > clean["zero"]:
-        return f"keeps them, learns nothing{logged}"
-    if line["cut"]:
-        return f"cuts them{logged}"
-    return f"learns them{logged}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("plant", "run", "write"))
+    parser.add_argument("what", choices=("plant", "run"))
     parser.add_argument("peer", nargs="?", choices=PEERS)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, default=Path("faults-work"))
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs/concepts/faults.md")
     arguments = parser.parse_args()
     if arguments.what == "plant":
         plant(arguments.data, arguments.work.resolve())
-    elif arguments.what == "run":
+    else:
         run(arguments.peer, arguments.work.resolve(), arguments.out)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -146,3 +148,45 @@ def test_the_docs_have_this_table() -> None:
     table = ["| planted | halfbyte | | it says |", "| --- | --- | --- | --- |"]
     table += [f"| {name} | `{code}` | {'stops' if error else 'told'} | {CHECKS[code].sentence} |" for name, code, error in rows]
     assert "\n".join(["<!-- data faults -->", *table, "<!-- /data faults -->"]) in page
+
+
+@pytest.fixture(scope="module")
+def table() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("faults_table", Path(__file__).parents[2] / "bench/faults_table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_docs_have_what_other_trainers_do(table: ModuleType) -> None:
+    rows = table.cells()
+    assert list(rows) == [f.name for f in FAULTS] + [name for name, *_ in MASKS] + list(BETWEEN)
+    assert all(set(row) == set(table.PEERS) for row in rows.values())
+    page = (Path(__file__).parents[2] / "docs/concepts/faults.md").read_text(encoding="utf-8")
+    assert "\n".join(["<!-- peers -->", table.text(), "<!-- /peers -->"]) in page
+
+
+CLEAN: dict[str, Any] = {"peer": "trl", "fault": "nothing", "rows": 9, "given": 9, "learned": 90, "said": []}
+CLEAN |= {"zero": 0, "cut": 0, "twice": 0, "unending": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, "learns it"),
+        ({"said": ["WARNING: one kind only"]}, "learns it, logged"),
+        ({"rows": 8}, "drops it"),
+        ({"cut": 1}, "cuts it"),
+        ({"zero": 1}, "keeps it, learns nothing"),
+        ({"error": ["KeyError: 'text'"]}, "stops (`KeyError`)"),
+        ({"error": ["DatasetGenerationError: no", "ArrowInvalid: in row 11"]}, "stops, says what"),
+        ({"fault": "pad = end of turn, masked by its id"}, "not affected"),
+        ({"fault": "pad = end of turn, masked by its id", "unending": 3}, "learns it"),
+        ({"fault": "messages as JSON text"}, "reads it as meant"),
+        ({"fault": "messages as JSON text", "learned": 80}, "learns it"),
+    ],
+)
+def test_a_cell_follows_from_what_came_out(change: dict[str, Any], told: str, table: ModuleType) -> None:
+    said = table.cell(CLEAN | {"fault": "a loop"} | change, CLEAN)
+    assert said == told and table.kind(said) in table.KINDS
