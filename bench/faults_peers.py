@@ -320,8 +320,8 @@ NEEDED = {
 }
 
 
-def run(peer: str, work: Path, out: Path) -> None:
-    """Every mistake, each in a forked process whose output is kept."""
+def run(peer: str, work: Path, out: Path, only: str) -> None:
+    """Every mistake whose name has `only` in it, and none, each in a forked process whose output is kept."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "DISABLE_VERSION_CHECK": "1"}
     for name in ("transformers.utils", "datasets", *NEEDED[peer]):  # before the processes part
         if name.startswith("llamafactory"):
@@ -333,7 +333,7 @@ def run(peer: str, work: Path, out: Path) -> None:
     logs.mkdir()
     usual: set[str] = set()
     lines = []
-    for number, fault in enumerate(faults):
+    for number, fault in enumerate(f for f in faults if only in f["name"] or f is faults[0]):
         log, kept = logs / f"{number}.log", logs / f"{number}.json"
         child = os.fork()
         if not child:
@@ -353,10 +353,9 @@ def run(peer: str, work: Path, out: Path) -> None:
     lines[0]["versions"] = {name: version(name) for name in ("transformers", "datasets", *(peer,) * (peer != "llamafactory"))}
     if peer == "llamafactory":  # run from its source
         lines[0]["versions"][peer] = importlib.import_module("llamafactory.extras.env").VERSION
-    others = (
-        [line for line in out.read_text(encoding="utf-8").splitlines() if json.loads(line)["peer"] != peer] if out.exists() else []
-    )
-    out.write_text("".join(line + "\n" for line in [*others, *map(json.dumps, lines)]), encoding="utf-8")
+    old = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()] if out.exists() else []
+    kept_lines = {(line["peer"], line["fault"]): line for line in [*old, *lines]}  # in the old order, new values
+    out.write_text("".join(json.dumps(line) + "\n" for line in kept_lines.values()), encoding="utf-8")
 
 
 def _said(log: Path) -> list[tuple[str, str]]:
@@ -375,11 +374,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, default=Path("faults-work"))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--only", default="", help="mistakes with this in their name")
     arguments = parser.parse_args()
     if arguments.what == "plant":
         plant(arguments.data, arguments.work.resolve())
     else:
-        run(arguments.peer, arguments.work.resolve(), arguments.out)
+        run(arguments.peer, arguments.work.resolve(), arguments.out, arguments.only)
 
 
 if __name__ == "__main__":
