@@ -41,9 +41,6 @@ ENDLESS = (
 )
 
 
-# --- planting, in halfbyte's environment
-
-
 def plant(data: Path, work: Path) -> None:
     """Writes every mistake's files and `faults.jsonl`, a tokenizer and a tiny model."""
     sys.path.insert(0, str(ROOT / "tests"))
@@ -105,8 +102,9 @@ def _entry(work: Path, fault: Any, content: bytes, base: list[Any]) -> dict[str,
     table = fault.file.endswith("csv")
     columns = sorted(found[0]) if found and isinstance(found[0], dict) else ["prompt", "completion"] if table else []
     rows = len(found) or (content.count(b"\n") - 1 if table else len(base))
+    template = fault.options.get("template", "").replace("</s>", "<|im_end|>")
     return {"name": fault.name, "file": str(folder / fault.file), "rows": rows, "columns": columns,
-            "tokens": fault.options.get("tokens", 2048), "template": fault.options.get("template", ""),
+            "tokens": fault.options.get("tokens", 2048), "template": template,
             "path": (fault.options.get("train") or [""])[0]}  # fmt: skip
 
 
@@ -173,6 +171,16 @@ def trl(fault: dict[str, Any], work: Path) -> Rows:
     return _collated(trainer.train_dataset, trainer.data_collator)
 
 
+def _as_text(file: Path, work: Path) -> Path:
+    """Labelled dialogues as prompt, completion and label, which axolotl's own kinds of KTO data are made of."""
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    texts = [[turn["content"] for turn in record["messages"]] for record in records]
+    rows = [{"prompt": t[0], "completion": t[1], "label": r["label"]} for t, r in zip(texts, records, strict=True)]
+    path = work / "labels.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def axolotl(fault: dict[str, Any], work: Path) -> Rows:
     import yaml
     from axolotl.cli.config import load_cfg
@@ -196,14 +204,17 @@ def axolotl(fault: dict[str, Any], work: Path) -> Rows:
     if not fault["path"]:
         source["ds_type"] = "csv" if fault["file"].endswith("csv") else "json"
     settings: dict[str, Any] = {"val_set_size": 0.0}
-    if "instruction" in columns:
+    if fault.get("list"):
+        source["message_property_mappings"] = {"role": "from", "content": "value"}
+    elif "instruction" in columns:
         source["type"] = "alpaca"
     elif "chosen" in columns:
         source |= {"type": {"field_prompt": "prompt"}, "split": "train"}
         settings["rl"] = "dpo"
     elif "label" in columns:
         source |= {"type": {"field_prompt": "prompt"}, "split": "train"}
-        settings["rl"] = "kto"
+        settings |= {"rl": "kto", "remove_unused_columns": False}  # the latter it demands
+        source["path"] = str(_as_text(Path(fault["file"]), work))
     elif "completion" in columns:
         source["type"] = {"field_instruction": "prompt", "field_output": "completion", "format": "{instruction}"}
     if fault.get("held"):
@@ -348,7 +359,8 @@ def run(peer: str, work: Path, out: Path, only: str) -> None:
         said = _said(log)
         usual = usual or {shape for shape, _ in said} | {"-"}
         found["said"] = [text for shape, text in said if shape not in usual][:8]
-        lines.append({"peer": peer, "fault": fault["name"], "given": fault["rows"], **found})
+        line = json.dumps({"peer": peer, "fault": fault["name"], "given": fault["rows"], **found})
+        lines.append(json.loads(line.replace(str(work), "WORK").replace(str(Path.cwd()), ".")))
         print(fault["name"], json.dumps(found)[:200], flush=True)
     lines[0]["versions"] = {name: version(name) for name in ("transformers", "datasets", *(peer,) * (peer != "llamafactory"))}
     if peer == "llamafactory":  # run from its source
@@ -361,7 +373,7 @@ def run(peer: str, work: Path, out: Path, only: str) -> None:
 def _said(log: Path) -> list[tuple[str, str]]:
     """Lines of a log that tell of something, each with its shape: without what differs from run to run."""
     found = {}
-    for line in re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace")):
+    for line in re.split(r"[\r\n]+|(?=\[WARNING\|)|(?=\[20\d\d-)", log.read_text(encoding="utf-8", errors="replace")):
         if TELLING.search(line) and not NOISE.search(line):
             found.setdefault(re.sub(r"\d+|/\S+", "#", line), line.strip()[-240:])
     return list(found.items())

@@ -24,6 +24,7 @@ CLEAR = re.compile(
     r"\b(line|row) [1-9]|not/there|Messages is null|vision-related|Cannot find valid samples|corresponds to no data"
     r"|no system message|trainable tokens"
 )
+TOOLS = "tools that the template does not show"
 UNTRAINED = "an embedding row that was never trained"
 READ = {
     ("axolotl", UNTRAINED): "learns it",
@@ -37,11 +38,12 @@ HARMLESS = {
     "the mask stops before the end of turn": "unending",
     "pad = end of turn, masked by its id": "unending",
     "a template with two bos tokens": "twice",
-    "tools that the template does not show": "unseen",
+    TOOLS: "unseen",
 }
 """Mistakes that a trainer may be built so as not to feel, and the count that is 0 then."""
 MEANT = {"two objects on a line", "a line break inside a string", "messages as JSON text"}
 """What another reader may understand: nothing is lost where as much is learned as from sound data."""
+BAR = r"\|"
 KINDS = ("stops, says what", "stops", "drops it, logged", "drops it", "keeps it, learns nothing", "cuts it", "learns it",
          "reads it as meant", "not affected", "not asked")  # fmt: skip
 
@@ -54,10 +56,12 @@ def cell(line: dict[str, Any], clean: dict[str, Any]) -> str:
     if "error" in line:
         name = line["error"][0].partition(":")[0]
         return "stops, says what" if CLEAR.search(" ".join(line["error"])) else f"stops (`{name}`)"
+    if line["fault"] in HARMLESS and not line[HARMLESS[line["fault"]]]:
+        return "not affected"
+    if line["fault"] == TOOLS:  # an example that is too long as well is another matter
+        return "learns it"
     if line["rows"] < line["given"]:
         return f"drops it{logged}"
-    if line["fault"] in HARMLESS:
-        return f"learns it{logged}" if line[HARMLESS[line["fault"]]] else "not affected"
     if line["fault"] in MEANT and line["learned"] >= clean["learned"]:
         return "reads it as meant"
     if line["zero"] > clean["zero"]:
@@ -99,10 +103,10 @@ def text(results: Path = RESULTS) -> str:
     names = [f"{PEERS[p]} {ran[p][p]} (transformers {ran[p]['transformers']}, datasets {ran[p]['datasets']})" for p in PEERS]
     lines = [f"{', '.join(names)}; {len(found)} mistakes.", ""]
     lines += [f"| in all | {' | '.join(PEERS.values())} |", "| --- | --- | --- | --- |"]
-    for k in KINDS:
+    for k in (k for k in KINDS if any(counts[p][k] for p in PEERS)):
         lines.append(f"| {k} | {' | '.join(str(counts[p][k]) for p in PEERS)} |")
     lines += ["", f"| planted | {' | '.join(PEERS.values())} |", "| --- | --- | --- | --- |"]
-    lines += [f"| {name} | {' | '.join(row[p] for p in PEERS)} |" for name, row in found.items()]
+    lines += [f"| {name.replace('|', BAR)} | {' | '.join(row[p] for p in PEERS)} |" for name, row in found.items()]
     return "\n".join(lines)
 
 

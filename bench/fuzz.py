@@ -37,6 +37,25 @@ ROOT = Path(__file__).parents[1]
 INSTRUMENTED = ["halfbyte", "gguf", "yaml", "jinja2", "transformers.modeling_gguf_pytorch_utils", "transformers.integrations.ggml"]
 MOST = 1 << 13  # bytes of an input; a GGUF file with a tokenizer needs more
 CHAT = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]}
+_U, _A = CHAT["messages"]
+_CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+SHAPES: list[dict[str, Any]] = [
+    {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}], "system": "Be brief."},
+    {"instruction": "Add", "input": "1, 2", "output": "3", "history": [["Hi", "Hello"]], "system": "Be brief."},
+    {"prompt": [_U], "completion": [_A]},
+    {"text": "Once upon a time."},
+    {"prompt": "Why?", "chosen": "So.", "rejected": "No."},
+    {"prompt": [_U], "chosen": [_A], "rejected": [{**_A, "content": "No."}]},
+    {"chosen": [_U, _A], "rejected": [_U, {**_A, "content": "No."}]},
+    {"messages": [_U], "chosen": _A, "rejected": {**_A, "content": "No."}},
+    {"prompt": "Why?", "completion": "So.", "label": True},
+    {**CHAT, "label": False},
+    {"messages": [_U, {**_A, "weight": 0, "reasoning_content": "Hm."}, _U, {**_A, "train": True}]},
+    {"messages": [_U, {"role": "assistant", "content": "", "tool_calls": [_CALL]}, {"role": "tool", "content": "3"}, _A],
+     "tools": [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}]},
+    {"conversations": [{"from": "human", "value": "Why?"}, {"from": "function_call", "value": '{"name": "add", "arguments": {}}'},
+                       {"from": "observation", "value": "3"}, {"from": "gpt", "value": "So."}], "tools": '[{"name": "add"}]'},
+]  # fmt: skip
 SCRATCH = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()) / f"halfbyte-fuzz-{os.getpid()}"
 
 
@@ -178,7 +197,7 @@ WORDS = {
 }
 
 
-WORDLESS = ("json", "jsonl", "csv", "tsv", "txt", "md", "parquet", "arrow", "feather", "compressed", "gguf")
+WORDLESS = {*"json jsonl csv tsv txt md parquet arrow feather compressed gguf".split()}
 
 
 def words(target: str) -> str:
@@ -216,7 +235,7 @@ def seeds(target: str) -> list[bytes]:
 
         return [tokenizer().chat_template.encode(), *(named.text.encode() for named in NAMED.values())]
     found: dict[str, list[Any]] = {
-        "records": [json.dumps(CHAT), *map(json.dumps, ROWS)],
+        "records": [*map(json.dumps, [CHAT, *ROWS, *SHAPES])],
         "recipe": [p.read_bytes() for p in (ROOT / "recipes").glob("*.yaml")],
         "overrides": ["train.lr=1e-4\ndata.train.0.weight=2\nadapter.rank=8", "format=nf4"],
         "axolotl": [examples.AXOLOTL],
@@ -305,6 +324,8 @@ def fuzz(target: str, folder: Path, seconds: int) -> None:
 
         if target == "gguf":
             import halfbyte.checkpoints.gguf  # noqa: F401
+    if target == "records":
+        tokenizer()  # its seconds are no input's
     corpus, found = folder / "corpus", folder / "found"
     for place in (corpus, found):
         place.mkdir(parents=True, exist_ok=True)

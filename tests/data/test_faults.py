@@ -146,6 +146,7 @@ def test_the_docs_have_this_table() -> None:
     rows = [(f.name, f.id.split("|")[0], f.error) for f in FAULTS]
     rows += [(name, code, True) for name, code, *_ in MASKS] + [(name, *found) for name, found in BETWEEN.items()]
     table = ["| planted | halfbyte | | it says |", "| --- | --- | --- | --- |"]
+    rows = [(name.replace("|", r"\|"), *rest) for name, *rest in rows]
     table += [f"| {name} | `{code}` | {'stops' if error else 'told'} | {CHECKS[code].sentence} |" for name, code, error in rows]
     assert "\n".join(["<!-- data faults -->", *table, "<!-- /data faults -->"]) in page
 
