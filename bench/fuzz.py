@@ -180,9 +180,9 @@ def registry(content: bytes) -> None:
     imported([str(given)], dataset_info=str(info))
 
 
+FILES = ("json", "jsonl", "csv", "tsv", "txt", "md", "parquet", "arrow", "feather")
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    **{kind: (lambda b, kind=kind: data_file(f"a.{kind}", b)) for kind in ("json", "jsonl", "csv", "tsv", "txt", "md")},
-    **{kind: (lambda b, kind=kind: data_file(f"a.{kind}", b)) for kind in ("parquet", "arrow", "feather")},
+    **{kind: (lambda b, kind=kind: data_file(f"a.{kind}", b)) for kind in FILES},
     "compressed": compressed, "records": records, "template": template, "gguf": gguf_file, "recipe": recipe, "overrides": overrides,
     **{tool: (lambda b, tool=tool: settings("a.yaml", tool, b)) for tool in ("axolotl", "llamafactory", "trl", "unsloth")},
     "trainer.json": lambda b: settings("a.json", "", b), "command": lambda b: settings("command", "", b), "registry": registry,
@@ -195,9 +195,7 @@ WORDS = {
         history prompt completion chosen rejected label text weight tools tool_calls function arguments name reasoning_content
         [{"role": null true 1e999 "\\ud800" <|im_end|>""",
 }
-
-
-WORDLESS = {*"json jsonl csv tsv txt md parquet arrow feather compressed gguf".split()}
+WORDLESS = (*FILES, "compressed", "gguf")
 
 
 def words(target: str) -> str:
@@ -269,16 +267,14 @@ def _tiny_gguf() -> bytes:
     path = _put("tiny.gguf", b"")
     writer = gguf.GGUFWriter(path, "llama")
     for add, value in (("vocab_size", 8), ("context_length", 64), ("embedding_length", 8), ("block_count", 1), ("head_count", 2),
-                       ("head_count_kv", 2), ("feed_forward_length", 8), ("layer_norm_rms_eps", 1e-5)):  # fmt: skip
+                       ("head_count_kv", 2), ("feed_forward_length", 8), ("layer_norm_rms_eps", 1e-5),
+                       ("bos_token_id", 0), ("eos_token_id", 1)):  # fmt: skip
         getattr(writer, f"add_{add}")(value)
-    tokens = ["<s>", "</s>", "a", "b", "ab", "Ġ", "<|im_start|>", "<|im_end|>"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
+    writer.add_token_list(["<s>", "</s>", "a", "b", "ab", "Ġ", "<|im_start|>", "<|im_end|>"])
     writer.add_token_types([3, 3, 1, 1, 1, 1, 3, 3])
     writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
     writer.add_chat_template("{{ messages }}")
     writer.add_tensor("token_embd.weight", np.ones((8, 8), np.float32))
     writer.write_header_to_file()
@@ -355,11 +351,9 @@ def run(target: str, folder: Path, seconds: float) -> dict[str, Any]:
             raise SystemExit(f"{target}: nothing ran\n{said[-3000:]}")
         tried += int(counts[-1][0])
         reached, features = max(reached, int(counts[-1][1])), max(features, int(counts[-1][2]))
-    kept = sorted(p.name for p in (folder / "found").iterdir() if p.suffix != ".txt")
-    minutes = round((time.monotonic() - began) / 60, 2)
-    corpus = len(list((folder / "corpus").iterdir()))
-    return {"target": target, "minutes": minutes, "executions": tried, "edges": reached, "features": features,
-            "corpus": corpus, "found": kept}  # fmt: skip
+    kept = sorted(p.name for p in (folder / "found").iterdir() if p.suffix != ".txt" and not p.name.startswith("slow-unit"))
+    return {"target": target, "minutes": round((time.monotonic() - began) / 60, 2), "executions": tried, "edges": reached,
+            "features": features, "corpus": len(list((folder / "corpus").iterdir())), "found": kept}  # fmt: skip
 
 
 def replay(folder: Path) -> int:
@@ -392,14 +386,14 @@ def main() -> None:
     if arguments.replay:
         raise SystemExit(replay(arguments.replay) > 0)
     if arguments.target:
-        return fuzz(arguments.target, arguments.work / arguments.target, arguments.seconds)
+        fuzz(arguments.target, arguments.work / arguments.target, arguments.seconds)
+        return
     for target in arguments.only:
         line = json.dumps(run(target, arguments.work / target, arguments.minutes * 60 / len(arguments.only)))
         print(line, flush=True)
         if arguments.out:
             with arguments.out.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
-    return None
 
 
 if __name__ == "__main__":

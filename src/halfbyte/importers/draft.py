@@ -219,7 +219,7 @@ def opened(source: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """A section of a source, empty where there is none. Raises RecipeError for what is none."""
     found = source.get(name)
     if found is not None and not isinstance(found, Mapping):
-        raise RecipeError(f"`{name}` must be a section of `key: value` lines, but is {found!r}"[:200], code="import.source")
+        raise RecipeError(f"`{name}` must be a section of `key: value` lines, but is {repr(found)[:80]}", code="import.source")
     return found or {}
 
 
