@@ -207,6 +207,15 @@ def test_templates_run_in_a_sandbox(tokenizer: Any) -> None:
         Renderer(templates.Template("x", text), tokenizer)([Message("user", "a")])
 
 
+@pytest.mark.parametrize("text", ["{{ 1 / 0 }}", "{{ 'a' * 10 ** 30 }}", f"{{{{ {'(' * 5000} }}}}", "{{ messages[9]['role'].x }}"])
+def test_a_template_that_fails_is_an_error_of_ours(tokenizer: Any, text: str) -> None:
+    with pytest.raises(DataError, match="refused these messages"):
+        Renderer(templates.Template("x", text), tokenizer)([Message("user", "a")])
+    if "((" in text:
+        with pytest.raises(DataError, match="cannot be read"):
+            templates._with(templates.Template("x", text), {"enable_thinking": True})
+
+
 def test_the_cache(run: Any, chat: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     records = [chat("One?", "two"), chat("Three?", "four")]
     first = run(records, eval=0)

@@ -95,7 +95,7 @@ def _with(template: Template, kwargs: Mapping[str, Any]) -> Template:
     try:
         environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
         known = meta.find_undeclared_variables(environment.parse(GENERATION.sub("", template.text)))
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         message = f"the chat template `{template.name}` cannot be read: {error}"
         raise DataError(message, hint="mend the Jinja text", code="data.template") from error
     for name in kwargs:

@@ -74,9 +74,8 @@ def _checked(entry: Any, place: str) -> dict[str, Any]:
     for key, value, kind in found:
         if not isinstance(value, kind) and (value is not None or not key):
             what = "an object" if kind is dict else "text"
-            raise RecipeError(
-                f"{place}{key} must be {what}, but is {value!r}"[:200], hint="is it LLaMA-Factory's?", code="import.dataset"
-            )
+            message = f"{place}{key} must be {what}, but is {repr(value)[:80]}"
+            raise RecipeError(message, hint="is it LLaMA-Factory's?", code="import.dataset")
     return dict(entry)
 
 
