@@ -146,7 +146,10 @@ def test_rotary_scaling_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     file = make(tmp_path, "llama")
     data = file.read_bytes()
-    for damaged in (b"", b"GGUX" + data[4:], data[: len(data) // 2]):
+    wrong_id = data.replace(b"ggml.bos_token_id\x04\0\0\0\0\x01", b"ggml.bos_token_id\x04\0\0\0\0\xff")
+    endless = data[:24] + b"\xff" * 8 + data[32:]  # the length of the first key
+    assert data != wrong_id
+    for damaged in (b"", b"GGUX" + data[4:], data[: len(data) // 2], wrong_id, endless):
         file.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"tiny\.gguf"):
             huggingface.load(str(file), NONE, torch.float32)

@@ -188,6 +188,11 @@ def test_templates_resolve(make_tokenizer: Any, tokenizer: Any, tmp_path: Path) 
     assert templates.resolve(str(tmp_path / "t.jinja"), bare).text == "{{ eos_token }}"
     with pytest.raises(DataError, match="neither a known template nor a file"):
         templates.resolve("chatnl", bare)
+    with pytest.raises(DataError, match="neither a known template nor a file"):
+        templates.resolve("{% for m in messages %}" * 20, bare)
+    (tmp_path / "latin.jinja").write_bytes(b"\xe9")
+    with pytest.raises(DataError, match=r"latin\.jinja is not UTF-8 text"):
+        templates.resolve(str(tmp_path / "latin.jinja"), bare)
     silent = make_tokenizer(template=None, eos_token=None)
     silent.get_vocab = lambda: {}
     assert templates.resolve("auto", silent).name == "none"
@@ -200,6 +205,15 @@ def test_templates_run_in_a_sandbox(tokenizer: Any) -> None:
     text = "{{ messages.__class__.__mro__ }}{{ messages[0]['content'] + eos_token }}"
     with pytest.raises(DataError, match="unsafe"):
         Renderer(templates.Template("x", text), tokenizer)([Message("user", "a")])
+
+
+@pytest.mark.parametrize("text", ["{{ 1 / 0 }}", "{{ 'a' * 10 ** 30 }}", f"{{{{ {'(' * 5000} }}}}", "{{ messages[9]['role'].x }}"])
+def test_a_template_that_fails_is_an_error_of_ours(tokenizer: Any, text: str) -> None:
+    with pytest.raises(DataError, match="refused these messages"):
+        Renderer(templates.Template("x", text), tokenizer)([Message("user", "a")])
+    if "((" in text:
+        with pytest.raises(DataError, match="cannot be read"):
+            templates._with(templates.Template("x", text), {"enable_thinking": True})
 
 
 def test_the_cache(run: Any, chat: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

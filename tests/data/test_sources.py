@@ -147,7 +147,9 @@ def test_directories_and_patterns(tmp_path: Path) -> None:
     assert [r.data["text"] for r in read(f"{tmp_path}/**/*2.jsonl")[0]] == ["b/2.jsonl"]
 
 
-@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/no/such/folder/x", "~/no/*.json"])
+@pytest.mark.parametrize(
+    "path", ["missing.jsonl", "./missing", "/no/such/folder/x", "~/no/*.json", "~nobody/a.json", "./" + "a" * 300]
+)
 def test_a_missing_file_is_not_looked_for_on_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "load", lambda *_: pytest.fail("asked the Hub"))
     with pytest.raises(DataError, match="no data file") as caught:

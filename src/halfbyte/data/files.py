@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import time
 import zlib
 from collections.abc import Iterator
@@ -62,10 +63,10 @@ def looks_local(path: str) -> bool:
 
 def find(path: str) -> tuple[list[Path], tuple[str, ...]]:
     """The data files that a path, directory or pattern names, in a fixed order, and what was passed over."""
-    expanded = Path(path).expanduser()
-    if expanded.is_file():
+    expanded = Path(os.path.expanduser(path))  # os.path: Path raises for an unknown user, and for a name that no file can have
+    if os.path.isfile(expanded):
         return [expanded], ()
-    if expanded.is_dir():
+    if os.path.isdir(expanded):
         found = sorted(p for p in expanded.rglob("*") if p.is_file() and not _hidden(p.relative_to(expanded)))
         files = [p for p in found if kind_of_file(p.name) in SUFFIXES and p.name not in SAVED]
         rest = [p.name for p in found if p not in set(files)]

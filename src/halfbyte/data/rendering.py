@@ -29,6 +29,10 @@ NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 CALL = {"type": "function", "function": {"name": "qwertz_uiop", "arguments": {"asdfg": "hjkl yxcv"}}}
 
 
+# What a template can raise besides Jinja's own errors: it divides by zero, repeats a text endlessly, or is nested too deeply.
+RAISED = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError)
+
+
 class Piece(NamedTuple):
     """Words of a message: `kind` is thought, content, call (the name of a function that it calls), or rest (of changed words)."""
 
@@ -120,7 +124,7 @@ class Renderer:
                 return_assistant_tokens_mask=spans,
                 **self._kwargs,
             )
-        except (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+        except (TemplateError, *RAISED) as error:
             message = f"the chat template `{self.template.name}` refused these messages: {error}"
             hint = "check the order of roles (a system message first, then user and assistant in turn)"
             raise DataError(message, hint=hint, code="data.template") from error

@@ -304,7 +304,7 @@ def _rows(file: Path, batches: Callable[[], Iterator[Any]], what: str, problems:
             for data in batch.to_pylist():
                 number += 1
                 yield Raw(Where(str(file), number, "row"), data)
-    except (ArrowException, OSError, ValueError) as error:
+    except (ArrowException, OSError, ValueError, LookupError) as error:  # some of its errors are KeyErrors and IndexErrors
         got = (str(error).splitlines() or [""])[0][:80]
         problems.add(Where(str(file), number + 1, "row"), "", what, got or type(error).__name__, "data.bad-file")
 
