@@ -63,14 +63,14 @@ class Options:
 class Encoder:
     """Encodes examples for one tokenizer and one template."""
 
-    def __init__(self, tokenizer: Any, template: Template, options: Options) -> None:
+    def __init__(self, tokenizer: Any, template: Template, options: Options, quick: bool = False) -> None:
         if not tokenizer.is_fast:
             hint = "load the tokenizer from its tokenizer.json"
             raise DataError(
                 "this tokenizer cannot say which characters a token stands for (it is not a fast one)", hint=hint, code="data.mask"
             )
         self._tokenizer = tokenizer
-        self._aligner = Aligner(tokenizer)
+        self._aligner = Aligner(tokenizer, quick)
         self._renderer = Renderer(template, tokenizer)
         self._options = options
         self._masker: masks.Masker | None = None
@@ -147,7 +147,7 @@ class Encoder:
                 problems.add(text.where, "messages", expected, "tokens that cannot be told apart", "data.mask")
                 continue
             front = self._bos if text.framed else []
-            whole = [*front, *ids, *self._eos] if text.framed else ids
+            whole = np.asarray([*front, *ids.tolist(), *self._eos], dtype=np.uint32) if text.framed else ids
             runs = [(0, len(ids))] if text.spans is None else runs
             # The eos that frames a text belongs to what comes before it.
             runs = [(a + len(front), len(whole) if text.framed and b == len(ids) else b + len(front)) for a, b in runs]
@@ -158,4 +158,4 @@ class Encoder:
             if weights is not None:
                 for (first, last), weight in zip(runs, text.weights, strict=True):
                     weights[first:last] = weight
-            yield Encoded(text.where, np.asarray(whole, dtype=np.uint32), trained, weights, text.group)
+            yield Encoded(text.where, whole, trained, weights, text.group)

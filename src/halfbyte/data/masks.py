@@ -39,12 +39,13 @@ class Unsafe(Exception):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation, its text, and where its words stand."""
+    """A conversation, its text, where its words stand, and the spans of its generation blocks."""
 
     messages: Sequence[Message]
     tools: Tools
     text: str
     places: Sequence[Place]
+    blocks: Sequence[Span] = ()
 
     def of(self, message: int) -> list[Place]:
         """The places of one message."""
@@ -102,7 +103,7 @@ class Masker:
         comes out for an example must not depend on the examples before it."""
         messages = tuple(Message(ROLES[role], f"{role}qwertz{i}") for i, role in enumerate(roles))
         try:
-            talk = self._located(messages, (), self._render(messages), [])
+            talk = self._located(messages, (), self._render(messages), [], [])
             plain = [place.piece for place in talk.places] == [Piece(i, "content", m.content) for i, m in enumerate(messages)]
             learn = [i for i, m in enumerate(messages) if m.role == "assistant"] if plain else []
             starts, stops = [self._start(talk, i) for i in learn], [self._stop(talk, i) for i in learn]
@@ -149,22 +150,24 @@ class Masker:
     def _rendered(self, example: Example, learn: Sequence[int]) -> Rendered:
         """The conversation with its words located: by the texts known to stand between words, else by marks."""
         messages, tools = example.messages, example.tools
-        text = self._render(messages, tools=tools)
+        text, blocks = self._render.with_spans(messages, tools) if self.marks.generation else (self._render(messages, tools=tools), [])
         places = self._parsed(messages, text)
-        talk = Rendered(messages, tools, text, places) if places else self._located(messages, tools, text, learn)
+        talk = Rendered(messages, tools, text, places, blocks) if places else self._located(messages, tools, text, blocks, learn)
         unseen = next((name for tool in tools if (name := _name(tool)) not in text), None)
         if unseen is not None:
             raise Unsafe(f"the tool `{unseen}` in the rendered text", "a template that does not show tools", "data.template")
         return talk
 
-    def _located(self, messages: Sequence[Message], tools: Tools, text: str, learn: Sequence[int]) -> Rendered:
+    def _located(
+        self, messages: Sequence[Message], tools: Tools, text: str, blocks: Sequence[Span], learn: Sequence[int]
+    ) -> Rendered:
         if any(RESERVED.search(text) for m in messages for text in (m.content, m.reasoning)):
             raise Unsafe("text", "noncharacters of Unicode (U+FDD0 to U+FDE1)")
         again, places = self._render.places(messages, tools=tools)
         if again != text:
             raise Unsafe("words that the template writes as they are", "a template that reads them and acts on what they say")
         _nothing_lost(messages, places, learn)
-        return Rendered(messages, tools, text, places)
+        return Rendered(messages, tools, text, places, blocks)
 
     def _parsed(self, messages: Sequence[Message], text: str) -> list[Place] | None:
         """The words of plain messages, with or without the space around them, if all that stands between them is known."""
@@ -286,8 +289,7 @@ class Masker:
 
     def _within_blocks(self, talk: Rendered, found: list[Learned]) -> list[Learned]:
         """What of the answers the template marks to be learned, its end-of-turn token always."""
-        text, blocks = self._render.with_spans(talk.messages, talk.tools)
-        assert text == talk.text
+        blocks = talk.blocks
         others = [p for p in talk.places if talk.role(p) != "assistant"]
         wrong = next((p for p in others if any(a < p.stop and p.start < b for a, b in blocks)), None)
         if wrong is not None:
