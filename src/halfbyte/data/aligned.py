@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -166,8 +167,7 @@ def _edges(text: str, spans: Sequence[Span] | None) -> list[int]:
     edges = [edge for span in spans for edge in span]
     if text.isascii():
         return edges
-    sizes = [len(text[a:b].encode()) for a, b in zip([0, *edges], edges, strict=False)]
-    return np.cumsum(sizes).tolist()
+    return list(accumulate(len(text[a:b].encode()) for a, b in zip([0, *edges], edges, strict=False)))
 
 
 def _pairs(places: list[tuple[int, bool]]) -> Iterator[tuple[tuple[int, bool], tuple[int, bool]]]:

@@ -95,9 +95,12 @@ class Encoder:
         """Encodes examples in order; what cannot be encoded is noted in `problems` and passed over."""
         stream = (part for example in examples for part in self._parts(example))
         while chunk := list(islice(stream, BATCH)):
-            texts = [text for example in chunk if (text := self._text(example, problems)) is not None]
-            if texts:
-                yield from self._tokenise(texts, problems)
+            asked = [example for e in chunk if (example := self._asked(e, problems)) is not None]
+            talks = [example for example in asked if example.messages]
+            rendered = iter(self.masker.render(talks) if talks else ())
+            texts = [self._text(example, next(rendered) if example.messages else None, problems) for example in asked]
+            if whole := [text for text in texts if text is not None]:
+                yield from self._tokenise(whole, problems)
 
     def _parts(self, example: Example) -> list[Example]:
         """With `loss_on: each`, one example an answer, which ends there; they stay on one side of the split."""
@@ -107,33 +110,37 @@ class Encoder:
         cuts = masks.chosen(example, "each")
         return [replace(example, messages=example.messages[: i + 1], learn_from=i, group=group) for i in cuts]
 
-    def _text(self, example: Example, problems: Problems) -> _Text | None:
-        learn = self._options.loss_on
+    def _asked(self, example: Example, problems: Problems) -> Example | None:
+        """The example as it is rendered, with its system message; None after a mistake was noted."""
         if not example.messages:
-            text = example.prompt + example.text
-            spans = None if not example.prompt or learn == "all" else [(len(example.prompt), len(text))]
-            return _Text(example.where, text, spans, True, (example.weight,), example.group)
+            return example
         if self._options.system is not None and example.messages[0].role != "system":
             added = (Message("system", self._options.system), *example.messages)
             example = replace(example, messages=added, learn_from=example.learn_from + (1 if example.learn_from else 0))
         if any(self._special.search(message.content) for message in example.messages):
             problems.noted["a message spells a special token, which is read as that token"] += 1
-        if learn == "all" and any(message.weight != 1 for message in example.messages):
+        if self._options.loss_on == "all" and any(message.weight != 1 for message in example.messages):
             problems.add(example.where, "messages", "no weights of messages with `loss_on: all`", "one")
             return None
-        masker = self.masker
+        return example
+
+    def _text(self, example: Example, rendered: masks.Text | None, problems: Problems) -> _Text | None:
+        if not example.messages:
+            text = example.prompt + example.text
+            spans = None if not example.prompt or self._options.loss_on == "all" else [(len(example.prompt), len(text))]
+            return _Text(example.where, text, spans, True, (example.weight,), example.group)
         try:
-            text, learned = masker.spans(example, learn)
+            text, learned = self.masker.spans(example, self._options.loss_on, rendered)
         except masks.Unsafe as error:
             problems.add(example.where, "messages", error.expected, error.got, error.code)
         except DataError as error:
             problems.add(example.where, "messages", "messages that the template takes", error.message, "data.template")
         else:
+            if learned is None:
+                return _Text(example.where, text, None, False, (example.weight,), example.group)
             if learned and learned[-1].prompted:
                 what = f"the generation prompt ends in {learned[-1].prompted!r}, which the finished answer does not show"
                 problems.noted[what] += 1
-            if learned is None:
-                return _Text(example.where, text, None, False, (example.weight,), example.group)
             weights = tuple(example.messages[span.message].weight * example.weight for span in learned)
             return _Text(example.where, text, [(s.start, s.stop) for s in learned], False, weights, example.group)
         return None

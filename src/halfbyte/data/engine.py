@@ -1,6 +1,6 @@
 """Texts to token ids, many at a time: by fastokens where it says what the tokenizer itself says, else by the tokenizer.
 
-Why two: tokenising was nearly all of the time that preparing data took, and fastokens (Rust, https://github.com/crusoecloud/fastokens)
+Why two: tokenising was nearly all of the time that preparing data took, and fastokens (Rust)
 does it twenty to forty times faster. Why they are compared: the tokenizer's own library is the truth, and a token that differs
 leaves a normal loss curve. Compared are every special token in its surroundings and all of ASCII when an engine is made; every
 other character that the data holds, between letters, digits, spaces and line breaks, when it first comes; and one text in 64. A
@@ -25,7 +25,10 @@ from halfbyte.errors import DataError
 DISAGREES = "data.engine"
 EVERY = 64  # texts of which one is compared
 SPECIALS = 4096  # added tokens that are compared, the first ones
-PROBE = "It's  5 o'clock,\n\n  they'LL say: \"x_y = 10**3;\"\t\u00bfqu\u00e9?\r\n \u4f60\u597d\uff0c\u4e16\u754c\u3002 \U0001f44d\U0001f3fd e\u0301 "
+PROBE = (
+    "It's  5 o'clock,\n\n  they'LL say: \"x_y = 10**3;\"\t\u00bfqu\u00e9?\r\n \u4f60\u597d\uff0c\u4e16\u754c\u3002 "
+    "\U0001f44d\U0001f3fd e\u0301 "
+)
 
 Ids = NDArray[np.uint32]
 Bounds = NDArray[np.int64]
@@ -62,7 +65,7 @@ class Engine:
         if self._quick is None:
             return _flat(self._exact(texts))
         self._meet(set("".join(text for text in texts if not text.isascii())))
-        mine = [not self._is_odd(text) for text in texts]
+        mine = [not odd for odd in self._are_odd(texts)]
         ids, bounds = self._fast([text for text, good in zip(texts, mine, strict=True) if good])
         compared = [text for text, good in zip(texts, mine, strict=True) if good][::EVERY]
         for i, truth in enumerate(self._exact(compared)):
@@ -110,10 +113,14 @@ class Engine:
             self._known.update(new)
             self._odd.update(c for c, same in zip(new, alike, strict=True) if not same)
 
-    def _is_odd(self, text: str) -> bool:
-        if self._odd and not self._odd.isdisjoint(text):
-            return True
-        return self._normalizes and not text.isascii() and not unicodedata.is_normalized("NFC", text)
+    def _are_odd(self, texts: Sequence[str]) -> list[bool]:
+        """Whether a text is the tokenizer's own: it has a character that is not tokenised alike, or would be normalised."""
+        whole = "".join(texts)
+        here = [c for c in self._odd if c in whole]
+        if not here and (not self._normalizes or unicodedata.is_normalized("NFC", whole)):
+            return [False] * len(texts)
+        normal = not self._normalizes
+        return [any(c in text for c in here) or not (normal or unicodedata.is_normalized("NFC", text)) for text in texts]
 
 
 def _flat(each: Sequence[Sequence[int]]) -> tuple[Ids, Bounds]:

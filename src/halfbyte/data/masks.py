@@ -25,6 +25,7 @@ from halfbyte.data.turns import Example, Message, Role
 from halfbyte.errors import DataError
 
 Span = tuple[int, int]
+Text = tuple[str, list[Span]]  # a rendered text, and the spans of its generation blocks
 ROLES: dict[str, Role] = {"s": "system", "u": "user", "a": "assistant"}
 PROBES = ("ua", "uaua", "uauaua", "sua", "suaua", "suauaua")  # conversations whose texts between words are remembered
 
@@ -123,16 +124,33 @@ class Masker:
                 self._stops[after, gap] = stop - at
             at, before = place.stop if place else at, after
 
-    def spans(self, example: Example, loss_on: str | Collection[str]) -> tuple[str, list[Learned] | None]:
-        """The rendered text, and the spans to learn in their order (None: all of it).
+    def render(self, examples: Sequence[Example]) -> list[Text | None]:
+        """The texts of conversations, with the spans of their generation blocks; None where `spans` must render one alone."""
+        plain = [not example.tools for example in examples]
+        talks = [example.messages for example, good in zip(examples, plain, strict=True) if good]
+        found = iter(self._render.several(talks, self.marks.generation))
+        return [next(found) if good else None for good in plain]
+
+    def spans(
+        self, example: Example, loss_on: str | Collection[str], rendered: Text | None = None
+    ) -> tuple[str, list[Learned] | None]:
+        """The rendered text (`rendered`, if it was before), and the spans to learn in their order (None: all of it).
 
         Raises `Unsafe`, or `DataError` from the template.
         """
         learn = [] if loss_on == "all" else chosen(example, loss_on)
-        talk = self._rendered(example, learn)
+        messages, tools = example.messages, example.tools
+        text, blocks = rendered or self._text(messages, tools)
+        places = self._parsed(messages, text)
+        if places and learn and not tools and (known := self._known(messages, text, places, blocks, learn)) is not None:
+            return text, known
+        talk = Rendered(messages, tools, text, places, blocks) if places else self._located(messages, tools, text, blocks, learn)
+        unseen = next((name for tool in tools if (name := _name(tool)) not in text), None)
+        if unseen is not None:
+            raise Unsafe(f"the tool `{unseen}` in the rendered text", "a template that does not show tools", "data.template")
         if loss_on == "all":
             return talk.text, _all_but_results(talk)
-        text, found = talk.text, []
+        found: list[Learned] = []
         for i in learn:
             if talk.messages[i].role != "assistant":
                 found.append(self._spoken(talk, i))
@@ -147,16 +165,34 @@ class Masker:
         _prove(talk, found, learn)
         return text, found
 
-    def _rendered(self, example: Example, learn: Sequence[int]) -> Rendered:
-        """The conversation with its words located: by the texts known to stand between words, else by marks."""
-        messages, tools = example.messages, example.tools
-        text, blocks = self._render.with_spans(messages, tools) if self.marks.generation else (self._render(messages, tools=tools), [])
-        places = self._parsed(messages, text)
-        talk = Rendered(messages, tools, text, places, blocks) if places else self._located(messages, tools, text, blocks, learn)
-        unseen = next((name for tool in tools if (name := _name(tool)) not in text), None)
-        if unseen is not None:
-            raise Unsafe(f"the tool `{unseen}` in the rendered text", "a template that does not show tools", "data.template")
-        return talk
+    def _text(self, messages: Sequence[Message], tools: Tools) -> Text:
+        return self._render.with_spans(messages, tools) if self.marks.generation else (self._render(messages, tools=tools), [])
+
+    def _known(
+        self, messages: Sequence[Message], text: str, places: Sequence[Place], blocks: Sequence[Span], learn: Sequence[int]
+    ) -> list[Learned] | None:
+        """The spans of answers between texts that the probes have shown, each with one block around its words, if any; else None.
+
+        Such a span begins in the text before its answer's words and ends in the one after them, so it holds no others.
+        """
+        found: list[Learned] = []
+        for i in learn:
+            place = places[i]
+            at, before = (places[i - 1].stop, messages[i - 1].role) if i else (0, "")
+            end, after = (places[i + 1].start, messages[i + 1].role) if i + 1 < len(places) else (len(text), "")
+            start, stop = self._starts.get((before, text[at : place.start])), self._stops.get((after, text[place.stop : end]))
+            if messages[i].role != "assistant" or start is None or stop is None:
+                return None
+            begin, last = at + start[0], place.stop + stop
+            if self.marks.generation:
+                inside = [(a, b) for a, b in blocks if a < last and b > begin]
+                if len(inside) != 1 or not at <= inside[0][0] <= place.start or not place.stop <= inside[0][1] <= end:
+                    return None
+                begin = max(begin, inside[0][0])
+            found.append(Learned(begin, last, i, start[1]))
+        # With as many blocks as answers, and one in each, there is none around anything else.
+        answers = sum(message.role == "assistant" for message in messages)
+        return found if not self.marks.generation or len(blocks) == len(found) == answers else None
 
     def _located(
         self, messages: Sequence[Message], tools: Tools, text: str, blocks: Sequence[Span], learn: Sequence[int]

@@ -21,6 +21,7 @@ from halfbyte.data import tokens as store
 from halfbyte.data.config import DataConfig, SourceConfig
 from halfbyte.data.convert import Converter, Job
 from halfbyte.data.encode import Encoder, Options
+from halfbyte.data.engine import DISAGREES
 from halfbyte.data.holdout import hold_out
 from halfbyte.data.loader import Loader
 from halfbyte.data.pieces import Pieces, fit
@@ -28,6 +29,7 @@ from halfbyte.data.problems import Problems
 from halfbyte.data.report import Report
 from halfbyte.data.sources import Record, Source, open_source, parse
 from halfbyte.data.tokens import Tokens, TokenSet
+from halfbyte.data.workers import Crew
 from halfbyte.errors import DataError
 
 Progress = Callable[[str, int, int | None], None]  # (what, done, of how many if known)
@@ -125,7 +127,13 @@ def _tokenise(
     tokens = store.load(folder, name)
     if tokens is None:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _write(folder, source, name, config, workers.count(data.workers, source.size), encoder, basis, tell)
+        crew = workers.crew(data.workers, source.size)
+        try:
+            _write(folder, source, name, config, crew, encoder, basis, tell)
+        except DataError as error:
+            if error.code != DISAGREES:
+                raise
+            _write(folder, source, name, config, crew._replace(quick=False), encoder, basis, tell)
         tokens = store.load(folder, name)
         assert tokens is not None
     passed = folder / "checked"
@@ -151,7 +159,7 @@ def _fingerprint(tokenizer: Any) -> str:
 
 
 def _write(
-    folder: Path, source: Source, name: str, config: SourceConfig, processes: int, encoder: Encoder, basis: Basis, tell: Progress
+    folder: Path, source: Source, name: str, config: SourceConfig, crew: Crew, encoder: Encoder, basis: Basis, tell: Progress
 ) -> None:
     """Streams a source into a cache folder. Raises the collected mistakes, or `data.empty`, and leaves nothing behind."""
     problems = Problems()
@@ -163,13 +171,13 @@ def _write(
             parse(raw, problems)
         problems.raise_any()
         raise DataError(f"`{name}` is empty", hint="it must hold at least one example", code="data.empty")
-    job = Job(*basis, config.shape, shapes.layout(config), first)
-    converter = Converter(job, encoder)
+    job = Job(*basis, config.shape, shapes.layout(config), first, crew.quick)
+    converter = Converter(job, None if crew.quick else encoder)
     writer = store.Writer(folder)
     whole = False
     try:
         count, end = 0, set[int]()
-        for result in workers.convert(chain(ahead, records), job, converter, processes, config.limit):
+        for result in workers.convert(chain(ahead, records), job, converter, crew, config.limit):
             problems.merge(result.problems)
             end.update(result.end)
             if result.block is not None:
