@@ -1,7 +1,7 @@
 """Tokens of a text, and which of them spell the spans that are learned: proven for every span, or not given.
 
-A text is tokenised whole. The tokens of a byte-level tokenizer have lengths in bytes, so a span is where their sum says, once all
-of them together spell the text; of other tokenizers, and where a text was normalised, the tokens of a span are looked for by its
+A text is tokenised whole. Where tokens stand for bytes, each has a length, and a span is where their sum says, once all of them
+together spell the text; of other tokenizers, and where a text was normalised, the tokens of a span are looked for by its
 characters. Where a token would straddle the beginning of a span (a header that ends in a newline, an answer that begins with one),
 the text is tokenised piece by piece instead: that is what the model meets in use, where the prompt is tokenised alone. Whatever was
 found must stand together and spell the span before it counts, since offsets of tokenizers have surprises. Cost: about 15
@@ -11,7 +11,8 @@ microseconds a text of 1,000 characters, and the tokenizer's.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -27,8 +28,15 @@ Ids = NDArray[np.uint32]
 Int = NDArray[np.int64]
 
 
+# GPT-2's alphabet: bytes that print stand for themselves, the others for characters from 256 on, in their order.
+PLAIN = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+ODD = [byte for byte in range(256) if byte not in PLAIN]
+ALPHABET = {256 + n: byte for n, byte in enumerate(ODD)} | dict.fromkeys(ODD, 0x10FFFF)
+BYTE = re.compile("<0x([0-9A-F]{2})>")
+
+
 class Aligned(NamedTuple):
-    """Ids of a text, uint32 [n]; `runs`: first token and the one behind the last, for each span. None: they cannot be told apart."""
+    """Ids of a text, uint32 [n]; `runs`: of each span, its first token and the one behind its last; None: they cannot be told."""
 
     ids: Ids
     runs: list[Run] | None
@@ -38,8 +46,8 @@ class Aligner:
     """Tokenises texts for one tokenizer; quick: see `Engine`."""
 
     def __init__(self, tokenizer: Any, quick: bool = False) -> None:
-        self._engine = Engine(tokenizer, quick)
-        self._backend = self._engine.backend
+        self._backend = tokenizer.backend_tokenizer
+        self._engine = Engine(tokenizer, quick and self._bytes is not None)
 
     @cached_property
     def _bytes(self) -> list[bytes] | None:
@@ -175,19 +183,32 @@ def _pairs(places: list[tuple[int, bool]]) -> Iterator[tuple[tuple[int, bool], t
 
 
 def _table(backend: Any) -> list[bytes] | None:
-    """The bytes of every token of a byte-level tokenizer, by its id; None for others, and where decoding says otherwise."""
-    decoder = json.loads(backend.to_str())["decoder"]
-    if not decoder or decoder["type"] != "ByteLevel":
-        return None
-    # GPT-2's alphabet: bytes that print stand for themselves, the others for characters from 256 on, in their order.
-    plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    odd = [byte for byte in range(256) if byte not in plain]
-    alphabet = {256 + n: byte for n, byte in enumerate(odd)} | dict.fromkeys(odd, 0x10FFFF)
+    """The bytes of every token, by its id, for byte-level tokenizers and for those that write a space as `\u2581`; else None."""
+    decoder = json.loads(backend.to_str())["decoder"] or {}
     vocabulary = backend.get_vocab(with_added_tokens=True)
+    if decoder.get("type") == "ByteLevel":
+        return _filled(vocabulary, _byte_level)
+    parts = decoder.get("decoders", [])
+    kinds = [part["type"] for part in parts]
+    if kinds == ["Replace", "ByteFallback", "Fuse"] and (parts[0]["pattern"], parts[0]["content"]) == ({"String": "\u2581"}, " "):
+        return _filled(vocabulary, _spaced)
+    return None
+
+
+def _filled(vocabulary: dict[str, int], spell: Callable[[str], bytes]) -> list[bytes]:
     table = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for token, number in vocabulary.items():
-        try:
-            table[number] = token.translate(alphabet).encode("latin-1")
-        except UnicodeEncodeError:  # an added token, which stands for its own characters
-            table[number] = token.encode()
+        table[number] = spell(token)
     return table
+
+
+def _byte_level(token: str) -> bytes:
+    try:
+        return token.translate(ALPHABET).encode("latin-1")
+    except UnicodeEncodeError:  # an added token, which stands for its own characters
+        return token.encode()
+
+
+def _spaced(token: str) -> bytes:
+    byte = BYTE.fullmatch(token)
+    return bytes.fromhex(byte[1]) if byte else token.replace("\u2581", " ").encode()

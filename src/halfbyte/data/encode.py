@@ -24,6 +24,7 @@ from halfbyte.data.turns import Example, Message
 from halfbyte.errors import DataError
 
 BATCH = 256  # examples tokenised in one call
+HALF = re.compile("[\ud800-\udfff]")  # surrogates, which JSON can spell alone; no tokenizer takes them
 
 Ids = NDArray[np.uint32]
 Mask = NDArray[np.bool_]
@@ -127,6 +128,9 @@ class Encoder:
     def _text(self, example: Example, rendered: masks.Text | None, problems: Problems) -> _Text | None:
         if not example.messages:
             text = example.prompt + example.text
+            if half := HALF.search(text):
+                problems.add(example.where, "text", "text", f"half a character (U+{ord(half[0]):X})")
+                return None
             spans = None if not example.prompt or self._options.loss_on == "all" else [(len(example.prompt), len(text))]
             return _Text(example.where, text, spans, True, (example.weight,), example.group)
         try:
@@ -136,6 +140,9 @@ class Encoder:
         except DataError as error:
             problems.add(example.where, "messages", "messages that the template takes", error.message, "data.template")
         else:
+            if not text.isascii() and (half := HALF.search(text)):
+                problems.add(example.where, "messages", "text", f"half a character (U+{ord(half[0]):X})")
+                return None
             if learned is None:
                 return _Text(example.where, text, None, False, (example.weight,), example.group)
             if learned and learned[-1].prompted:

@@ -104,9 +104,8 @@ def turns(value: Any, name: str, where: Where, problems: Problems, spelling: Spe
 
 
 def _turn(turn: Any, name: str, where: Where, problems: Problems, spelling: Spelling, usual: bool) -> Message | None:
-    if (
-        type(turn) is dict and len(turn) == 2 and spelling is USUAL
-    ):  # nearly all turns are that plain, and most of the time went here
+    # Nearly all turns are that plain, and most of the time went here.
+    if usual and type(turn) is dict and len(turn) == 2:
         spoken, content = (turn.get("role"), turn.get("content")) if "role" in turn else (turn.get("from"), turn.get("value"))
         if type(content) is str and type(spoken) is str and spoken in ROLES and spoken not in CALLS:
             return Message(ROLES[spoken], content)
