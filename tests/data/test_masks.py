@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from halfbyte.data.config import DataConfig
-from halfbyte.data.masks import Masker, Unsafe
+from halfbyte.data.masks import Masker
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.data.preview import of
 from halfbyte.data.problems import Where
+from halfbyte.data.proof import Unsafe
 from halfbyte.data.rendering import Renderer
 from halfbyte.data.templates import Template, resolve
 from halfbyte.data.turns import Example, Message

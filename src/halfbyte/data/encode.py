@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from halfbyte.data import masks
+from halfbyte.data import masks, proof
 from halfbyte.data.aligned import Aligner
 from halfbyte.data.problems import Problems, Where
 from halfbyte.data.rendering import Renderer
@@ -28,7 +28,7 @@ HALF = re.compile("[\ud800-\udfff]")  # surrogates, which JSON can spell alone; 
 
 Ids = NDArray[np.uint32]
 Mask = NDArray[np.bool_]
-Span = masks.Span
+Span = proof.Span
 
 
 class Encoded(NamedTuple):
@@ -125,7 +125,7 @@ class Encoder:
             return None
         return example
 
-    def _text(self, example: Example, rendered: masks.Text | None, problems: Problems) -> _Text | None:
+    def _text(self, example: Example, rendered: proof.Text | None, problems: Problems) -> _Text | None:
         if not example.messages:
             text = example.prompt + example.text
             if half := HALF.search(text):
@@ -135,7 +135,7 @@ class Encoder:
             return _Text(example.where, text, spans, True, (example.weight,), example.group)
         try:
             text, learned = self.masker.spans(example, self._options.loss_on, rendered)
-        except masks.Unsafe as error:
+        except proof.Unsafe as error:
             problems.add(example.where, "messages", error.expected, error.got, error.code)
         except DataError as error:
             problems.add(example.where, "messages", "messages that the template takes", error.message, "data.template")

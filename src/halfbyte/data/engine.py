@@ -48,9 +48,10 @@ class Engine:
         if self._quick is not None:
             added = [token["content"] for token in settings["added_tokens"]][:SPECIALS]
             surroundings = [PROBE, *(f"a{t}1 {t} {t}{t}\n{t}\n\n {t}B, {t}'s" for t in added)]
-            if not all(self._alike(surroundings)):
+            if all(self._alike(surroundings)):
+                self._meet(map(chr, range(128)))
+            else:
                 self._quick = None
-            self._meet(map(chr, range(128)))
 
     @property
     def quick(self) -> bool:
