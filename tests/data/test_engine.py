@@ -123,12 +123,13 @@ def test_a_text_that_differs_begins_the_source_anew(
     sets = {}
     for name in ("right", "wrong"):
         config = DataConfig(train=[{"path": str(jsonl(records))}], eval=0, tokens=64)
-        sets[name] = prepare(config, tokenizer, 0, tmp_path / name).train
+        sets[name] = prepare(config, tokenizer, 0, tmp_path / name)
         lying(monkeypatch, "two words")
     with pytest.raises(DataError) as caught:
         Engine(tokenizer, True)(["two words"])
-    assert caught.value.code == DISAGREES and sets["wrong"].digest == sets["right"].digest
-    assert sets["wrong"].sources[0].ids.tolist() == sets["right"].sources[0].ids.tolist()
+    right, wrong = (sets[name].train.sources[0] for name in ("right", "wrong"))
+    assert caught.value.code == DISAGREES and wrong.ids.tolist() == right.ids.tolist() and wrong.key == right.key
+    assert not right.notes and "other tokens" in wrong.notes[0] and wrong.notes[0] in " ".join(sets["wrong"].report.notes)
 
 
 @pytest.mark.cpu

@@ -1,12 +1,11 @@
 """Texts to token ids, many at a time: by fastokens where it says what the tokenizer itself says, else by the tokenizer.
 
-Why two: tokenising was nearly all of the time that preparing data took, and fastokens (Rust)
-does it twenty to forty times faster. Why they are compared: the tokenizer's own library is the truth, and a token that differs
-leaves a normal loss curve. Compared are every special token in its surroundings and all of ASCII when an engine is made; every
-other character that the data holds, between letters, digits, spaces and line breaks, when it first comes; and one text in 64. A
-text with a character on which they differ goes to the tokenizer. Where a text differs for any other reason, the whole source does
-(`data.engine`, which `prepare` answers by starting over). What is compared depends on the data alone, never on the number of
-processes. Cost: a fifteenth of the tokenizer's time, most of it for these comparisons; half a second and 50 MB to start.
+Why two: tokenising was most of what preparing data costs, and fastokens, in Rust, does it twenty to forty times faster. Why compared: the tokenizer's own library is the truth, and a token that differs leaves a normal loss curve. Compared are every special
+token in its surroundings and all of ASCII when an engine is made; every other character that the data holds, between letters,
+digits, spaces and line breaks, when it first comes; and one text in 64. A text with a character on which they differ goes to the
+tokenizer. Where a text differs for any other reason the whole source does: `prepare` starts over without fastokens, and says so.
+What is compared depends on the data alone, never on the number of processes. Cost: a twentieth of the tokenizer's time, most of it
+for the comparisons; half a second and 80 MB to start.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from halfbyte.errors import DataError
 
-DISAGREES = "data.engine"
+DISAGREES = "engine"
 EVERY = 64  # texts of which one is compared
 SPECIALS = 4096  # added tokens that are compared, the first ones
 PROBE = (
@@ -61,7 +60,7 @@ class Engine:
     def __call__(self, texts: Sequence[str]) -> tuple[Ids, Bounds]:
         """The tokens of all texts in one array, uint32 [n], and where those of each begin and end in it, int64 [texts + 1].
 
-        Special tokens are those written in a text; none are added. Raises `DataError` (`data.engine`) where fastokens differs.
+        Special tokens are those written in a text; none are added. Raises `DataError` (`engine`) where fastokens differs.
         """
         if self._quick is None:
             return _flat(self._exact(texts))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,6 +133,8 @@ def _tokenise(
         except DataError as error:
             if error.code != DISAGREES:
                 raise
+            told = "fastokens gives other tokens than the tokenizer, which did all the work"
+            source = replace(source, notes=(*source.notes, told))
             _write(folder, source, name, config, crew._replace(quick=False), encoder, basis, tell)
         tokens = store.load(folder, name)
         assert tokens is not None
