@@ -1,11 +1,12 @@
 """Texts to token ids, many at a time: by fastokens where it says what the tokenizer itself says, else by the tokenizer.
 
-Why two: tokenising was most of what preparing data costs, and fastokens, in Rust, does it twenty to forty times faster. Why compared: the tokenizer's own library is the truth, and a token that differs leaves a normal loss curve. Compared are every special
-token in its surroundings and all of ASCII when an engine is made; every other character that the data holds, between letters,
-digits, spaces and line breaks, when it first comes; and one text in 64. A text with a character on which they differ goes to the
-tokenizer. Where a text differs for any other reason the whole source does: `prepare` starts over without fastokens, and says so.
-What is compared depends on the data alone, never on the number of processes. Cost: a twentieth of the tokenizer's time, most of it
-for the comparisons; half a second and 80 MB to start.
+Why two: tokenising was most of what preparing data costs, and fastokens, in Rust, does it twenty to forty times faster. Why they
+are compared: the tokenizer's own library is the truth, and a token that differs leaves a normal loss curve. Compared are every
+special token in its surroundings and all of ASCII when an engine is made; every other character that the data holds, between
+letters, digits, spaces and line breaks, when it first comes; and one text in 64. A text with a character on which they differ goes
+to the tokenizer. Where a text differs for any other reason, the whole source does: `prepare` starts over without fastokens and
+says so. What is compared depends on the data alone, never on the number of processes. Cost: a twentieth of the tokenizer's time,
+most of it for the comparisons; half a second and 80 MB to start.
 """
 
 from __future__ import annotations
