@@ -5,11 +5,11 @@
     python bench/memory_gpu.py --cpu                                          # the script itself, on a tiny model
 
 Models have random packed weights, made on the GPU. 32B and 70B run with fewer layers (`layers` of `whole`): layers are alike, and
-the peak is a sum over them. Each case runs two steps; the second is measured: the allocator's peak (allocated, reserved), and
-seconds. `error` is predicted over measured peak, less one; `speed_error` the same of tokens/s. Predictions come from shapes alone,
-before the model is built; rates of the GPU from `memory.calibrate`. The last line sums up: worst over, worst under, mean of the
-absolute errors. With --caps the policy is the plan for a card of so many GiB, and the allocator may use 0.75 GiB less than that;
-beside it the same with every layer's input kept, where that fits.
+the peak is a sum over them. Each case runs four steps; the last three are measured: the allocator's peak (allocated, reserved),
+and the median of their seconds. `error` is predicted over measured peak, less one; `speed_error` the same of tokens/s. Predictions
+come from shapes alone, before the model is built; rates of the GPU from `memory.calibrate`. The last line sums up: worst over,
+worst under, mean of the absolute errors. With --caps the policy is the plan for a card of so many GiB, and the allocator may use
+0.75 GiB less than that; beside it the same with every layer's input kept, where that fits.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +45,7 @@ from halfbyte.layers.fused.prepare import prepare  # noqa: E402
 from halfbyte.layers.linear import Linear4bit  # noqa: E402
 from halfbyte.layers.operands import is_linear  # noqa: E402
 from halfbyte.memory import calibrate, speed  # noqa: E402
-from halfbyte.memory.budget import Budget  # noqa: E402
+from halfbyte.memory.budget import Budget, budget  # noqa: E402
 from halfbyte.memory.choose import Chooser  # noqa: E402
 from halfbyte.memory.rungs import Rung  # noqa: E402
 from halfbyte.memory.shapes import shapes, skeleton  # noqa: E402
@@ -55,6 +56,7 @@ from halfbyte.recipe import recipe_from  # noqa: E402
 from halfbyte.train import fusing  # noqa: E402
 
 GIB = 1 << 30
+TIMED = 3
 SHOWN = (
     "size",
     "rank",
@@ -260,7 +262,7 @@ def predicted(case: Case, rates: speed.Rates, dtype: torch.dtype, device: str) -
     """The rung, bytes by part without the context, seconds of a step."""
     recipe = recipe_for(case)
     s = shapes(skeleton(config_of(case.size), dtype), recipe.format, recipe.adapter)
-    room = int(0.97 * case.cap * GIB) if case.cap else 1 << 50
+    room = budget(f"{case.cap}GiB").bytes if case.cap else 1 << 50
     chooser = Chooser(s, recipe, Budget("cuda", "a cap", room, room, device == "cuda", ""), case.compute, rates)
     if case.policy == "plan":
         rung = next((r for r in chooser.rungs() if r.bytes <= room), chooser.rungs()[-1])
@@ -271,7 +273,7 @@ def predicted(case: Case, rates: speed.Rates, dtype: torch.dtype, device: str) -
 
 
 def measured(case: Case, it: Ready, rung: Rung, device: str) -> dict[str, Any]:
-    """Peaks and seconds of the second step."""
+    """Peaks and seconds of the steps behind the first."""
     cuda = device == "cuda"
     it.computes(case.compute, rung.decoded)
     fusing.use(it.model, rung)
@@ -296,6 +298,7 @@ def measured(case: Case, it: Ready, rung: Rung, device: str) -> dict[str, Any]:
     def step() -> Any:
         hidden = forward.hidden_states(it.model, ids, positions, bounds)
         loss = sft.loss(hidden, labels, it.output, total, chunks=rung.chunks)
+        del hidden
         loss.backward()
         optimizer.clip(loss.detach(), one, 1.0)
         optimizer.step(1e-4)
@@ -305,10 +308,13 @@ def measured(case: Case, it: Ready, rung: Rung, device: str) -> dict[str, Any]:
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    loss = float(step())
-    seconds = time.perf_counter() - began
-    line = {"seconds": round(seconds, 4), "tokens_per_s": round(total / seconds), "loss": round(loss, 3)}
+    seconds = []
+    for _ in range(TIMED):
+        began = time.perf_counter()
+        loss = float(step())
+        seconds.append(time.perf_counter() - began)
+    took = median(seconds)
+    line = {"seconds": round(took, 4), "tokens_per_s": round(total / took), "loss": round(loss, 3)}
     if cuda:
         stats = torch.cuda.memory_stats()
         line |= {
@@ -339,17 +345,16 @@ def run(found: list[Case], device: str, budget: float) -> Iterator[dict[str, Any
             it = ready(case, dtype, device)
         assert it is not None
         sizes = SIZES[case.size]
-        line: dict[str, Any] = {**asdict(case), "layers": sizes[2], "whole": sizes[3]}
+        line: dict[str, Any] = {**asdict(case), "layers": sizes[2], "whole": sizes[3], "rung": rung.words()}
+        line["predicted_GiB"] = round(sum(bytes_.values()) / GIB, 3)
         try:
             line |= measured(case, it, rung, device)
         except torch.OutOfMemoryError as error:
-            yield line | {"failed": str(error)[:200]}
+            yield line | {"failed": str(error)}
             continue
-        line["predicted_GiB"] = round(sum(bytes_.values()) / GIB, 3)
         # One microbatch and an optimizer step were timed, whatever the step of the plan has.
         times = case.rows // rung.microbatch
         line |= {
-            "rung": rung.words(),
             "microbatch": rung.microbatch,
             "predicted_tokens_per_s": round(case.rows * case.tokens / seconds),
         }

@@ -208,6 +208,8 @@ def test_an_unlucky_draw_of_the_proof_is_drawn_again(monkeypatch: pytest.MonkeyP
 def test_recompute_by_modules_stops_and_switching_off_brings_the_modules_back() -> None:
     model, adapter = learned(AdapterConfig(rank=4))
     recompute.set_recompute(model, True)
+    ids, _, _ = row((9,))
+    assert not model.get_input_embeddings()(ids).requires_grad, "nobody wants the gradient of a frozen embedding's output"
     prepare(model, INPUTS)
     layers = [m for m in model.modules() if isinstance(m, DecoderLayer)]
     assert not any(layer.gradient_checkpointing for layer in layers)

@@ -163,6 +163,17 @@ def test_a_log_line_has_the_plan_beside_the_truth() -> None:
     assert watch.outer() == (0, 0)
 
 
+def test_the_peak_of_a_gpu_begins_anew_with_a_rung(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rung above took is of the whole run, and no truth for the plan of the one that is left."""
+    taken = [5 << 30]
+    monkeypatch.setattr("halfbyte.memory.measure.peak", lambda device: taken[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: taken.__setitem__(0, 2 << 30))
+    watch = Watch(torch.device("cuda", 0))
+    watch.anew()
+    watch.read()
+    assert watch.peak == 2 << 30 and watch.whole == 5 << 30
+
+
 @pytest.mark.gpu
 def test_a_history_of_a_gpu_adds_up() -> None:
     device = torch.device("cuda", 0)

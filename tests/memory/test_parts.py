@@ -113,10 +113,15 @@ def test_activations_are_near_what_autograd_keeps(family: str) -> None:
     assert 0.85 <= predicted / sum(seen.values()) <= 1.35
 
 
-def test_an_8b_step_on_an_h200() -> None:
-    """Llama 3 8B, r = 16, 4 x 2,048 tokens, 32-bit AdamW: 33.98 GiB allocated at the peak, measured; the context is not in it."""
-    found = parts(LLAMA_8B, recipe_of(data={"train": "a.jsonl", "tokens": 2048}), microbatch=4)
-    assert abs(sum(p.bytes for p in found if p.name != "context") / 2**30 / 33.98 - 1) < 0.03
+@pytest.mark.parametrize(
+    ("rows", "tokens", "recompute", "measured"),
+    [(4, 2048, False, 33.615), (4, 2048, True, 9.282), (1, 2048, True, 6.997), (1, 16384, True, 12.192 + 0.239)],
+)
+def test_8b_steps_on_an_h200(rows: int, tokens: int, recompute: bool, measured: float) -> None:
+    """Llama 3 8B, r = 16, 32-bit AdamW: GiB allocated at the peak (bench/memory_gpu.py; the last with 8-bit moments, whose saving
+    is added). The context is not in it."""
+    found = parts(LLAMA_8B, recipe_of(data={"train": "a.jsonl", "tokens": tokens}), microbatch=rows, recompute=recompute)
+    assert -0.002 < sum(p.bytes for p in found if p.name != "context") / 2**30 / measured - 1 < 0.006
 
 
 def test_recompute_and_microbatch_move_what_they_should() -> None:

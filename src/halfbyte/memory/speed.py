@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from halfbyte.layers.fused.keep import NAMES, Keep
 from halfbyte.memory.fused import Group, Layer
 
-ATTENTION_SHARE, HALF_ATTENTION = 0.8, 900
-"""Of the products' rate, what attention reaches in long documents; and the length at which it reaches half of that."""
+ATTENTION_SHARE, SMALL_HEADS, HALF_ATTENTION = 0.8, 0.66, 900
+"""Of the products' rate, what attention reaches in long documents with heads of 128 and more numbers, and with smaller ones; and
+the length at which it reaches half of that."""
 GATHER = 0.5
 """Of the bus's rate, what a gather of single rows is taken to reach."""
-HALF_RATE = 160
-"""Tokens at which a product runs at half the rate of a large one."""
+HALF_RATE = 160 * 4096
+"""Tokens times hidden size at which a product runs at half the rate of a large one: a wider matrix fills a GPU with fewer."""
 DECODED, FLOAT8_DECODED = 2.0 + 0.52, 1.0 + 0.52
 """Bytes written and read for one decoded weight: a 16-bit number, or one in e4m3."""
 FLOAT8 = 1.9
@@ -61,7 +62,7 @@ def layer_cost(one: Layer, tokens: int, document: int, c: int, rates: Rates, dec
     wide = tokens * c / rates.copy
 
     def product(group: Group) -> float:
-        flops = 2.0 * group.n * group.k * (tokens + HALF_RATE)
+        flops = 2.0 * group.n * group.k * (tokens + HALF_RATE / one.hidden)
         if one.float8 and group.fits:
             decode = 0.0 if decoded and group.straight else FLOAT8_DECODED * group.n * group.k / rates.copy
             return flops / (FLOAT8 * rates.gemm) + decode
@@ -72,7 +73,8 @@ def layer_cost(one: Layer, tokens: int, document: int, c: int, rates: Rates, dec
         return wide * reads if group.r else 0.0
 
     qkv, out, inputs, down = one.qkv, one.out, one.inputs, one.down
-    attention = 2.0 * one.query * tokens * (min(document, tokens) + HALF_ATTENTION) / (ATTENTION_SHARE * rates.gemm)
+    share = ATTENTION_SHARE if one.head_size >= 128 else SMALL_HEADS
+    attention = 2.0 * one.query * tokens * (min(document, tokens) + HALF_ATTENTION) / (share * rates.gemm)
     norm, heads, glu = 4 * one.hidden * wide, 2 * (one.query + one.keys) * wide, 3 * down.k * wide
     norms = 2 + one.after_attention + one.after_mlp
     mlp = product(down) if one.after_mlp else 0.0

@@ -65,8 +65,10 @@ class Moment:
 def moments(layers: Sequence[Stage], ends: Ends) -> Iterator[Moment]:
     """One for each layer's forward, the loss, each layer's backward."""
     held, flying = 0, [0] * UNDER_WAY
-    for one in layers:
-        yield _moment("forward", held + sum(flying), one.forward, ends.tables)
+    # The model's own forward holds the embedding's output to its end, wherever the first layer sends it.
+    embedded = ends.hidden if "x" in layers[0].keep.away else 0
+    for i, one in enumerate(layers):
+        yield _moment("forward", held + sum(flying) + (embedded if i > UNDER_WAY else 0), one.forward, ends.tables)
         held += one.here
         if one.away:
             flying = [*flying[1:], one.away]

@@ -33,7 +33,8 @@ class Watch:
     """planned: a rung -> bytes of its largest moment, counted as `peak` is, 0 if not known. standing: bytes by part that are there
     all the time. record: the step that is recorded, counted from the first of this process, or None.
 
-    peak: of steps, what evaluation and samples took besides left out on a GPU. whole: of the whole run. recorded: the curve.
+    peak: of steps, on a GPU of those on the present rung, without what evaluation and samples took. whole: of the whole run.
+    recorded: the curve.
     """
 
     device: torch.device
@@ -79,6 +80,13 @@ class Watch:
             self.whole = max(self.whole, measure.peak(self.device))
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
+
+    def anew(self) -> None:
+        """Another rung from here on: on a GPU, `peak` is of its steps, so that plan and truth are of the same thing."""
+        self.read()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.peak = 0
 
     def step(self) -> AbstractContextManager[None]:
         """Around a step."""

@@ -58,6 +58,7 @@ def descend(parts: Parts, state: State, why: str) -> None:
     if below is None:
         raise _nothing_fits(parts, state, why)
     ladder.rung = below
+    parts.watch.anew()
     state.shortages.append({"step": state.step + 1, "why": why, "rung": asdict(below)})
     parts.report.tell(f"step {state.step + 1}: {why}; going on with {below.words()}")
 
