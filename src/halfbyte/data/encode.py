@@ -1,7 +1,8 @@
 """From examples to token ids and a mask of the tokens to learn.
 
 A conversation is rendered whole, `masks.py` says which characters are learned, and `aligned.py` which tokens those are, proven
-span by span. Why: a wrong mask is silent. Cost: about half a millisecond for an example of 200 tokens, most of it the tokenizer's.
+span by span. Why: a wrong mask is silent. Cost: about a tenth of a millisecond for an example of 300 tokens, a third of it the
+template's; five times that where the tokenizer must do without fastokens.
 """
 
 from __future__ import annotations

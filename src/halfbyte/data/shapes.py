@@ -96,8 +96,9 @@ def reader(shape: str, first: Record, layout: Layout = PLAIN) -> Reader:
     def whole(record: Record, problems: Problems) -> Example | None:
         record = _mapped(record, layout)
         example = inner(record, problems, layout.spelling)
-        plain = example is None or not (framed or example.weight == 0)
-        return example if plain or example is None else _framed(example, record, layout, problems)
+        if example is None or (example.weight and not framed):
+            return example
+        return _framed(example, record, layout, problems)
 
     return Reader(shape, tuple(sorted(columns - read)), whole)
 
