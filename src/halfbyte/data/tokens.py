@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -71,6 +71,21 @@ class Tokens:
         for i in np.flatnonzero((start != self.offsets[example]) | (stop != self.offsets[example + 1])).tolist():
             counts[i] = np.count_nonzero(trained[start[i] + 1 : stop[i]])
         return counts
+
+
+def windows(array: NDArray[Any], size: int = 1 << 23) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Parts of an array with their places, each with one number of the next part at its end.
+
+    Each part of a memory-mapped array has a map of its own, which goes with it: read through one map, all of a file would end up
+    counted as memory of this process.
+    """
+    for at in range(0, len(array), size):
+        count = min(size + 1, len(array) - at)
+        if isinstance(array, np.memmap) and array.filename is not None:
+            place = array.offset + at * array.itemsize
+            yield at, np.asarray(np.memmap(array.filename, dtype=array.dtype, mode="r", offset=place, shape=(count,)))
+        else:
+            yield at, array[at : at + count]
 
 
 def key_of(parts: dict[str, Any]) -> str:
