@@ -60,6 +60,17 @@ def demo() -> Callable[[str], str]:
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> Any:
+    """The bundled model's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    from halfbyte.checkpoints import bundled
+
+    file = Path(bundled.fetch())
+    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+
+
+@pytest.fixture(scope="session")
 def dialogues(demo: Callable[[str], str]) -> list[dict[str, Any]]:
     """Records of shape `messages` from a public set: distinct, of usual length."""
     return read_dialogues(Path(demo("alpaca_en_demo.json")).parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from halfbyte.data.config import DataConfig
 from halfbyte.data.encode import Encoder
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.data.rendering import Renderer
+from halfbyte.data.tokens import windows
 from halfbyte.data.turns import Message
 from halfbyte.errors import DataError
 
@@ -145,6 +147,28 @@ def test_double_bos(run: Any, chat: Any, make_tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"begin with two <s> tokens, first .*data\.jsonl:1") as caught:
         run([chat("One?", "two")], eval=0, with_tokenizer=doubled)
     assert caught.value.code == "data.double-bos"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 100])
+def test_parts_of_a_map_cover_it(size: int, tmp_path: Path) -> None:
+    whole = np.arange(8, dtype=np.uint32)
+    np.save(tmp_path / "a.npy", whole)
+    for array in (whole, np.load(tmp_path / "a.npy", mmap_mode="r")):
+        parts = list(windows(array, size))
+        assert [at for at, _ in parts] == list(range(0, 8, size))
+        assert all(part.tolist() == whole[at : at + size + 1].tolist() for at, part in parts)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_double_bos_across_parts(size: int, run: Any, chat: Any, make_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = run([chat(f"{'One ' * i}?", "two") for i in range(1, 5)], eval=0).train.sources[0]
+    monkeypatch.setattr(checks, "windows", lambda array: windows(array, size))
+    for at in tokens.offsets[:-1].tolist():
+        ids = np.array(tokens.ids)
+        ids[at : at + 2] = 0
+        with pytest.raises(DataError, match="1 examples"):
+            checks.double_bos(replace(tokens, ids=ids), make_tokenizer())
+    checks.double_bos(tokens, make_tokenizer())
 
 
 def test_new_special_tokens(run: Any, chat: Any, tokenizer: Any) -> None:

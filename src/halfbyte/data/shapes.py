@@ -94,6 +94,7 @@ def reader(shape: str, first: Record, layout: Layout = PLAIN) -> Reader:
         "prompt_completion": _read_completion, "text": _read_text,
         "preference": preferences.read_pair, "unpaired": preferences.read_label,
     }  # fmt: skip
+    framed = bool(layout.group) or any(ours == "weight" for ours, _ in layout.columns)
     named = {ours for ours, _ in layout.columns} | {theirs.partition(".")[0] for _, theirs in layout.columns}
     read = COLUMNS[shape] | named | {layout.group}
     inner = readers[shape]
@@ -101,7 +102,9 @@ def reader(shape: str, first: Record, layout: Layout = PLAIN) -> Reader:
     def whole(record: Record, problems: Problems) -> Example | None:
         record = _mapped(record, layout)
         example = inner(record, problems, layout.spelling)
-        return None if example is None else _framed(example, record, layout, problems)
+        if example is None or (example.weight and not framed):
+            return example
+        return _framed(example, record, layout, problems)
 
     return Reader(shape, tuple(sorted(columns - read)), whole)
 

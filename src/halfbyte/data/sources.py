@@ -23,6 +23,7 @@ from halfbyte.errors import DataError
 
 PYTHON_DOCS = "python-docs"
 LONGEST = 1 << 26  # characters that one element of a JSON array may have
+ROW = 1000  # bytes that a row of a Hub dataset is taken for
 ROWS = 256  # of an Arrow or Parquet file at a time
 
 
@@ -47,7 +48,7 @@ Stream = Callable[[Problems], Iterator[Raw]]
 class Source:
     """A source that exists: its display name, a digest of its content, and a function that streams its records, not yet parsed.
 
-    size: bytes on disk, or rows, whichever is known; 0 where neither is.
+    size: bytes on disk, or about as many as the rows of a Hub dataset would take.
     """
 
     name: str
@@ -82,7 +83,7 @@ def open_source(config: SourceConfig, cache_dir: Path) -> Source:
             hint = "check the path; it is relative to where the command runs"
             raise DataError(f"no data file at `{config.path}`", hint=hint, code="data.not-found")
         dataset = hub.load(config.path, config.config, config.split, config.revision)
-        return Source(config.path, dataset.digest, lambda _: (Raw(w, d) for w, d in dataset.records()), (), len(dataset.rows))
+        return Source(config.path, dataset.digest, lambda _: (Raw(w, d) for w, d in dataset.records()), (), len(dataset.rows) * ROW)
     for given, name in ((config.config, "config"), (config.revision, "revision")):
         if given is not None:
             hint = "leave it out, or name a Hub dataset"
