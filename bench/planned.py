@@ -7,7 +7,6 @@ shape. A card that is not here is stood for by a cap on the allocator, 0.75 GiB 
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -17,8 +16,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src")]
-for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-    os.environ.setdefault(name, "expandable_segments:True")
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
@@ -33,7 +30,7 @@ from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep, keep
 from halfbyte.layers.fused.prepare import prepare  # noqa: E402
 from halfbyte.layers.linear import Linear4bit  # noqa: E402
 from halfbyte.layers.operands import is_linear  # noqa: E402
-from halfbyte.memory import speed  # noqa: E402
+from halfbyte.memory import segments, speed  # noqa: E402
 from halfbyte.memory.budget import Budget  # noqa: E402
 from halfbyte.memory.choose import Chooser  # noqa: E402
 from halfbyte.memory.rungs import Rung  # noqa: E402
@@ -44,6 +41,7 @@ from halfbyte.optim.flat import flatten  # noqa: E402
 from halfbyte.recipe import recipe_from  # noqa: E402
 from halfbyte.train import fusing  # noqa: E402
 
+segments.grow()
 GIB = 1 << 30
 BESIDE = 0.75
 """GiB of a card that no allocator has: context and driver."""

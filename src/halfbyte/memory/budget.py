@@ -31,9 +31,9 @@ BEGUN = 480 << 20
 """Of a CUDA context, what is there once a program has asked how much is free. The plan counts the whole context."""
 RESERVE = 0.03
 """Share of the memory that stays free for the allocator's rounding on a CPU."""
-GAPS, GAPS_SHARE = (384 << 20, 0.05), 0.02
+GAPS, GAPS_SHARE = (384 << 20, 0.05), 0.01
 """What stays free on a GPU: so many bytes, or that share of a small one, and a share of all: gaps between tensors that the
-allocator cannot hand out. With expandable segments 0.3 to 0.7 GiB were lost so under caps of 8 to 16 GiB (H200)."""
+allocator cannot hand out. With segments that grow (`memory.segments`) 0.1 to 0.7 GiB are lost so, without them up to 2 GiB."""
 
 
 @dataclass(frozen=True)

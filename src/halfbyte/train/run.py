@@ -33,7 +33,7 @@ from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.errors import MemoryPlanError, ModelError, RecipeError
 from halfbyte.generate.chat import answers
 from halfbyte.layers import decoded, embedding, forward, head, recompute
-from halfbyte.memory import measure
+from halfbyte.memory import measure, segments
 from halfbyte.memory import plan as planning
 from halfbyte.memory.plan import Plan
 from halfbyte.memory.rungs import Rung
@@ -82,6 +82,7 @@ def train(recipe: Recipe, *, on_event: OnEvent | None = None, memory_timeline: b
     output = Path(recipe.output).expanduser()
     report = Report(output, on_event)
     metrics.check_trackers(recipe.log.to)
+    segments.grow()
     with lock.hold(output, report.tell), _words(report), deterministic(recipe.train.deterministic):
         resume.sweep(output / CHECKPOINTS, report.tell)
         stored = resume.newest(output / CHECKPOINTS, report.tell)
