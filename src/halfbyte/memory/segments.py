@@ -1,4 +1,4 @@
-"""Segments of a GPU's memory that grow, so that freed blocks leave no holes: the allocator then reserves little more than it hands out.
+"""Segments of a GPU's memory that grow, so that freed blocks leave no holes: what is reserved stays near what is handed out.
 
 Without them a plan that uses a card whole runs out: of 15.3 GiB under a cap, 2.0 were free in pieces too small for the next tensor
 (docs/LOG.md).
