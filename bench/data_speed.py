@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -171,6 +171,13 @@ def measured(side: str, data: Path, work: Path, more: list[str]) -> dict[str, An
     return {"side": side, **json.loads(result.read_text()), "peak_MiB": round(peak / 2**20)}
 
 
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # absent, or a bare folder on the path
+        return None
+
+
 def run(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder, out.open("w", encoding="utf-8") as stream:
@@ -185,8 +192,7 @@ def run(arguments: argparse.Namespace) -> None:
             stream.flush()
             print(json.dumps(fields), flush=True)
 
-        versions = {name: version(name) for name in ("transformers", "tokenizers", "fastokens", "datasets")}
-        versions |= {"trl": version("trl")} if arguments.theirs else {}
+        versions = {name: installed(name) for name in ("trl", "transformers", "tokenizers", "fastokens", "datasets")}
         cores = len(os.sched_getaffinity(0))
         report(
             what="setting", examples=arguments.examples, bytes=data.stat().st_size, cores=cores, load=os.getloadavg(), **versions
