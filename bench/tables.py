@@ -18,6 +18,7 @@ from typing import Any
 import equivalence_gpu
 import facts_tables
 import fp8_quality_gpu
+import memory_tables
 import quality
 import roofline
 from shapes import SIZES, flops, moved
@@ -283,6 +284,10 @@ TABLES: list[tuple[str, str, Callable[[Path], str], str]] = [
     ("performance.md", "roofline", roofline.markdown, "2026-11-22-h200-roofline.jsonl"),
     ("performance.md", "facts", facts_tables.markdown, "2026-11-22-h200-facts.jsonl"),
     ("performance.md", "equivalence", equivalence_gpu.markdown, "2026-11-22-h200-equivalence.jsonl"),
+    ("memory.md", "cards", memory_tables.cards, "2026-11-22-h200-fits.jsonl"),
+    ("memory.md", "predicted", memory_tables.predicted, "2026-11-22-h200-fits.jsonl"),
+    ("memory.md", "far", memory_tables.far, "2026-11-22-h200-fits.jsonl"),
+    ("memory.md", "paged", memory_tables.paged, "2026-11-22-h200-paged.jsonl"),
 ]
 
 

@@ -28,6 +28,10 @@ MARKERS = [
     "roofline",
     "facts",
     "equivalence",
+    "cards",
+    "predicted",
+    "far",
+    "paged",
 ]
 
 
