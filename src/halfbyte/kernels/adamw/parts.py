@@ -10,8 +10,8 @@ BLOCK = 256
 """Elements that share a scale in 8 bits; parts begin at multiples of it."""
 LARGEST_PARTS = 4
 CHUNK = 1 << 22
-"""Elements of a chunk of moments that pass through the GPU: 32 MiB in 32 bits. Half of it takes 5 % more time in 32 bits and twice as
-much in 8, where a chunk's calls take longer than its copies (H200)."""
+"""Elements of a chunk of moments that pass through the GPU: 32 MiB in 32 bits. Half of it takes 5 % more time in 32 bits and twice
+as much in 8, where a chunk's calls take longer than its copies (H200)."""
 SLOTS = 2
 """Chunks that are on the GPU at a time."""
 PARTIALS = 1024
