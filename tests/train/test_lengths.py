@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import halfbyte
 from halfbyte.cli.main import app
 from halfbyte.data import prepare as preparing
 from halfbyte.data.loader import Loader
@@ -65,6 +66,7 @@ def test_a_plan_takes_them_from_the_cache_and_prepares_nothing(
     found = planned()
     assert found["lengths"]["rows"] == prepared.report.rows and found["steps"] == lengths(prepared, recipe).steps
     assert found["run_seconds"] == pytest.approx(found["steps"] * found["seconds"])
+    assert halfbyte.plan(recipe, "rtx4090").steps == found["steps"], "in Python as on the command line"
     assert planned("data.tokens=320")["lengths"]["row"] == 320, "rows are laid anew, from the same tokens"
     for change in ("data.template=alpaca", f"data.train=[{files / 'gone.jsonl'}]", "data.train=[some/dataset]"):
         assert planned(change)["lengths"] is None, change

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+from transformers import PretrainedConfig
 
 from halfbyte.checkpoints import cache, description, hub
 from halfbyte.config import Recipe
 from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare, stored
 from halfbyte.errors import HalfbyteError
+from halfbyte.memory.budget import Budget
 from halfbyte.memory.lengths import Lengths
+from halfbyte.memory.plan import Plan
+from halfbyte.memory.plan import plan as planned
 
 
 def lengths(prepared: Prepared, recipe: Recipe) -> Lengths:
@@ -35,6 +40,15 @@ def lengths(prepared: Prepared, recipe: Recipe) -> Lengths:
         efficiency=packing.efficiency,
         steps=steps if train.max_steps is None else min(steps, train.max_steps),
     )
+
+
+def plan(recipe: Recipe, budget: str | Budget | None = None, *, config: dict[str, Any] | PretrainedConfig | None = None) -> Plan:
+    """The plan of a recipe, as `halfbyte plan` shows it: with the lengths of its data's documents where the data is prepared.
+
+    budget: a card, a size, or None for `memory.gpu`. config: of the model, else read from its source. Raises what
+    `memory.plan.plan` raises; a plan that does not fit is returned, not raised (see `Plan.require`).
+    """
+    return planned(recipe, budget, config=config, lengths=known(recipe))
 
 
 def known(recipe: Recipe) -> Lengths | None:
