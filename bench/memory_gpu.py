@@ -97,7 +97,8 @@ def run(found: list[Case], device: str, budget: float) -> Iterator[dict[str, Any
             it = planned.ready(case, dtype, device)
         assert it is not None
         sizes = SIZES[case.size]
-        line: dict[str, Any] = {**asdict(case), "layers": sizes[2], "whole": sizes[3]}
+        line: dict[str, Any] = {**asdict(case), "layers": sizes[2], "whole": sizes[3], "rung": rung.words()}
+        line["predicted_GiB"] = round(sum(bytes_.values()) / planned.GIB, 3)
         try:
             took, steps = planned.timed(planned.use(case, it, rung, device), device, WARM, TIMED)
         except torch.OutOfMemoryError as error:
