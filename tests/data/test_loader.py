@@ -231,11 +231,13 @@ def test_real_processes_come_to_the_same_rows_and_resume_anywhere(jsonl: Callabl
         running = []
         for rank in range(ranks):
             work = json.dumps([data, str(tmp_path / "cache"), rank, ranks, first, last])
-            environment = {**os.environ, "PYTHONHASHSEED": str(rank + 1)}
+            paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+            environment = {**os.environ, "PYTHONHASHSEED": str(rank + 1), "PYTHONPATH": os.pathsep.join(paths)}
             command = [sys.executable, "-c", WALK, work]
             running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-        rows = [row for process in running for row in json.loads(process.communicate()[0])]
+        said = [process.communicate()[0] for process in running]
         assert [process.returncode for process in running] == [0] * ranks
+        rows = [row for one in said for row in json.loads(one)]
         return sorted(rows, key=lambda row: row[0])  # stable: within a step, rank after rank
 
     whole = [row for step in range(steps) for row in told(step, loader.at(step))]
