@@ -155,7 +155,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
             huggingface.load(str(file), NONE, torch.float32)
 
 
-@pytest.mark.cpu
+@pytest.mark.slow
 def test_smollm2_equals_transformers(monkeypatch: pytest.MonkeyPatch, shared_cache: Path) -> None:
     monkeypatch.setenv("HALFBYTE_CACHE", str(shared_cache))
     file = bundled.fetch()
