@@ -95,6 +95,7 @@ def test_every_accepted_architecture_is_tested() -> None:
     assert set(SHAPES) == set(ARCHITECTURES)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_1"])
 @pytest.mark.parametrize("arch", SHAPES)
 def test_weights_are_those_of_transformers(arch: str, kind: str, tmp_path: Path) -> None:
