@@ -79,19 +79,16 @@ class Cudnn:
         lse, seed, offset = residuals
 
         def run(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, part: heads.Part) -> tuple[Tensor, Tensor, Tensor]:
+            # torch finds cuDNN's graph by the strides of q, k and v alone: those of dout must be the same at every call.
             grads = _backward(
-                *(_batched(x, count) for x in (dout, q, k, v, out)),
+                *(_batched(x, count) for x in (dout.contiguous(), q, k, v, out)),
                 *(lse[:, part.first : part.last].contiguous(), seed, offset, None, None, None, n, n, 0.0, True),
                 scale=scale,
             )
             dq, dk, dv = (g.transpose(1, 2).flatten(0, 1) for g in grads)
             return dq, dk, dv
 
-        whole = heads.parts(q.shape[0], q.shape[1], k.shape[1])
-        if len(whole) > 1:
-            return heads.in_parts(run, dout, q, k, v, out)
-        # torch finds cuDNN's graph by the strides of q, k and v alone: those of dout must be the same at every call.
-        return run(dout.contiguous(), q, k, v, out, whole[0])
+        return heads.in_parts(run, dout, q, k, v, out)
 
 
 def _batched(x: Tensor, count: int) -> Tensor:

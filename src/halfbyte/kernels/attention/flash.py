@@ -135,8 +135,7 @@ class Flash:
             )
             return dq, dk, dv
 
-        whole = by_heads.parts(q.shape[0], q.shape[1], k.shape[1])
-        return run(dout, q, k, v, out, whole[0]) if len(whole) == 1 else by_heads.in_parts(run, dout, q, k, v, out)
+        return by_heads.in_parts(run, dout, q, k, v, out)
 
 
 def _ranges(documents: Documents, window: int | None) -> tuple[Tensor, int, int]:

@@ -34,7 +34,7 @@ class Part:
 
 
 Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Part], tuple[Tensor, Tensor, Tensor]]
-"""dout, q, k, v and out of a part, contiguous, and the part -> dq, dk, dv of it."""
+"""dout, q, k, v and out of a part (contiguous where there are several), and the part -> dq, dk, dv of it."""
 
 
 def together(tokens: int, heads: int, kv_heads: int) -> int:
@@ -51,9 +51,12 @@ def parts(tokens: int, heads: int, kv_heads: int) -> list[Part]:
 
 
 def in_parts(run: Backward, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """dq `[T, H, d]`, dk, dv `[T, G, d]`, contiguous, part by part."""
+    """dq `[T, H, d]`, dk, dv `[T, G, d]`, part by part; where all heads are one part, just as `run` gives them."""
+    whole = parts(q.shape[0], q.shape[1], k.shape[1])
+    if len(whole) == 1:
+        return run(dout, q, k, v, out, whole[0])
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    for part in parts(q.shape[0], q.shape[1], k.shape[1]):
+    for part in whole:
         ours, kv = slice(part.first, part.last), slice(part.kv_first, part.kv_last)
         ours_of = [x[:, ours].contiguous() for x in (dout, q, out)]
         grads = run(ours_of[0], ours_of[1], k[:, kv].contiguous(), v[:, kv].contiguous(), ours_of[2], part)
