@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 
 import torch  # noqa: E402
+from gputime import turns  # noqa: E402
 from reporting import Report, passed  # noqa: E402
 from side_by_side import Job, together  # noqa: E402
 
@@ -147,9 +148,10 @@ def jobs() -> dict[str, Job]:
 
 
 def copy_rate(report: Says) -> float:
+    """Outside of a graph, as for every other benchmark: inside one a copy of this size reached 2.7 TB/s where 4.2 are there."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    rate = 2 * source.nbytes / replayed(lambda: target.copy_(source)) / 1e6
+    rate = 2 * source.nbytes / turns({"copy": lambda: target.copy_(source)})["copy"] / 1e6
     report(what="copy", gb_per_s=round(rate))
     return rate
 

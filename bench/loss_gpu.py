@@ -38,7 +38,7 @@ CASES = (
     ("8B, all labelled", 8192, 8192, 128256, 4096),
     ("135M, all labelled", 8192, 8192, 49152, 576),
 )
-ROWS = (256, 512, 768, 1024, 1536, 2048)
+ROWS = (256, 512, 768, 1024, 1536, 2048, 4096, 8192)
 TUNINGS = {
     "2048x8 16w": softmax.Tuning(),
     "2048x8 16w, no hints": softmax.Tuning(keep=False),

@@ -2,7 +2,7 @@
 
     python bench/memory_seen_gpu.py --out DIR        # DIR/memory_seen_gpu.jsonl and a picture a case; about 40 s
 
-Models with random packed weights (`bench/memory_gpu.py`). Gate: the recorded curve's peak is the allocator's, to 1 %, and bytes are
+Models with random packed weights (`bench/planned.py`). Gate: the recorded curve's peak is the allocator's, to 1 %, and bytes are
 there in every phase. Then, a line a case: the planned peak over the recorded one, less one; bytes by part at both peaks; seconds
 of a step while it is recorded and while it is not; microseconds of what a log line reads.
 """
@@ -21,16 +21,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "bench")]
 
-import memory_gpu as memory  # noqa: E402
+import planned as memory  # noqa: E402
 import torch  # noqa: E402
 
 from halfbyte.layers import forward  # noqa: E402
 from halfbyte.layers.fused import host  # noqa: E402
 from halfbyte.layers.fused.prepare import set_keep  # noqa: E402
 from halfbyte.memory import curve, picture, speed  # noqa: E402
-from halfbyte.memory.budget import Budget  # noqa: E402
-from halfbyte.memory.choose import Chooser  # noqa: E402
-from halfbyte.memory.shapes import shapes, skeleton  # noqa: E402
 from halfbyte.memory.watch import Watch  # noqa: E402
 from halfbyte.objectives import sft  # noqa: E402
 from halfbyte.optim.adamw import AdamW  # noqa: E402
@@ -38,13 +35,6 @@ from halfbyte.optim.adamw import AdamW  # noqa: E402
 GIB = 1 << 30
 CASES = [memory.Case("1b", 16, 4, 2048, p) for p in ("everything", "inputs", "third sent")]
 CASES += [memory.Case("8b", 16, 2, 2048, p) for p in ("everything", "half")]
-
-
-def chooser_of(case: memory.Case, device: str) -> Chooser:
-    recipe, dtype = memory.recipe_for(case), torch.bfloat16 if device == "cuda" else torch.float32
-    s = shapes(skeleton(memory.config_of(case.size), dtype), recipe.format, recipe.adapter)
-    budget = Budget("cuda", "this GPU", 1 << 40, 1 << 40, False, "")
-    return Chooser(s, recipe, budget, "bf16" if device == "cuda" else "fp32", speed.tabulated("h200"))
 
 
 def step_of(case: memory.Case, it: memory.Ready, optimizer: AdamW, watch: Watch, chunks: int, device: str) -> Callable[[], None]:
@@ -83,7 +73,8 @@ def timed(work: Callable[[], object], device: str) -> float:
 
 def seen(case: memory.Case, it: memory.Ready, out: Path, device: str) -> dict[str, Any]:
     """A case: the fourth step is recorded, the third timed without."""
-    chooser = chooser_of(case, device)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    chooser = memory.chooser_of(case, speed.tabulated("h200"), dtype, device)
     rung = memory.rung_of(case, chooser.s.layers)
     set_keep(it.model, rung.keeps(chooser.s.layers))
     host.forget()

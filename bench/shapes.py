@@ -75,8 +75,9 @@ def moved(shape: Shape, layers: int, tokens: int, trainable: int, recompute: boo
     return {
         "decode": layers * passes * shape.linear_parameters * (2 + 0.516),
         "LoRA products": layers * 2.0 * tokens * (products + (again - 1) * sum(k for _, k in shape.groups.values())),
-        "norm": layers * 2.0 * tokens * h * 2 * (4 * again + 4),
-        "rotary": layers * 2.0 * tokens * 2 * (q + kv) * (again + 1),
+        # The residual is added inside the product in front; backward reads d out, the residual and its gradient, and writes one.
+        "norm": layers * 2.0 * tokens * h * 2 * (2 * again + 4),
+        "rotary": layers * 2.0 * tokens * 2 * ((q + kv) * again + q + 2 * kv),
         "glu": layers * 2.0 * tokens * f * (3 * again + 6),
         "optimizer": 28.0 * trainable,
     }

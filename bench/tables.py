@@ -18,8 +18,10 @@ from typing import Any
 import equivalence_gpu
 import facts_tables
 import fp8_quality_gpu
+import memory_tables
 import quality
 import roofline
+from shapes import SIZES, flops, moved
 
 ROOT = Path(__file__).resolve().parents[1]
 CONCEPTS, RESULTS = ROOT / "docs" / "concepts", ROOT / "bench" / "results"
@@ -147,7 +149,8 @@ LARGE = 0.2
 
 
 def profiled(results: Path) -> str:
-    """A profile as it was printed, `ms launches name` a kernel and step, by part: the time of all kernels is what 100 % are."""
+    """A profile as it was printed, `ms launches name` a kernel and step, by part, and what the part cannot do without: the time of
+    all kernels is what 100 % are."""
     parts: dict[str, list[float]] = {}
     for ms, launches, name in re.findall(r"^ +([\d.]+) ms +([\d.]+) +(\S.*)$", results.read_text(encoding="utf-8"), re.MULTILINE):
         part = roofline.part_of(name)
@@ -157,10 +160,69 @@ def profiled(results: Path) -> str:
         total[0] += float(ms)
         total[1] += float(launches)
     everything = sum(ms for ms, _ in parts.values())
-    text = ["| part | ms a step | share | launches a layer |", "| --- | ---: | ---: | ---: |"]
+    least = limits(results.parent)
+    text = ["| part | ms a step | share | launches a layer | limit, ms | over it, ms |"]
+    text += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
     for part, (ms, launches) in sorted(parts.items(), key=lambda item: -item[1][0]):
-        text.append(f"| {part} | {ms:.1f} | {ms / everything:.1%} | {launches / 32:.1f} |")
-    return "\n".join([*text, f"| all | {everything:.1f} | | {sum(n for _, n in parts.values()) / 32:.1f} |"])
+        known = f"{least[part]:.1f} | {ms - least[part]:.1f}" if part in least else f"- | {ms:.1f}"
+        text.append(f"| {part} | {ms:.1f} | {ms / everything:.1%} | {launches / 32:.1f} | {known} |")
+    whole = sum(least[part] for part in parts if part in least)
+    last = f"{sum(n for _, n in parts.values()) / 32:.1f} | {whole:.1f} | {everything - whole:.1f}"
+    return "\n".join([*text, f"| all | {everything:.1f} | | {last} |"])
+
+
+def limits(folder: Path) -> dict[str, float]:
+    """Milliseconds by part of a step of the 8B shape, 4 x 2,048 tokens: operations over the rate of the step's GEMM shapes run hot,
+    bytes over the rate of a large copy, both as measured."""
+    steps = read(folder / "2026-11-22-h200-steps.jsonl")
+    hot = mean(r["hot_tflops"] for r in steps if r.get("group") == "nocheckpoint" and r["impl"] == "halfbyte")
+    size, tokens = SIZES["8b"], 4 * 2048
+    found = {part: work / hot / 1e9 for part, work in flops(size, size.layers, tokens, tokens, [2048] * 4).items()}
+    found["base GEMM and head"] = found.pop("base GEMM") + found.pop("head")
+    moves = moved(size, size.layers, tokens, steps_trainable(steps), recompute=False)
+    return found | {part: count / copied(folder) / 1e6 for part, count in moves.items()}
+
+
+def steps_trainable(rows: list[dict[str, Any]]) -> int:
+    """Numbers that learn in the runs of `rows`."""
+    return next(int(r["trainable"]) for r in rows if "trainable" in r)
+
+
+def copied(folder: Path) -> float:
+    """GB/s, read and written, of a copy of a GiB."""
+    return float(next(r["gb_per_s"] for r in read(folder / "2026-11-22-h200-decode.jsonl") if r.get("what") == "copy"))
+
+
+def attended(results: Path) -> str:
+    """Attention's methods on packed rows."""
+    text = ["| row | method | deterministic | forward, ms | backward, ms | the same bits in 5 runs |"]
+    text += ["| --- | --- | --- | ---: | ---: | --- |"]
+    for r in read(results):
+        if r["kind"] == "time" and r["form"] == "views":
+            equal = r["bit-equal in 5 runs"]
+            differs = ", ".join(name for name, same in equal.items() if not same)
+            asked = "yes" if r["deterministic"] else "no"
+            figures = f"{r['forward ms']:.2f} | {r['backward ms']:.2f} | {f'all but {differs}' if differs else 'all'}"
+            text.append(f"| {r['row'].replace('x', ' x ')} | {r['method']} | {asked} | {figures} |")
+    return "\n".join(text)
+
+
+def optimized(results: Path) -> str:
+    """Clipping and the optimizer's step."""
+    text = ["| clip and step | ms | host, us |", "| --- | ---: | ---: |"]
+    text += [f"| {r['who']} | {r['ms']:.2f} | {r['host_us']:,.0f} |" for r in read(results) if r["what"] == "clip and step"]
+    return "\n".join(text)
+
+
+def multiplied(results: Path) -> str:
+    """The packed products of a token with the shape that runs, against a large copy."""
+    copy = copied(results.parent)
+    text = ["| product for one row of x | us | GB/s | of a copy |", "| --- | ---: | ---: | ---: |"]
+    for r in read(results):
+        if r["what"] == "product" and r["shape"] == "16 warps x 1":
+            name = f"{r['group']}, 16 bits" if r["group"] == "head" else f"{r['group']}, adapter inside"
+            text.append(f"| {name} | {r['us']:.1f} | {r['gb_per_s']:,} | {r['gb_per_s'] / copy:.1%} |")
+    return "\n".join(text)
 
 
 def decoded(results: Path) -> str:
@@ -214,13 +276,20 @@ TABLES: list[tuple[str, str, Callable[[Path], str], str]] = [
     ("performance.md", "kernels", kernels, "2026-11-22-h200-kernels.jsonl"),
     ("performance.md", "throughput", throughput, "2026-11-22-h200-steps.jsonl"),
     ("performance.md", "profile", profiled, "2026-11-22-h200-profile.txt"),
+    ("performance.md", "attention", attended, "2026-11-22-h200-attention.jsonl"),
+    ("performance.md", "optimizer", optimized, "2026-11-22-h200-optimizer.jsonl"),
     ("performance.md", "decode", decoded, "2026-11-22-h200-decode.jsonl"),
     ("performance.md", "generation", generated, "2026-11-22-h200-generation.jsonl"),
+    ("performance.md", "gemv", multiplied, "2026-11-22-h200-gemv.jsonl"),
     ("performance.md", "loss", losses, "2026-11-22-h200-loss.jsonl"),
     ("performance.md", "fp8", lambda results: fp8_quality_gpu.verdict(results)[0], "2026-11-22-h200-fp8-quality.jsonl"),
     ("performance.md", "roofline", roofline.markdown, "2026-11-22-h200-roofline.jsonl"),
     ("performance.md", "facts", facts_tables.markdown, "2026-11-22-h200-facts.jsonl"),
     ("performance.md", "equivalence", equivalence_gpu.markdown, "2026-11-22-h200-equivalence.jsonl"),
+    ("memory.md", "cards", memory_tables.cards, "2026-11-22-h200-fits.jsonl"),
+    ("memory.md", "predicted", memory_tables.predicted, "2026-11-22-h200-fits.jsonl"),
+    ("memory.md", "far", memory_tables.far, "2026-11-22-h200-fits.jsonl"),
+    ("memory.md", "paged", memory_tables.paged, "2026-11-22-h200-paged.jsonl"),
 ]
 
 

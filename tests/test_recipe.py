@@ -90,6 +90,10 @@ def test_all_mistakes_at_once_with_lines(tmp_path: Path) -> None:
         ("a: [\n", "not valid YAML"),
         ("a: !!python/object/apply:os.system [x]\n", "not valid YAML"),
         ("\ta: 1\n", "indent with spaces"),
+        ("a: !!int two\n", "not valid YAML: `two` is not int"),
+        ("a: !!bool two\n", "not valid YAML: `two` is not bool"),
+        (f"a: {'9' * 5000}\n", "not valid YAML: `9999"),
+        (f"a: {'[' * 3000}\n", "brackets nested too deeply"),
     ],
 )
 def test_single_mistakes(tmp_path: Path, text: str, told: str) -> None:
@@ -116,6 +120,8 @@ def test_not_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "chat.yaml").write_text(GOOD)
     with pytest.raises(RecipeError, match=r"there is no recipe .*\n  hint: recipes there: chat.yaml"):
         load_recipe(tmp_path / "chta.yaml")
+    with pytest.raises(RecipeError, match="there is no recipe"):
+        load_recipe("a" * 300)
     with pytest.raises(RecipeError, match="is not a file"):
         load_recipe(tmp_path)
     big = write(tmp_path, GOOD + "#" * MAX_BYTES)
@@ -149,6 +155,10 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
         ("train.lr", "override `train.lr` is not of the form key=value"),
         ("data.train.5.weight=2", "override `data.train.5.weight=2`: there is no `data.train.5.weight`"),
         ("train.lr=[", "override `train.lr=[`: the value is not valid YAML"),
+        (f"train.lr={'[' * 3000}", "the value is not valid YAML"),
+        ("train.lr=!!int two", "the value is not valid YAML"),
+        ("data.prain.0.weight=2", "unknown key `data.prain`"),
+        ("data.train.²=2", "`data.train.²`"),
     ],
 )
 def test_wrong_overrides(tmp_path: Path, override: str, told: str) -> None:

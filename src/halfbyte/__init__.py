@@ -22,7 +22,7 @@ _HOMES = {
     "load_recipe": "halfbyte.recipe",
     "load_base": "halfbyte.checkpoints.huggingface:load",
     "train": "halfbyte.train.run",
-    "plan": "halfbyte.memory.plan",
+    "plan": "halfbyte.train.lengths",
     "merge": "halfbyte.export.merge",
     "generate": "halfbyte.generate.chat",
     "quantize": "halfbyte.formats.quantize",

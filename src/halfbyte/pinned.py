@@ -9,6 +9,7 @@ Cost: registering touches every page, about a third of a second a GiB, once.
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import mmap
 import sys
@@ -24,7 +25,7 @@ log = logging.getLogger("halfbyte")
 
 
 class Arena:
-    """Tensors in one block of host memory, not initialised; pinned for `device` where that is a CUDA device.
+    """Tensors in one block of host memory, not initialised; pinned for `device` where that is a CUDA device. Raises MemoryError.
 
     The memory lives as long as the arena: keep it as long as copies may be under way. bytes: of the whole block. pinned: whether it
     is, on a CUDA device.
@@ -34,7 +35,7 @@ class Arena:
         """fields: elements and dtype of each tensor."""
         sizes = [-(-n * dtype.itemsize // ALIGNED) * ALIGNED for n, dtype in fields]
         self.bytes = max(ALIGNED, sum(sizes))
-        block = torch.frombuffer(mmap.mmap(-1, self.bytes), dtype=torch.uint8)
+        block = torch.frombuffer(_mapped(self.bytes), dtype=torch.uint8)
         self.tensors: list[Tensor] = []
         start = 0
         for (n, dtype), size in zip(fields, sizes, strict=True):
@@ -55,6 +56,16 @@ class Arena:
         mapped = torch.as_tensor(_Mapped(self, address), device=self.device)
         first = self.tensors[0].data_ptr()
         return [mapped[t.data_ptr() - first : t.data_ptr() - first + t.nbytes].view(t.dtype).view(t.shape) for t in self.tensors]
+
+
+def _mapped(size: int) -> mmap.mmap:
+    """Zeroed pages. Raises MemoryError where the system has no room for them."""
+    try:
+        return mmap.mmap(-1, size)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        raise MemoryError(f"host memory: tried to allocate {size / 2**30:.2f} GiB") from error
 
 
 class _Mapped:

@@ -7,6 +7,7 @@ Why not `yaml.safe_load` alone: it keeps the last of two equal keys silently, fo
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -111,8 +112,8 @@ def _line(document: Document, path: Path) -> int | None:
 
 
 def _read(file: FilePath) -> str:
-    if not file.exists():
-        near = [f.name for f in sorted(file.parent.glob("*.y*ml"))] if file.parent.is_dir() else []
+    if not os.path.exists(file):  # False for a name that no file can have, where Path.exists raises
+        near = [f.name for f in sorted(file.parent.glob("*.y*ml"))] if os.path.isdir(file.parent) else []
         hint = f"recipes there: {', '.join(near[:8])}" if near else "`halfbyte init` writes one"
         raise RecipeError(f"there is no recipe {file}", hint=hint, code="recipe.missing")
     if not file.is_file():
@@ -148,6 +149,8 @@ def parse(text: str, where: str) -> Document:
         ) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{where}: not valid YAML: {error}", code="recipe.yaml") from error
+    except RecursionError as error:
+        raise RecipeError(f"{where}: not valid YAML: brackets nested too deeply", code="recipe.yaml") from error
     loader.dispose()
     return document
 
@@ -176,22 +179,27 @@ def _plain(loader: _Loader, node: yaml.Node, path: Path, document: Document) -> 
             document.lines[(*path, i)] = entry.start_mark.line + 1
             entries.append(_plain(loader, entry, (*path, i), document))
         return entries
-    return loader.construct_object(node, deep=True)
+    try:
+        return loader.construct_object(node, deep=True)
+    except (ValueError, KeyError) as error:  # `!!int two`, or more digits than Python makes a number of
+        problem = f"`{str(node.value)[:40]}` is not {node.tag.rpartition(':')[2]}"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
 
 def _override(document: Document, text: str) -> None:
     """Applies `key.key=value`; the value is read as YAML. A list is reached by index, a one-word section is unfolded."""
     name, sign, value = text.partition("=")
-    path: Path = tuple(int(step) if step.isdigit() else step for step in name.strip().split("."))
+    path: Path = tuple(int(step) if step.isdecimal() and len(step) < 9 else step for step in name.strip().split("."))
     if not sign or not all(step != "" for step in path):
         document.mistakes.append(Mistake((), f"override `{text}` is not of the form key=value", "for example train.lr=1e-4"))
         return
     document.overrides[path] = text
     data: Any = document.data
-    for depth, step in enumerate(path[:-1]):
+    for depth, key in enumerate(path[:-1]):
+        step = key if isinstance(data, list) else str(key)
         inner = data[step] if _has(data, step) else None
         if depth == 0 and step in SHORT and isinstance(inner, str):
-            inner = {SHORT[str(step)]: inner}
+            inner = {SHORT[step]: inner}
         elif path[: depth + 1] in (("data", "train"), ("data", "eval")) and isinstance(inner, str):
             inner = [inner]
         elif path[:depth] in (("data", "train"), ("data", "eval")) and isinstance(inner, str):
@@ -224,8 +232,8 @@ def _put(data: Any, step: str | int, value: Any) -> bool:
 def _value(text: str, value: str) -> Any:
     try:
         return yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override `{text}`: the value is not valid YAML", hint="quote it", code="recipe.yaml") from error
+    except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
+        raise RecipeError(f"override `{text[:80]}`: the value is not valid YAML", hint="quote it", code="recipe.yaml") from error
 
 
 def _copy(data: Any) -> Any:

@@ -18,13 +18,20 @@ MARKERS = [
     "kernels",
     "throughput",
     "profile",
+    "attention",
+    "optimizer",
     "decode",
     "generation",
+    "gemv",
     "loss",
     "fp8",
     "roofline",
     "facts",
     "equivalence",
+    "cards",
+    "predicted",
+    "far",
+    "paged",
 ]
 
 
@@ -111,3 +118,14 @@ def test_throughput_shows_no_unproven_figure_and_compares_means(tmp_path: Path) 
     assert "9,999" not in text and "not proven" in text
     assert "| 4 x 2,048, no recompute | unsloth | 1.250 |" in text
     assert "200.0 ms a layer" in text and "| 70.5 |" in text and "12.3" in text
+
+
+def test_what_the_readme_says_of_memory_is_what_was_measured() -> None:
+    rows = [json.loads(line) for line in (RESULTS / "2026-11-22-h200-fits.jsonl").read_text(encoding="utf-8").splitlines()]
+    ran = [row for row in rows if "peak_GiB" in row]
+    assert len(ran) > 40 and all(abs(r["predicted_GiB"] / r["peak_GiB"] - 1) < 0.014 for r in ran if r["tokens"] < 100_000)
+    leanest = next(r["peak_GiB"] for r in ran if r["what"] == "leanest" and r["head"] == "16bit")
+    whole = next(r["peak_GiB"] for r in ran if r["what"] == "70b" and r["layers"] == 80)
+    said = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"within 1.4 % for rows of up to 100,000 tokens,\n  an 8B shape in {leanest:.1f} GiB" in said
+    assert f"a 70B shape with 4,096 tokens in {whole:.1f}." in said

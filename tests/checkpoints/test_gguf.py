@@ -95,6 +95,7 @@ def test_every_accepted_architecture_is_tested() -> None:
     assert set(SHAPES) == set(ARCHITECTURES)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_1"])
 @pytest.mark.parametrize("arch", SHAPES)
 def test_weights_are_those_of_transformers(arch: str, kind: str, tmp_path: Path) -> None:
@@ -146,13 +147,16 @@ def test_rotary_scaling_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     file = make(tmp_path, "llama")
     data = file.read_bytes()
-    for damaged in (b"", b"GGUX" + data[4:], data[: len(data) // 2]):
+    wrong_id = data.replace(b"ggml.bos_token_id\x04\0\0\0\0\x01", b"ggml.bos_token_id\x04\0\0\0\0\xff")
+    endless = data[:24] + b"\xff" * 8 + data[32:]  # the length of the first key
+    assert data != wrong_id
+    for damaged in (b"", b"GGUX" + data[4:], data[: len(data) // 2], wrong_id, endless):
         file.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=r"tiny\.gguf"):
             huggingface.load(str(file), NONE, torch.float32)
 
 
-@pytest.mark.cpu
+@pytest.mark.slow
 def test_smollm2_equals_transformers(monkeypatch: pytest.MonkeyPatch, shared_cache: Path) -> None:
     monkeypatch.setenv("HALFBYTE_CACHE", str(shared_cache))
     file = bundled.fetch()

@@ -123,7 +123,10 @@ def test_plan(cli: Cli, place: Path) -> None:
     said = cli("plan", "recipe.yaml", "--gpu", "24GiB")
     assert said.code == 0 and "yes, it fits" in said.out and said.err == ""
     assert json.loads(cli("plan", "recipe.yaml", "--gpu", "24GiB", "--json").out)["fits"] is True
-    assert json.loads(cli("plan", "--model", "model", "--gpu", "t4", "--json").out)["model"] == "model"
+    said = cli("plan", "--model", "model", "--gpu", "t4", "--json", "data.tokens=96", "optim=paged_adamw_8bit")
+    changed = json.loads(said.out)
+    assert (changed["model"], changed["tokens"], changed["compute"]) == ("model", 96, "fp16")
+    assert any("8 bits" in part["note"] for part in changed["parts"] if part["name"] == "optimizer")
     assert cli("plan", "recipe.yaml", "--gpu", "24GiB", "--timeline", str(place / "plan.png")).code == 0
     assert (place / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert "is no picture" in cli("plan", "recipe.yaml", "--gpu", "24GiB", "--timeline", "plan.txt").err

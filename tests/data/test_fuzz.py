@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -123,3 +125,35 @@ def test_any_record(tokenizer: Any, data: dict[str, Any], shape: str, learn: str
     block = found.block
     assert len(block.ids) == len(block.trained) == block.lengths.sum() and block.trained.any()
     assert block.weights is None or (block.weights[block.trained] > 0).all()
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`bench/fuzz.py`, whose targets meet more inputs there than here."""
+    spec = importlib.util.spec_from_file_location("fuzz", Path(__file__).parents[2] / "bench/fuzz.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "SCRATCH", tmp_path / "scratch")
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "found").mkdir()
+    return module
+
+
+def test_sound_and_halved_inputs_of_the_coverage_guided_targets(script: ModuleType, tmp_path: Path) -> None:
+    tried = 0
+    for target in set(script.TARGETS) - {"records", "template", "gguf"}:  # these need a tokenizer
+        work = script.guarded(target, tmp_path / "found")
+        for seed in script.seeds(target):
+            work(seed)
+            work(seed[: len(seed) // 2])
+            tried += 1
+    assert tried >= len(script.TARGETS) - 3 and not list((tmp_path / "found").iterdir())
+
+
+def test_another_error_is_kept_once_and_fuzzing_goes_on(script: ModuleType, tmp_path: Path) -> None:
+    script.TARGETS["json"] = lambda content: {}[content]
+    work = script.guarded("json", tmp_path / "found")
+    work(b"a")
+    work(b"b")
+    assert {p.name: p.read_bytes()[:1] for p in (tmp_path / "found").iterdir() if not p.suffix} == {"KeyError-elsewhere": b"a"}

@@ -72,7 +72,42 @@ QUOTING = (  # DeepSeek: arguments are joined as text, content beside a call mus
     "{% else %}{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
 )
+SEPARATED = (  # Phi 4: a token between role and words
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+BARE = (  # Falcon 3: only answers are closed, and a line break follows all but the last
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '' if loop.last and m.role == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+TURNS = (  # Command R: roles are tokens; content is trimmed
+    "{{ bos_token }}{% for m in messages %}{{ '<|START_OF_TURN_TOKEN|>' }}"
+    "{{ {'user': '<|USER_TOKEN|>', 'system': '<|SYSTEM_TOKEN|>', 'assistant': '<|CHATBOT_TOKEN|>'}[m.role] }}"
+    "{{ m.content|trim + '<|END_OF_TURN_TOKEN|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"
+)
+DEFAULT = (  # SmolLM 2, Qwen 2.5: a system message where the conversation has none
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPACED = (  # Mistral v1: spaces on both sides of a question, questions and answers in turn or an error
+    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + eos_token }}{% endfor %}"
+)
+ENDLESS = (  # Falcon 1: names only, and no end
+    "{% for m in messages %}{{ ('User: ' if m.role == 'user' else 'Falcon: ') + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Falcon:' }}{% endif %}"
+)
+STRUCTURED = {"thought", "thoughts in two turns", "tool call", "tool call at the end", "words and tool call", "empty answer"}
 MANNERS = {
+    "phi4 separated": (SEPARATED, STRUCTURED),
+    "falcon3 bare": (BARE, STRUCTURED),
+    "cohere turns": (TURNS, STRUCTURED),
+    "chatml default": (DEFAULT, STRUCTURED),
+    "mistral spaced": (SPACED, {*STRUCTURED, "system message", "opening answer"}),
     "qwen stripping": (STRIPPING, {"thoughts in two turns", "empty answer"}),
     "glm unclosed": (UNCLOSED, {"thought", "thoughts in two turns", "empty answer"}),
     "gptoss channels": (CHANNELS, {"words and tool call", "empty answer"}),
@@ -99,6 +134,11 @@ def test_manners(name: str, make_tokenizer: Callable[..., Any]) -> None:
     found = {case: verdict(tokenizer, name, text, case) for case in GRID}
     assert {case for case, said in found.items() if said in REFUSED} == refused
     assert {said for case, said in found.items() if case not in refused} == {"exact"}
+
+
+def test_a_template_without_an_end_is_refused_whatever_is_said(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = fitted(make_tokenizer(), "falcon endless", ENDLESS)
+    assert {verdict(tokenizer, "falcon endless", ENDLESS, case) for case in GRID} == {"data.no-eot"}
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,12 +18,13 @@ import pytest
 import torch
 
 from halfbyte.data import loader as loader_module
-from halfbyte.data.batch import IGNORED
+from halfbyte.data.batch import IGNORED, Batch
 from halfbyte.data.config import DataConfig
 from halfbyte.data.loader import Loader
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.kernels.cross_entropy import Head
 from halfbyte.objectives import sft
+from support import chats, tiny_tokenizer
 
 T = 64
 
@@ -186,6 +191,58 @@ def test_any_number_of_processes_shares_the_same_batches_and_resumes_anywhere(ra
         assert {part.weight for part in parts} == {batch.weight} == {float(batch.trained_tokens)}
     with pytest.raises(AssertionError, match="cannot share"):
         whole.at(0, 5, 6)
+
+
+WALK = """
+import json, sys
+from pathlib import Path
+from data.test_loader import told
+from halfbyte.data.config import DataConfig
+from halfbyte.data.loader import Loader
+from halfbyte.data.prepare import prepare
+from support import tiny_tokenizer
+
+data, cache, rank, ranks, first, last = json.loads(sys.argv[1])
+loader = Loader(prepare(DataConfig(**data), tiny_tokenizer(), 3, Path(cache)).train, 128, 5, seed=3)
+print(json.dumps([row for step in range(first, last) for row in told(step, loader.at(step, rank, ranks))]))
+"""
+
+
+def told(step: int, part: Batch) -> list[list[Any]]:
+    """A batch as plain data, row by row."""
+    tensors = (part.input_ids, part.labels, part.position_ids, part.cu_seqlens)
+    rows = zip(part.example_ids, *(tensor.tolist() for tensor in tensors), strict=True)
+    return [[step, part.trained_tokens, part.weight, *row] for row in rows]
+
+
+@pytest.mark.slow
+def test_real_processes_come_to_the_same_rows_and_resume_anywhere(jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    """Two processes, then three that go on in the middle of an epoch, each with hashes of its own, against this one; a mixture with
+    a share, a temperature and a cap."""
+    files = [str(jsonl([{**c, "w": 1 + i % 2} for i, c in enumerate(chats(n))], f"{n}.jsonl")) for n in (60, 14, 30)]
+    train = [{"path": files[0], "columns": {"weight": "w"}}, {"path": files[1]}, {"path": files[2], "share": 0.2}]
+    data = {"train": train, "eval": 0.1, "tokens": 128, "mix": {"temperature": 2, "cap": 40}}
+    loader = Loader(prepare(DataConfig(**data), tiny_tokenizer(), 3, tmp_path / "cache").train, 128, 5, seed=3)
+    steps = loader.steps(2.5)
+    middle = loader.batches(0) - 1  # the batch that ends one epoch and opens the next
+    assert steps > middle + 3 and loader.position(middle)[0] == 0 and loader.position(middle + 1)[0] == 1
+
+    def walk(ranks: int, first: int, last: int) -> list[Any]:
+        running = []
+        for rank in range(ranks):
+            work = json.dumps([data, str(tmp_path / "cache"), rank, ranks, first, last])
+            paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+            environment = {**os.environ, "PYTHONHASHSEED": str(rank + 1), "PYTHONPATH": os.pathsep.join(paths)}
+            command = [sys.executable, "-c", WALK, work]
+            running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        said = [process.communicate()[0] for process in running]
+        assert [process.returncode for process in running] == [0] * ranks
+        rows = [row for one in said for row in json.loads(one)]
+        return sorted(rows, key=lambda row: row[0])  # stable: within a step, rank after rank
+
+    whole = [row for step in range(steps) for row in told(step, loader.at(step))]
+    assert len(whole) == 5 * steps and len({str(row[3:]) for row in whole}) > 3 * steps and any(row[1] != row[2] for row in whole)
+    assert walk(2, 0, middle) + walk(3, middle, steps) == whole
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from halfbyte.data.config import DataConfig
-from halfbyte.data.masks import Masker, Unsafe
+from halfbyte.data.encode import Encoder, Options
+from halfbyte.data.masks import Masker
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.data.preview import of
-from halfbyte.data.problems import Where
+from halfbyte.data.problems import Problems, Where
+from halfbyte.data.proof import Unsafe
 from halfbyte.data.rendering import Renderer
 from halfbyte.data.templates import Template, resolve
 from halfbyte.data.turns import Example, Message
@@ -282,7 +285,7 @@ def test_tool_calls_are_learned_and_results_never_are(learn: Any, special: Any) 
 def test_what_a_template_does_not_show_is_an_error(learn: Any) -> None:
     with pytest.raises(DataError, match="the tool call in the rendered text") as caught:
         learn([{"messages": CALLED, "tools": TOOLS}], CALLS.replace("m.tool_calls or []", "[]"))
-    assert caught.value.code == "data.mask"
+    assert caught.value.code == "data.template" and "Jinja file" in caught.value.hint
     silent = CALLS.replace("{% if tools %}", "{% if false %}")
     with pytest.raises(DataError, match="the tool `sub` in the rendered text"):
         learn([{"messages": CALLED, "tools": [{"name": "sub", "parameters": {}}]}], silent)
@@ -389,3 +392,63 @@ def test_any_words_are_learned_whole_or_refused(maskers: list[Masker], texts: li
         for span in found:
             said = text[span.start : span.stop]
             assert said in (words := messages[span.message].content + "<|im_end|>", "<think>\n\n</think>\n\n" + words)
+
+
+def told(masker: Masker, example: Example, loss_on: str, rendered: Any = None) -> Any:
+    try:
+        return masker.spans(example, loss_on, rendered)
+    except Unsafe as error:
+        return error.args
+
+
+@given(st.lists(st.sampled_from(ATOMS), min_size=2, max_size=5), st.sampled_from(["assistant", "last", "all"]))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_what_is_known_is_what_would_be_found(maskers: list[Masker], texts: list[str], loss_on: str) -> None:
+    """The short way through a plain conversation, rendered beside others, gives the spans of the long one."""
+    messages = tuple(Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(texts))
+    example = Example(Where("f", 1), messages)
+    for masker in maskers:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Masker, "_known", lambda *_: None)
+            alone = told(masker, example, loss_on)
+        other = Example(Where("f", 2), (*messages, Message("user", "Why?"), Message("assistant", "So.")))
+        assert [told(masker, example, loss_on, text) for text in masker.render([other, example])[1:]] == [alone]
+
+
+@pytest.mark.parametrize(("loss_on", "short"), [("assistant", True), ("last", True), ("all", False)])
+def test_plain_conversations_go_the_short_way(
+    maskers: list[Masker], loss_on: str, short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Masker, "_start", None)  # the long way's first step
+    monkeypatch.setattr("halfbyte.data.masks.all_but_results", None)
+    example = Example(Where("f", 1), (Message("user", "What?"), Message("assistant", "That.")))
+    for masker in maskers:
+        if short:
+            assert masker.spans(example, loss_on)[1]
+        else:
+            with pytest.raises(TypeError):
+                masker.spans(example, loss_on)
+
+
+def test_one_refused_conversation_leaves_the_others(make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer()
+    strict = tokenizer.chat_template.replace(
+        "{% for", "{% if messages|length > 2 %}{{ raise_exception('no') }}{% endif %}{% for", 1
+    )
+    renderer = Renderer(Template("strict", strict), tokenizer)
+    talk = (Message("user", "What?"), Message("assistant", "That."))
+    assert renderer.several([talk, talk * 2], False) == [None, None]
+    assert renderer.several([talk, talk], False) == [(renderer(talk), [])] * 2
+    calling = (talk[0], Message("assistant", "", tool_calls=({"type": "function", "function": {"name": "f", "arguments": {}}},)))
+    assert renderer.several([talk, calling], False) == [(renderer(talk), []), None]
+
+
+def test_half_a_character_is_told_of(make_tokenizer: Any) -> None:
+    tokenizer, problems = make_tokenizer(), Problems()
+    encoder = Encoder(tokenizer, resolve("chatml", tokenizer), Options(None, "assistant"))
+    good = Example(Where("f", 1), (Message("user", "What?"), Message("assistant", "That.")))
+    half = replace(good, where=Where("f", 2), messages=(good.messages[0], Message("assistant", "\ud83d")))
+    assert len(list(encoder.encode([good, half, Example(Where("f", 3), text="\ud83d")], problems))) == 1
+    assert [str(p) for p in problems.shown] == [
+        "f:2: `messages`: expected text, got half a character (U+D83D)", "f:3: `text`: expected text, got half a character (U+D83D)"
+    ]  # fmt: skip

@@ -110,3 +110,26 @@ def test_large_examples_and_sets_are_cut(tokenizer: Any, jsonl: Any, tmp_path: P
     config = DataConfig(train=[str(jsonl([{"text": f"{i} x y " * 100} for i in range(9)]))], eval=0, tokens=256)
     data = collect.of(config, tokenizer, 0, tmp_path / "cache", 9)
     assert len(data["examples"]) == 3 and all(spelt(data, e)[2] + e["cut"] == e["n"] for e in data["examples"])
+
+
+def test_weights_of_tokens(tokenizer: Any, jsonl: Any, chat: Any, tmp_path: Path) -> None:
+    """Runs of pieces with their weight, only where some weigh other than 1."""
+    records = [{**chat("One?", "two", "Three?", "four"), "w": w} for w in (1, 2, 0.1)]
+    records[1]["messages"][1]["weight"] = 0.5
+    config = DataConfig(train=[{"path": str(jsonl(records)), "columns": {"weight": "w"}}], eval=0, tokens=256)
+    data = collect.of(config, tokenizer, 0, tmp_path / "cache", 9)
+    found = {e["w"].rpartition(":")[2]: e for e in data["examples"]}
+    assert "k" not in found["1"]
+    for line, wanted in (("2", {"two<|im_end|>": 1, "four<|im_end|>": 2}), ("3", {"two<|im_end|>": 0.1, "four<|im_end|>": 0.1})):
+        example = found[line]
+        weights = [weight for count, weight in example["k"] for _ in range(count)]
+        learned = [number % 2 == 1 for number, run in enumerate(example["r"]) for _ in range(run)]
+        assert len(weights) == len(learned) == len(example["p"])
+        texts = [p[1] if isinstance(p, list) else data["texts"][str(-p - 1 if p < 0 else p)] for p in example["p"]]
+        said: dict[str, float] = {}
+        for text, weight, yes, before in zip(texts, weights, learned, [False, *learned], strict=False):
+            if yes:
+                last = said.popitem()[0] + text if before else text
+                said[last] = weight
+        assert said == wanted
+        assert {w for w, yes in zip(weights, learned, strict=True) if not yes} == {1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from halfbyte.data.config import DataConfig
 from halfbyte.data.encode import Encoder
 from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.data.rendering import Renderer
+from halfbyte.data.tokens import windows
 from halfbyte.data.turns import Message
 from halfbyte.errors import DataError
 
@@ -147,6 +149,28 @@ def test_double_bos(run: Any, chat: Any, make_tokenizer: Any) -> None:
     assert caught.value.code == "data.double-bos"
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8, 100])
+def test_parts_of_a_map_cover_it(size: int, tmp_path: Path) -> None:
+    whole = np.arange(8, dtype=np.uint32)
+    np.save(tmp_path / "a.npy", whole)
+    for array in (whole, np.load(tmp_path / "a.npy", mmap_mode="r")):
+        parts = list(windows(array, size))
+        assert [at for at, _ in parts] == list(range(0, 8, size))
+        assert all(part.tolist() == whole[at : at + size + 1].tolist() for at, part in parts)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_double_bos_across_parts(size: int, run: Any, chat: Any, make_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = run([chat(f"{'One ' * i}?", "two") for i in range(1, 5)], eval=0).train.sources[0]
+    monkeypatch.setattr(checks, "windows", lambda array: windows(array, size))
+    for at in tokens.offsets[:-1].tolist():
+        ids = np.array(tokens.ids)
+        ids[at : at + 2] = 0
+        with pytest.raises(DataError, match="1 examples"):
+            checks.double_bos(replace(tokens, ids=ids), make_tokenizer())
+    checks.double_bos(tokens, make_tokenizer())
+
+
 def test_new_special_tokens(run: Any, chat: Any, tokenizer: Any) -> None:
     data = run([chat("One?", "two")], eval=0).train
     weight = torch.randn(len(tokenizer), 4, generator=torch.Generator().manual_seed(0))
@@ -188,6 +212,11 @@ def test_templates_resolve(make_tokenizer: Any, tokenizer: Any, tmp_path: Path) 
     assert templates.resolve(str(tmp_path / "t.jinja"), bare).text == "{{ eos_token }}"
     with pytest.raises(DataError, match="neither a known template nor a file"):
         templates.resolve("chatnl", bare)
+    with pytest.raises(DataError, match="neither a known template nor a file"):
+        templates.resolve("{% for m in messages %}" * 20, bare)
+    (tmp_path / "latin.jinja").write_bytes(b"\xe9")
+    with pytest.raises(DataError, match=r"latin\.jinja is not UTF-8 text"):
+        templates.resolve(str(tmp_path / "latin.jinja"), bare)
     silent = make_tokenizer(template=None, eos_token=None)
     silent.get_vocab = lambda: {}
     assert templates.resolve("auto", silent).name == "none"
@@ -200,6 +229,15 @@ def test_templates_run_in_a_sandbox(tokenizer: Any) -> None:
     text = "{{ messages.__class__.__mro__ }}{{ messages[0]['content'] + eos_token }}"
     with pytest.raises(DataError, match="unsafe"):
         Renderer(templates.Template("x", text), tokenizer)([Message("user", "a")])
+
+
+@pytest.mark.parametrize("text", ["{{ 1 / 0 }}", "{{ 'a' * 10 ** 30 }}", f"{{{{ {'(' * 5000} }}}}", "{{ messages[9]['role'].x }}"])
+def test_a_template_that_fails_is_an_error_of_ours(tokenizer: Any, text: str) -> None:
+    with pytest.raises(DataError, match="refused these messages"):
+        Renderer(templates.Template("x", text), tokenizer)([Message("user", "a")])
+    if "((" in text:
+        with pytest.raises(DataError, match="cannot be read"):
+            templates._with(templates.Template("x", text), {"enable_thinking": True})
 
 
 def test_the_cache(run: Any, chat: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

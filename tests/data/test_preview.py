@@ -48,3 +48,34 @@ def test_as_data(tokenizer: Any, jsonl: Any, chat: Any, tmp_path: Any) -> None:
     assert found["rows"][0]["left"] == 64 - example["tokens"] and found["rows"][0]["trained"] == [example["trained"]]
     assert found["rows"][0]["example_ids"] == [0] and found["lengths"][0]["learned"] == example["trained"]
     assert found["template"]["text"] == tokenizer.chat_template and found["report"]["sources"][0]["examples"] == 1
+
+
+def test_weights_are_told_where_they_are_not_1(tokenizer: Any, jsonl: Any, chat: Any, tmp_path: Any) -> None:
+    weighted = chat("One?", "two", "Three?", "four", "Five?", "six")
+    for turn, weight in ((1, 0.1), (3, 2), (5, 0)):
+        weighted["messages"][turn]["weight"] = weight
+    config = DataConfig(train=[str(jsonl([weighted]))], eval=0, tokens=128)
+    shown = of(prepare(config, tokenizer, 0, tmp_path), tokenizer, 1, 0)
+    out = io.StringIO()
+    Console(file=out, width=100, no_color=True).print(renderable(shown))
+    for word in ("⟦0.1x two<|im_end|>⟧", "⟦2x four<|im_end|>⟧", "less than 1 is yellow"):
+        assert word in out.getvalue()
+    assert "six<|im_end|>⟧" not in out.getvalue() and out.getvalue().count("⟦") == 4  # two in the legend
+    pieces = shown.as_dict()["examples"][0]["pieces"]
+    assert {(p["weight"], p["trained"]) for p in pieces} == {(1.0, False), (0.1, True), (2.0, True)}
+    plain = io.StringIO()
+    one = of(
+        prepare(DataConfig(train=[str(jsonl([chat("One?", "two")], "b.jsonl"))], eval=0, tokens=128), tokenizer, 0, tmp_path),
+        tokenizer,
+        1,
+        0,
+    )
+    Console(file=plain, width=100, no_color=True).print(renderable(one))
+    assert "yellow" not in plain.getvalue() and "⟦two<|im_end|>⟧" in plain.getvalue()
+
+
+def test_neighbours_of_another_weight_stay_apart(tokenizer: Any) -> None:
+    """Tokens of one answer may weigh differently; a character of several tokens is cut where they do."""
+    ids = tokenizer("ab").input_ids
+    found = pieces(ids * 2, [True] * 4, tokenizer, [1, 1, 0.5, 0.5])
+    assert [(p.text, p.weight) for p in found] == [("a", 1), ("b", 1), ("a", 0.5), ("b", 0.5)]

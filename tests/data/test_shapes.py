@@ -253,3 +253,11 @@ def test_pairs_of_texts_share_their_prompt() -> None:
     found = reader("auto", Record(HERE, data), layout(SourceConfig(path="a", learn="chosen")))
     # `is` and `isn't` begin alike; the prompt ends between words.
     assert found.read(Record(HERE, data), Problems()) == Example(HERE, prompt="Q: one? A: it ", text="is two")
+
+
+@pytest.mark.parametrize(("key", "value"), [("columns", {"instruction": "question"}), ("group", "customer"), ("group", "a.b")])
+def test_a_column_that_is_not_there_is_told_once(key: str, value: Any) -> None:
+    record = Record(Where("a.jsonl", 1), {"instruction": "One?", "output": "two"})
+    with pytest.raises(DataError, match=rf"a.jsonl:1: `{key}` names `.*`, which the first example lacks") as caught:
+        reader("auto", record, layout(SourceConfig(path="a", **{key: value})))
+    assert caught.value.hint == "its columns: instruction, output"

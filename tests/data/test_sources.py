@@ -147,7 +147,9 @@ def test_directories_and_patterns(tmp_path: Path) -> None:
     assert [r.data["text"] for r in read(f"{tmp_path}/**/*2.jsonl")[0]] == ["b/2.jsonl"]
 
 
-@pytest.mark.parametrize("path", ["missing.jsonl", "./missing", "/no/such/folder/x", "~/no/*.json"])
+@pytest.mark.parametrize(
+    "path", ["missing.jsonl", "./missing", "/no/such/folder/x", "~/no/*.json", "~nobody/a.json", "./" + "a" * 300]
+)
 def test_a_missing_file_is_not_looked_for_on_the_hub(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "load", lambda *_: pytest.fail("asked the Hub"))
     with pytest.raises(DataError, match="no data file") as caught:
@@ -210,3 +212,17 @@ def test_a_hub_dataset_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(DataError) as caught:
             read("somebody/chats")
         assert caught.value.code == code and caught.value.hint and "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("a/chats.jsonl.gz", "chats"),
+        ("chats/**/*.jsonl", "chats"),
+        ("a/part-*.parquet", "part-*"),
+        ("a/b/*", "b"),
+        ("*.txt", "*.txt"),
+    ],
+)
+def test_how_a_source_is_called(path: str, name: str) -> None:
+    assert files.stem(path) == name

@@ -82,7 +82,7 @@ def test_a_process_that_dies_is_said(run: Any, chat: Any, monkeypatch: pytest.Mo
     assert caught.value.code == "data.worker" and not list((tmp_path / "cache-2-None" / "tokens").iterdir())
 
 
-def test_small_sources_start_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_sources_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(40)), raising=False)
-    assert workers.count(None, workers.WORTH - 1) == 0 and workers.count(None, workers.WORTH) == workers.MOST
-    assert workers.count(3, 0) == 3 and workers.count(0, 1 << 40) == 0
+    assert workers.crew(None, workers.WORTH - 1).processes == 0 and workers.crew(None, workers.WORTH).processes == workers.MOST
+    assert workers.crew(3, 0) == (3, False, False) and workers.crew(0, 1 << 40) == (0, True, True)

@@ -49,6 +49,7 @@ def assert_same_logits(ours: PreTrainedModel, other: PreTrainedModel) -> None:
     torch.testing.assert_close(ours(IDS).logits, other(IDS).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("kind", "nested"), FORMATS)
 @pytest.mark.parametrize("family", SHAPES)
 def test_ours_loads_there(family: str, kind: str, nested: bool, tmp_path: Path) -> None:
@@ -61,6 +62,7 @@ def test_ours_loads_there(family: str, kind: str, nested: bool, tmp_path: Path) 
     assert AutoTokenizer.from_pretrained(tmp_path / "q").chat_template == tiny_tokenizer().chat_template
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("kind", "nested"), FORMATS)
 @pytest.mark.parametrize("family", SHAPES)
 def test_theirs_loads_here_and_comes_back_byte_for_byte(family: str, kind: str, nested: bool, tmp_path: Path) -> None:

@@ -104,7 +104,8 @@ def test_nf4_codes_at_the_thresholds_are_theirs() -> None:
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fp4_values_are_theirs(block: int, dtype: torch.dtype) -> None:
-    weight = torch.randn(300, 400).to(dtype)
+    # Of 120,000 numbers in bf16 some 0.1 % stand on a threshold: the same ones in every run.
+    weight = torch.randn(300, 400, generator=torch.Generator().manual_seed(0)).to(dtype)
     data, state = theirs(weight, "fp4", block)
     differ = dequantize(quantize(weight, Format("fp4", block))) != decoded_there(data, state)
     thresholds = fp4.THRESHOLDS.numpy()

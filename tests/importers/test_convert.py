@@ -111,6 +111,9 @@ def test_llamafactory(here: Path) -> None:
     assert next(line for line in found.lines if line.to == "adapter.alpha").why == "2 x 4, its rule"
     assert line_of(found, "trust_remote_code").why.startswith("never imported")
     assert any("divide `train.batch: 16` by the examples in a row" in line.why for line in found.of("differs"))
+    kinds = {key: line_of(found, f"theirs.{key}").kind for key in ("subset", "split", "hf_hub_url")}
+    assert kinds == {"subset": "mapped", "split": "mapped", "hf_hub_url": "derived"}, "dataset_info.json is part of the source"
+    assert not any(key.startswith(("mine.", "theirs.")) for line in found.of("default") for key in line.keys)
 
 
 def test_tags_and_columns_of_a_dataset_info(here: Path) -> None:
@@ -225,6 +228,16 @@ def test_a_dataset_that_is_not_registered_is_an_error_with_the_nearest_name(here
     (here / "dataset_info.json").unlink()
     with pytest.raises(RecipeError, match=r"there is no data/dataset_info\.json or dataset_info\.json"):
         imported("llamafactory", dataset="mine")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 5000, '{"mine": 1}', '{"mine": {"file_name": 1}}', '{"mine": {"file_name": "a", "columns": 1}}']
+)
+def test_a_registry_that_is_none(here: Path, text: str) -> None:
+    (here / "dataset_info.json").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        imported("llamafactory", dataset="mine")
+    assert caught.value.code == "import.dataset" and "dataset_info.json" in caught.value.message
 
 
 def test_trl_script(here: Path) -> None:
@@ -476,11 +489,29 @@ def test_the_tool_is_found_from_its_keys(here: Path, data: str, tool: str) -> No
         ("nope.yaml", "there is no file nope.yaml"),
         ("python train.py --lr 1", "no command of"),
         ("trl sft --model 'x", "not a command line"),
+        ("trl sft --dataset_name a " + "--learning_rate two " * 20, "must be a number, but is"),
+        (f"trl sft --dataset_name a --learning_rate {'9' * 5000}", "must be"),
+        (f"trl sft --config {'a' * 300}", "there is no file aaa"),
+        (f"trl sft --dataset_name a --model_init_kwargs {'[' * 5000}", "`model` is missing"),
     ],
 )
 def test_sources_that_cannot_be_read(given: str, told: str) -> None:
     with pytest.raises(RecipeError, match=told.replace(".", r"\.")):
         convert([given])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model_name: m\nmax_seq_length: 9\ntraining: 1\n",
+        "model_name: m\nmax_seq_length: 9\nlora: r\n",
+        "dataset_name: a\nargs: b\n",
+    ],
+)
+def test_a_section_that_is_none(here: Path, text: str) -> None:
+    (here / "a.yml").write_text(text)
+    with pytest.raises(RecipeError, match="must be a section"):
+        convert(["a.yml"])
 
 
 def test_a_value_that_is_none_names_file_line_and_key(here: Path) -> None:

@@ -5,8 +5,9 @@
     python tests/kernels/checks.py cuda         the Triton kernels, compiled
 
 A kernel may be as wrong as honest PyTorch, no more: truth is float64, honest is plain PyTorch in the kernel's dtype, and the
-kernel's error (Frobenius, and maximum) is at most twice honest's plus one ulp of the output's maximum. Where the
-arithmetic is exact, bits are compared. Fresh memory is NaN (`poisoned`), so an element that was never written is found.
+kernel's error (Frobenius, and maximum) is at most twice honest's plus one ulp of the output's maximum. Both would let a kernel
+cut numbers off where it should round them to nearest, so 16-bit outputs may not be too small or too large on the whole either.
+Where the arithmetic is exact, bits are compared. Fresh memory is NaN (`poisoned`), so an element that was never written is found.
 """
 
 from __future__ import annotations
@@ -62,6 +63,18 @@ def as_wrong_as_honest(name: str, got: Tensor, honest: Tensor, truth: Tensor) ->
     for norm, measure in (("Frobenius", torch.linalg.vector_norm), ("maximum", lambda e: e.abs().max())):
         error, bound = float(measure(ours)), 2 * float(measure(theirs)) + ulp
         assert error <= bound, f"{name}: {norm} error {error:.3e} exceeds {bound:.3e} (output maximum {float(top):.3e})"
+    if got.element_size() == 2:
+        _rounded_to_nearest(name, ours, theirs, truth, torch.finfo(got.dtype).eps)
+
+
+def _rounded_to_nearest(name: str, ours: Tensor, theirs: Tensor, truth: Tensor, eps: float) -> None:
+    """Asserts that errors do not add up to more than an eighth of an ulp a number, either way, but for what chance makes of them.
+
+    To cut off instead of rounding makes numbers smaller by half an ulp each: three times as much.
+    """
+    sums = [float((error * truth.sign()).sum().abs()) for error in (ours, theirs)]
+    bound = 2 * sums[1] + eps / 8 * float(truth.abs().sum()) + 4 * float(torch.linalg.vector_norm(ours))
+    assert sums[0] <= bound, f"{name}: errors add up to {sums[0]:.3e}, more than {bound:.3e}: not rounded to nearest"
 
 
 def random_packed(shape: tuple[int, ...], fmt: Format, device: str, seed: int = 0) -> Packed:

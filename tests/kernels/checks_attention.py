@@ -6,12 +6,14 @@ Truth is float64 under a dense mask; honest is the same in the method's dtype, a
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from halfbyte.kernels.attention import Documents, Method
+from halfbyte.kernels.attention import Documents, Method, heads
 from kernels.checks import poisoned
 
 
@@ -105,6 +107,17 @@ def run(method: Method, row: Row, q: Tensor, k: Tensor, v: Tensor, dout: Tensor)
     documents, arguments = row.documents(q.device.type), (row.scale, row.window, row.cap)
     out, residuals = method.forward(q, k, v, documents, *arguments)
     return out, *method.backward(dout, q, k, v, out, residuals, documents, *arguments)
+
+
+@contextmanager
+def heads_apart() -> Iterator[None]:
+    """Inside, every row is long enough for its heads to run in parts."""
+    before = heads.LONG, heads.FILLS
+    heads.LONG = heads.FILLS = 1
+    try:
+        yield
+    finally:
+        heads.LONG, heads.FILLS = before
 
 
 def check(method: Method, row: Row, device: str, dtype: torch.dtype, apart: bool = False) -> None:

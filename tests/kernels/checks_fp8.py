@@ -241,6 +241,28 @@ def check_fp8_elementwise(device: str) -> None:
         reference.quantize_rows(wide[:, : 2 * width], want.main, want.scale)
         same_bits("glu backward", rows.main, want.main)
         same_bits("glu backward scale", rows.scale, want.scale)
+        _check_ungated(wide[:, :width], half, Rows(5, width, 0, torch.device(device)), delta)
+    # Rows longer than what a program takes at a time, either way.
+    gate, dh = (normal(3, 4216, seed=i, device=device).bfloat16()[:, :4200] for i in (6, 7))
+    _check_ungated(gate, *(Rows(3, 4200, 0, torch.device(device)) for _ in range(2)), dh.contiguous())
+
+
+def _check_ungated(gate: Tensor, rows: Rows, want: Rows, dh: Tensor) -> None:
+    """An MLP without `up`: h forward, h and d gate backward."""
+    h, plain = torch.empty_like(dh), torch.empty_like(dh)
+    fp8.glu(gate, None, "gelu_tanh", h, rows)
+    glu_plain.glu(gate, None, "gelu_tanh", plain)
+    assert (h.float() - plain.float()).abs().max() <= 2**-7 * plain.float().abs().max(), "ungated"
+    reference.quantize_rows(h, want.main, want.scale)
+    same_bits("ungated", rows.main.contiguous(), want.main.contiguous())
+    got, plain_h, plain_gate = dh.clone(), dh.clone(), gate.clone()
+    fp8.glu_backward(got, gate, None, "gelu_tanh", rows)
+    glu_plain.glu_backward(plain_h, plain_gate, None, "gelu_tanh")
+    for ours, honest in ((got, plain_h), (gate, plain_gate)):
+        assert (ours.float() - honest.float()).abs().max() <= 2**-7 * honest.float().abs().max(), "ungated backward"
+    reference.quantize_rows(gate, want.main, want.scale)
+    same_bits("ungated backward", rows.main.contiguous(), want.main.contiguous())
+    same_bits("ungated backward scale", rows.scale, want.scale)
 
 
 # --- products -----------------------------------------------------------------------------------------------------------

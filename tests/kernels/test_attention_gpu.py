@@ -12,7 +12,7 @@ from halfbyte.kernels.attention.cudnn import Cudnn
 from halfbyte.kernels.attention.flash import Flash, installed
 from halfbyte.kernels.attention.flex import Flex
 from halfbyte.kernels.attention.sdpa import Sdpa
-from kernels.checks_attention import ROWS, Row, check, check_no_leak, graphed, run
+from kernels.checks_attention import ROWS, Row, check, check_no_leak, graphed, heads_apart, run
 
 pytestmark = pytest.mark.gpu
 
@@ -51,6 +51,15 @@ def test_cudnn_leaves_documents_of_one_token_to_others() -> None:
 @pytest.mark.parametrize("one", [Flash(), *installed()], ids=lambda one: one.name)
 def test_flash(one: Method, row: Row, dtype: torch.dtype) -> None:
     check(one, row, "cuda", dtype)
+
+
+PARTED = [(Cudnn(), EQUAL[0]), (Cudnn(), Row((1000,), 32, 8, 128)), (Flash(), RAGGED[0]), (Flash(), Row((700, 300), 8, 8, 64, 90))]
+
+
+@pytest.mark.parametrize(("one", "row"), PARTED, ids=str)
+def test_heads_in_parts_as_in_very_long_rows(one: Method, row: Row) -> None:
+    with heads_apart():
+        check(one, row, "cuda", torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)

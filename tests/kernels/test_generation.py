@@ -134,7 +134,7 @@ print("compiled")
 """
 
 
-@pytest.mark.cpu
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     """Ampere and Hopper: what the interpreter accepts, the compiler may refuse; instructions given as text are read here only."""

@@ -47,7 +47,7 @@ print("compiled")
 """
 
 
-@pytest.mark.cpu
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     """Ampere and Hopper."""

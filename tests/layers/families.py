@@ -95,12 +95,18 @@ def row(lengths: tuple[int, ...], vocabulary: int = 250, padding: int = 2) -> tu
 def learned(config: AdapterConfig, family: str = "llama", fmt: Format | None = NF4) -> tuple[PreTrainedModel, lora.Adapter]:
     """Our model of a family in training, with an adapter whose B is not zero, at a fixed place of its dropout."""
     model, _ = pair(family, fmt, **STILL.get(family, {}))
+    return model, adapted(model, config)
+
+
+def adapted(model: PreTrainedModel, config: AdapterConfig) -> lora.Adapter:
+    """An adapter like that of `learned`; the model is in training."""
     adapter = lora.attach(model, config, seed=1)
     with torch.no_grad():
         for layer in adapter.layers.values():
             layer.lora_b.normal_(0, 0.1, generator=torch.Generator().manual_seed(layer.number))
     adapter.set_dropout_state(5, 2, 0, tokens=17)
-    return model.train(), adapter
+    model.train()
+    return adapter
 
 
 def hidden_of(model: PreTrainedModel) -> Tensor:

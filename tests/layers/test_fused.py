@@ -12,8 +12,9 @@ from halfbyte.adapters import lora
 from halfbyte.adapters.config import AdapterConfig
 from halfbyte.errors import ModelError
 from halfbyte.formats.packed import Format
-from halfbyte.layers import recompute
+from halfbyte.layers import recompute, swap
 from halfbyte.layers.decoder import DecoderLayer
+from halfbyte.layers.forward import hidden_states
 from halfbyte.layers.fused import gradients, prove
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep
 from halfbyte.layers.fused.prepare import prepare, remove
@@ -25,6 +26,7 @@ from layers.families import (
     LENGTHS,
     NF4,
     STILL,
+    adapted,
     gradients_of,
     hidden_of,
     learned,
@@ -34,6 +36,7 @@ from layers.families import (
     weight_of,
     with_adapters,
 )
+from support import tiny_model
 
 Tensors = dict[str, Tensor]
 KEEPS = [Keep(*flags) for flags in itertools.product((False, True), repeat=5)]
@@ -105,6 +108,59 @@ def test_every_adapter_stays_on_the_path(family: str, config: AdapterConfig) -> 
         assert (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"sliding_window": 5}),
+        ("gemma2", {"attn_logit_softcapping": 0.5, "sliding_window": 5, "query_pre_attn_scalar": 1}),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    ],
+    ids=["window", "cap-and-window", "partial-rotation"],
+)
+def test_what_is_short_in_these_rows_is_made_to_matter(family: str, changes: dict[str, object]) -> None:
+    """Windows shorter than a document, caps below the scores, heads that turn in part: as the modules have them."""
+    (model, _), (usual, _) = pair(family, NF4, **changes), pair(family, NF4)
+    adapter = adapted(model, AdapterConfig(rank=4))
+    hidden, expected = gradients_of(model, adapter)
+    adapted(usual, AdapterConfig(rank=4))
+    assert (hidden_of(usual) - hidden).abs().max() > 1e-3
+    assert prepare(model, INPUTS).layers == 2
+    got_hidden, got = gradients_of(model, adapter)
+    torch.testing.assert_close(got_hidden, hidden, atol=2e-5, rtol=1e-4)
+    for name, grad in expected.items():
+        assert grad is not None and (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
+
+
+def test_parallel_branches_with_a_norm_each() -> None:
+    """No family above has them in a layout that is fused, so a Llama is rewritten."""
+    model = tiny_model("llama")
+    kind = type(model.model.layers[0])
+
+    class Parallel(kind):  # type: ignore[misc, valid-type]
+        def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: object) -> Tensor:
+            normed = self.input_layernorm(hidden_states)
+            attended, _ = self.self_attn(hidden_states=normed, attention_mask=attention_mask, **kwargs)
+            out: Tensor = hidden_states + attended + self.mlp(self.post_attention_layernorm(hidden_states))
+            return out
+
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.__class__ = Parallel
+            layer.input_layernorm.weight.uniform_(0.5, 1.5)
+            layer.post_attention_layernorm.weight.uniform_(0.5, 1.5)
+    swap.pack(model, None, NF4)
+    swap.adopt(model)
+    adapter = adapted(model, AdapterConfig(rank=4))
+    hidden, expected = gradients_of(model, adapter)
+    for keep in (EVERYTHING, INPUTS):
+        done = prepare(model, keep)
+        assert (done.layers, done.left) == (2, {})
+        got_hidden, got = gradients_of(model, adapter)
+        torch.testing.assert_close(got_hidden, hidden, atol=2e-5, rtol=1e-4)
+        for name, grad in expected.items():
+            assert grad is not None and (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize(
     "keep", [*KEEPS, OFFLOADED], ids=lambda k: "".join(str(int(v)) for v in (k.normed, k.qkv, k.attended, k.mid, k.inputs))
@@ -145,6 +201,28 @@ def test_neighbouring_gradients_are_one_product() -> None:
     assert stacked is not None and stacked.shape == (12, 64) and stacked.data_ptr() == three[0].grad.data_ptr()
     assert gradients.Gradients(in_place=True).stacked([three[0], three[2]]) is None
     assert gradients.Gradients(in_place=False).stacked(three) is None
+
+
+def test_a_gradient_left_for_the_layer_below_is_nobody_elses() -> None:
+    """Between two fused layers one runs its modules; without an adapter on `down` its gradient looks like what was left."""
+    model, _ = pair("llama", NF4, num_hidden_layers=3)
+    adapter = adapted(model, AdapterConfig(rank=4, targets=["q_proj"]))
+    _, expected = gradients_of(model, adapter)
+    assert prepare(model).layers == 3
+    [m for m in model.modules() if isinstance(m, DecoderLayer)][1].fused = None
+    _, got = gradients_of(model, adapter)
+    for name, grad in expected.items():
+        assert grad is not None and (got[name] - grad).abs().max() <= 1e-4 * grad.abs().max(), name
+
+
+def test_a_row_of_the_same_length_has_its_own_positions() -> None:
+    model, _ = learned(AdapterConfig(rank=4))
+    other = row((20, 14))
+    with torch.no_grad():
+        expected = hidden_states(model, *other)
+        prepare(model)
+        hidden_of(model)
+        torch.testing.assert_close(hidden_states(model, *other), expected, atol=2e-5, rtol=1e-4)
 
 
 def test_backward_twice_is_refused() -> None:

@@ -20,6 +20,7 @@ from halfbyte.memory import speed
 from halfbyte.memory.budget import GIB, Budget, budget
 from halfbyte.memory.choose import Chooser
 from halfbyte.memory.gpus import CARDS
+from halfbyte.memory.lengths import Lengths
 from halfbyte.memory.measure import peak_rss, ram, rss
 from halfbyte.memory.plan import Plan, json_schema, plan, rates_of
 from halfbyte.memory.rungs import Rung
@@ -68,7 +69,9 @@ def test_the_embedding_waits_in_host_memory_where_memory_is_short(monkeypatch: p
     monkeypatch.setattr("halfbyte.machine.ram", lambda: Device("CPU", GIB, 64 * GIB))
     monkeypatch.setattr("halfbyte.memory.choose.twin", lambda device: "fused")
     short = plan(recipe_of(), Budget("cuda", "rtx4090", 7 * GIB, 7 * GIB, True, ""), config=QWEN3_8B)
-    assert not short.embedded and short.embedding.startswith("auto: it would take 1.16 GiB of host memory, 1.00 GiB are free")
+    assert not short.embedded and short.embedding.startswith(
+        "auto: it would take 1.16 GiB of host memory; 1.00 GiB are free, and no more than 50% of that"
+    )
 
 
 def test_an_embedding_that_must_stay() -> None:
@@ -91,7 +94,7 @@ def test_8b_on_cards() -> None:
     assert sizes["decoded weights"] > 13 << 30 and "decode scratch" not in sizes and sum(sizes.values()) == large.bytes
     none = plan(recipe_of(), "4GiB", config=QWEN3_8B)
     assert not none.fits and none.advice and none.spare < 0
-    with pytest.raises(MemoryPlanError, match=r"needs .* GiB and 4GiB has 3.72 GiB") as caught:
+    with pytest.raises(MemoryPlanError, match=r"needs .* GiB and 4GiB has 3.76 GiB") as caught:
         none.require()
     assert caught.value.code == "memory.no-fit"
 
@@ -168,7 +171,8 @@ def test_what_waits_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return plan(recipe_of("memory.microbatch=4", *overrides), here, config=QWEN3_8B)
 
     roomy, tight = planned(64, "memory.recompute=on"), planned(4, "memory.recompute=on")
-    assert roomy.offloaded > 2 * GIB and re.fullmatch(r"auto: it takes .* GiB of host memory, 64.00 GiB are free", roomy.offload)
+    told = r"auto: it takes .* GiB of host memory; 64.00 GiB are free, and no more than 50% of that is pinned"
+    assert roomy.offloaded > 2 * GIB and re.fullmatch(told, roomy.offload)
     assert f"{roomy.offloaded / GIB:.2f} GiB of activations in host memory" in " ".join(roomy.table().split())
     assert tight.offloaded <= 2 * GIB and tight.rung.seconds > roomy.rung.seconds
     off = planned(64, "memory.recompute=on", "memory.offload=off")
@@ -177,7 +181,7 @@ def test_what_waits_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert everything.offloaded > 8 * GIB and everything.offload == "asked for"
     assert all("x" in keep.away for keep in everything.rung.keeps(36))
     elsewhere = plan(recipe_of("memory.recompute=on"), "12GiB", config=QWEN3_8B)
-    assert elsewhere.offloaded and elsewhere.offload.startswith("auto: needs ")
+    assert elsewhere.offloaded and elsewhere.offload.endswith("of host memory; 24.00 GiB are assumed")
 
 
 def test_a_rung_says_what_each_layer_keeps() -> None:
@@ -200,6 +204,26 @@ def test_speeds_of_cards_and_of_none() -> None:
     run = plan(recipe_of("train.max_steps=100"), "rtx4090", config=QWEN3_8B)
     assert run.run_seconds == pytest.approx(100 * known.seconds)
     assert "tokens/s" in run.table() and "longest row that fits" in run.table()
+
+
+def test_lengths_of_documents_decide_the_seconds_and_no_byte() -> None:
+    """Attention is timed by the sum of squares; what runs beside it stays as it is."""
+    one = ("data.tokens=16384", "memory.microbatch=1", "memory.recompute=off", "memory.offload=off", "optim.paged=never")
+
+    def planned(document: float | None) -> Plan:
+        known = None if document is None else Lengths(900, 90_000, 5, 100, 16_384, document, 16384, 40, 0.98, 15)
+        return plan(recipe_of(*one), "h200", config=QWEN3_8B, lengths=known)
+
+    unknown, rows, chats = planned(None), planned(16384), planned(512)
+    assert unknown.seconds == rows.seconds and rows.seconds is not None and chats.seconds is not None
+    assert {p.bytes for p in (unknown, rows, chats)} == {chats.bytes} and chats.longest == rows.longest
+    rate, query = speed.ATTENTION_SHARE * speed.tabulated("h200").gemm, 32 * 128
+    less = 8 * 36 * 3.5 * 2.0 * query * 16384 * (16384 - 512) / rate  # 8 rows, 36 layers, forward and 2.5 times that backward
+    assert rows.seconds - chats.seconds == pytest.approx(less, rel=1e-6) and chats.seconds < 0.8 * rows.seconds
+    assert unknown.run_seconds is None and chats.steps == 15 and chats.run_seconds == pytest.approx(15 * chats.seconds)
+    told = " ".join(chats.table().split())
+    assert "data: 900 documents of 5 to 16,384 tokens (median 100): 40 rows of 16,384 an epoch, 98.0% full, attention 3.1%" in told
+    assert "15 steps" in told and "lengths unknown" in " ".join(unknown.table().split())
 
 
 def test_modules_are_planned_where_the_layers_run_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +254,7 @@ def test_json_is_what_the_schema_says() -> None:
     part = schema["$defs"]["Part"]["properties"]
     again = json.loads(json.dumps(found))
     assert all(set(p) == set(part) for p in again["parts"])
-    assert again["version"] == 4 and again["tokens_per_second"] is None
+    assert again["version"] == 5 and again["lengths"] is None and again["tokens_per_second"] is None
 
 
 def test_table_is_readable_without_colour() -> None:
@@ -253,6 +277,12 @@ def test_table_is_readable_without_colour() -> None:
         ("GeForce RTX 3060", 12 * GIB),
         ("a100-80g", 80 * GIB),
         ("4090", 24 * GIB),
+        ("A100 80GB", 80 * GIB),
+        ("a100-40gb", 40 * GIB),
+        ("NVIDIA H100 80GB", 80 * GIB),
+        ("Tesla T4", 16 * GIB),
+        ("RTX 4060 Ti 16GB", 16 * GIB),
+        ("rtx4060ti-8g", 8 * GIB),
     ],
 )
 def test_budgets(asked: str, total: int) -> None:
@@ -261,12 +291,13 @@ def test_budgets(asked: str, total: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "hint"), [("rtx409", "did you mean `rtx4090`?"), ("24", "give a size"), ("24 parsecs", "give a size")]
+    ("asked", "hint"),
+    [("rtx409", "did you mean `rtx4090`?"), ("24", "a size has a unit: 24GiB"), ("24 moons", "give a size")],
 )
 def test_budgets_that_are_not(asked: str, hint: str) -> None:
     with pytest.raises(RecipeError) as caught:
         budget(asked)
-    assert hint in caught.value.hint or "did you mean" in caught.value.hint
+    assert hint in caught.value.hint
 
 
 def test_cards_are_plausible() -> None:
@@ -307,7 +338,7 @@ def test_moments_wait_in_host_memory_where_nothing_else_fits(monkeypatch: pytest
     tight = planned((lean - GIB) / GIB)
     assert tight.fits and tight.rung.paged and tight.paging == "auto: faster than what else would fit"
     assert tight.paged == moments.bytes and next(p.host for p in tight.parts if p.name == "optimizer") == moments.bytes
-    assert next(p for p in tight.parts if p.name == "optimizer").bytes == 2 * 8 * (1 << 21)
+    assert next(p for p in tight.parts if p.name == "optimizer").bytes == 2 * 8 * (1 << 22)
     assert "of AdamW's moments" in " ".join(tight.table().split())
     never = planned((lean - GIB) / GIB, "optim.paged=never")
     assert not never.fits and not never.paged and any(a.startswith("optim.paged=always saves") for a in never.advice)

@@ -230,3 +230,16 @@ def test_so_does_a_layer_whose_products_are_in_fp8(family: str, how: dict[str, A
     agree(model, layer, call, work, [EVERYTHING, INPUTS, *SUBSETS[7:27:6], TILED[0]])
     lean = tape.backward(work, INPUTS).at_peak
     assert any(name.startswith("rows") for name in lean), "operands in e4m3 are counted"
+
+
+@pytest.mark.parametrize(("tokens", "heads"), [(8192, 32), (16384, 8), (32768, 4), (500_000, 4)])
+def test_the_workspace_of_attention_is_that_of_the_heads_that_run_together(tokens: int, heads: int) -> None:
+    """8B: dq in fp32 with a sum a row, dk and dv for every query head; of a part also copies of what it reads and gives."""
+    qkv, out, inputs, down = (
+        fused.Group(n, k, r, held=True) for n, k, r in ((6144, 4096, 48), (4096, 4096, 16), (28672, 4096, 32), (4096, 14336, 16))
+    )
+    layer = fused.Layer(qkv, out, inputs, down, 32, 8, 128, "none", False, False, False, True, False, False)
+    query, keys = 128 * heads, 32 * heads
+    copies = 0 if heads == 32 else 2 * (query + 2 * keys + 2 * query) + 2 * (query + 2 * keys)
+    most = tape.backward(tape.Work(layer, tokens, 2), keeping((), tile=2048)).at_peak
+    assert most[tape.LIBRARY] == tokens * (4 * (query + heads) + 2 * 2 * query + copies)

@@ -51,6 +51,7 @@ def test_every_kind_of_run_learns(files: Path, tmp_path: Path, overrides: tuple[
     (before,), (after,) = result.eval_before.values(), result.eval_after.values()
     assert after["loss"] < before["loss"] - 0.1
     assert result.skipped <= 2
+    assert any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
 
 
 def test_a_stopped_run_resumes(files: Path, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from halfbyte import shortage
 from halfbyte.errors import Interrupted, MemoryPlanError
 from halfbyte.machine import Device
 from halfbyte.memory.rungs import Rung, below, ways
-from halfbyte.train.state import Parts
+from halfbyte.pinned import Arena
+from halfbyte.train import survive
+from halfbyte.train.state import Parts, State
 from train import rig
 from train.test_loop import StopAfter, assert_same
 from train.trials import CPU, KEEPING, SMALLER, Trial, close, fused, modules, near, rungs, same_bits, with_ladder
@@ -65,7 +67,10 @@ def test_a_step_goes_down_as_far_as_it_must(tmp_path: Path) -> None:
     assert "what layers keep waits in host memory" in caught.value.message
 
 
-def short_at(parts: Parts, calls: Container[int], training: bool = True) -> Parts:
+OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512.00 MiB. GPU 0 has")
+
+
+def short_at(parts: Parts, calls: Container[int], training: bool = True, error: Exception = OUT) -> Parts:
     """The run whose forward number n (from 1, of training or of evaluation) finds no memory, for every n in `calls`."""
     forwards: list[object] = []
 
@@ -73,7 +78,7 @@ def short_at(parts: Parts, calls: Container[int], training: bool = True) -> Part
         if torch.is_grad_enabled() == training:
             forwards.append(inputs)
             if len(forwards) in calls:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512.00 MiB. GPU 0 has")
+                raise error
         return parts.forward(*inputs)
 
     return replace(parts, forward=sometimes)
@@ -245,3 +250,41 @@ def test_the_numbers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_a_gpu_the_step_is_the_same_to_rounding(tmp_path: Path, steps: list[Rung]) -> None:
     """To rounding only: attention adds in the order in which threads finish."""
     Trial(fused(tmp_path, 32, steps, 0.2, torch.device("cuda", 0))).every(7, near)
+
+
+def test_what_a_failed_step_held_is_given_back_before_less_is_tried(tmp_path: Path) -> None:
+    parts, steps = rig.build(tmp_path, steps=3), rungs(Rung(2, False), Rung(2, True))
+    told: list[str] = []
+    ladder = replace(
+        parts.ladder,
+        rung=steps[0],
+        smaller=lambda rung: below(steps, rung),
+        place=lambda rung: told.append(f"placed, recompute {rung.recompute}"),
+        forget=lambda: told.append("given back"),
+    )
+    tries = iter([OUT, None])
+
+    def attempt() -> str:
+        if (error := next(tries)) is not None:
+            told.append("failed")
+            raise error
+        return "done"
+
+    found = survive.rewinding(replace(parts, ladder=ladder), State(step=1), attempt, lambda: told.append("rewound"))
+    assert found == "done" and told == ["failed", "rewound", "given back", "placed, recompute True"]
+
+
+@pytest.mark.cpu
+def test_host_memory_that_runs_out_is_survived_too(tmp_path: Path) -> None:
+    """Pages for what waits there are asked of the system, which says so in its own way."""
+    with pytest.raises(MemoryError, match=r"host memory: tried to allocate 1048576\.00 GiB") as caught:
+        Arena([(1 << 50, torch.uint8)], CPU)
+    assert shortage.is_shortage(caught.value)
+    assert shortage.in_words(caught.value, CPU) == "1048576.00 GiB could not be allocated"
+    whole = rig.build(tmp_path / "whole", steps=3)
+    rig.run(whole)
+    parts = with_ladder(rig.build(tmp_path / "short", steps=3), rungs(Rung(2, False), Rung(2, True)))
+    raising = short_at(parts, {2}, error=MemoryError("host memory: tried to allocate 3.00 GiB"))
+    state = rig.run(raising)
+    assert [s["why"] for s in state.shortages] == ["3.00 GiB could not be allocated"]
+    assert_same(whole, parts)

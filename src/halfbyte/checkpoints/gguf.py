@@ -11,6 +11,7 @@ which the metadata tells in a way that transformers does not read.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +29,8 @@ from halfbyte.errors import CheckpointError
 PIECE = 1 << 22
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
 ROPE_TENSORS = ("rope_freqs", "rope_factors")
+# What the readers of transformers and gguf raise for sizes, offsets and ids that a damaged file says of itself.
+DAMAGED = (ValueError, LookupError, ArithmeticError, TypeError, AttributeError, OSError, struct.error, StrictDataclassError)
 STORED = {gguf.GGMLQuantizationType.F16: torch.float16, gguf.GGMLQuantizationType.BF16: torch.bfloat16}
 
 
@@ -37,14 +41,17 @@ def load_config(path: Path) -> PretrainedConfig:
             raise CheckpointError(f"{path} is not a GGUF file", hint="its first four bytes should be GGUF; download it again")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except (ValueError, IndexError, KeyError, OSError) as error:
+    except DAMAGED as error:
         raise CheckpointError(f"{path}: the metadata cannot be read: {error}", hint="is it whole, and a language model?") from error
     return config
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer and its chat template, from the file's metadata."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    """The tokenizer and its chat template, from the file's metadata. Raises CheckpointError if there is none that can be built."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises nothing narrower: `Token ... out of vocabulary`
+        raise CheckpointError(f"{path}: no tokenizer can be built of it: {error}", hint="is it whole? download it again") from error
     return tokenizer
 
 
@@ -87,7 +94,7 @@ class GgufTensors(Tensors):
 def _open(path: Path) -> Any:
     try:
         return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
+    except DAMAGED as error:
         raise CheckpointError(f"{path} is not a GGUF file, or it is damaged: {error}", hint="download it again") from error
 
 

@@ -8,6 +8,7 @@ resolved to is recorded as a commit hash. Environment, as everywhere on the Hub:
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -43,14 +44,14 @@ def locate(model: ModelConfig, *, weights: bool = True) -> Source:
 
     Raises CheckpointError (not found, gated, no network) or UnsafeFileError (pickles only).
     """
-    path = Path(model.name).expanduser()
+    path = Path(os.path.expanduser(model.name))  # os.path: Path raises for an unknown user, or a name that no file can have
     if model.name in bundled.BUNDLES:
         return Source(bundled.fetch(model.name), model.name, None)
     if path.suffix == ".gguf":
-        if path.is_file():
+        if os.path.isfile(path):
             return Source(path.resolve(), model.name, None)
         raise CheckpointError(f"there is no file {path}", hint="a .gguf name is a path on this machine; download the file first")
-    if path.is_dir():
+    if os.path.isdir(path):
         return Source(path.resolve(), model.name, None)
     if not HUB_ID.fullmatch(model.name):
         raise CheckpointError(f"there is no directory {path}, and it is not a Hub id (`owner/model`)", hint=_names())
@@ -59,7 +60,7 @@ def locate(model: ModelConfig, *, weights: bool = True) -> Source:
 
 def adapter(name: str, revision: str | None = None) -> Path | None:
     """The files of an adapter on the Hub; None if `name` is no Hub id, or of a model. Raises CheckpointError as `locate` does."""
-    if name in bundled.BUNDLES or name.endswith(".gguf") or Path(name).expanduser().exists() or not HUB_ID.fullmatch(name):
+    if name in bundled.BUNDLES or name.endswith(".gguf") or os.path.exists(os.path.expanduser(name)) or not HUB_ID.fullmatch(name):
         return None
     model = ModelConfig(name=name, revision=revision)
     listed, why = _listed(model)

@@ -2,7 +2,8 @@
 
     adapter_config.json         PEFT's; what is needed to rebuild the adapter
     adapter_model.safetensors   PEFT's; see adapters/state.py for the names
-    halfbyte.json               the base it was trained on (name, revision, digest), format, compute, version, SHA-256
+    halfbyte.json               the base it was trained on (name, revision, digest), format, compute, version, SHA-256, and the
+                                tokens that ended the answers it learned
     recipe.yaml                 the resolved recipe (when trained here)
     chat_template.jinja         the chat template it was trained with
 
@@ -16,8 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,8 @@ _PICKLED = ("adapter_model.bin", "adapter_model.pt")
 
 @dataclass(frozen=True)
 class Record:
-    """`halfbyte.json`. base: name as the user gave it. format: the recipe section. sha256: of adapter_model.safetensors."""
+    """`halfbyte.json`. base: name as the user gave it. format: the recipe section. sha256: of adapter_model.safetensors.
+    end_ids: tokens that stop an answer, as training learned them."""
 
     base: str
     revision: str | None
@@ -52,6 +54,7 @@ class Record:
     compute: str
     version: str
     sha256: str
+    end_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,19 @@ class AdapterFiles:
         """The base it was trained on, as far as the directory says."""
         return self.record.base if self.record else self.config.get("base_model_name_or_path")
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that stop an answer, as far as the directory says."""
+        return self.record.end_ids if self.record else ()
 
-def save(adapter: Adapter, directory: str | Path, base: Base, extras: Mapping[str, str] | None = None) -> Path:
+
+def save(
+    adapter: Adapter, directory: str | Path, base: Base, extras: Mapping[str, str] | None = None, end_ids: Sequence[int] = ()
+) -> Path:
     """Writes the adapter, whole or not at all; replaces a former adapter in `directory`.
 
-    extras: more text files by name, such as `recipe.yaml` and `chat_template.jinja`.
-    Raises CheckpointError when `directory` holds files that are not an adapter's, or the disk is full.
+    extras: more text files by name, such as `recipe.yaml` and `chat_template.jinja`. end_ids: tokens that ended the
+    answers that were learned. Raises CheckpointError when `directory` holds files that are not an adapter's, or the disk is full.
     """
     target = Path(directory)
     extras = dict(extras or {})
@@ -89,6 +99,7 @@ def save(adapter: Adapter, directory: str | Path, base: Base, extras: Mapping[st
             compute=_dtype_name(base.compute),
             version=halfbyte.__version__,
             sha256=_sha256(temporary / TENSORS),
+            end_ids=tuple(end_ids),
         )
         _write_json(temporary / CONFIG, peft_config.to_peft(adapter, base))
         _write_json(temporary / RECORD, asdict(record))
@@ -197,10 +208,10 @@ def _refuse_strangers(target: Path, extras: Mapping[str, str]) -> None:
 
 def _read_record(path: Path) -> Record:
     raw = _read_json(path)
-    wanted = Record.__dataclass_fields__
+    wanted = [field.name for field in fields(Record) if field.default is MISSING]
     if missing := [name for name in wanted if name not in raw]:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}", hint="copy the directory again")
-    return Record(**{name: raw[name] for name in wanted})
+    return Record(**{name: raw[name] for name in wanted}, end_ids=tuple(raw.get("end_ids", ())))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

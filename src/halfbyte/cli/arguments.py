@@ -92,6 +92,11 @@ class Loaded:
         return self.files.template if self.files else None
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that ended the answers that were learned."""
+        return self.files.end_ids if self.files else ()
+
+    @property
     def recipe(self) -> str | None:
         """The resolved recipe of the run that left it, beside the adapter or the whole model."""
         if self.files is not None:

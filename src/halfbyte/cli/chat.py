@@ -43,6 +43,7 @@ def chat(
         loaded.base,
         loaded.adapter,
         template=loaded.template,
+        end_ids=loaded.end_ids,
         system=system,
         max_tokens=max_tokens,
         temperature=temperature,

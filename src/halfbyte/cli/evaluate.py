@@ -59,7 +59,7 @@ def evaluate(
 def _answers(loaded: Loaded, questions: list[str], max_tokens: int) -> list[str]:
     from halfbyte.generate.chat import answers
 
-    return list(answers(loaded.base, questions, max_tokens, template=loaded.template))
+    return list(answers(loaded.base, questions, max_tokens, template=loaded.template, end_ids=loaded.end_ids))
 
 
 def _show(scores: dict[str, Any], answers: list[dict[str, str]]) -> None:

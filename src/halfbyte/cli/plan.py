@@ -18,6 +18,8 @@ def plan(
 ) -> None:
     """Print the bytes of every part of a run, and say yes or no: does it fit? Loads no weights.
 
+    Data that is prepared already (`halfbyte data check`, or a run) is counted as it is: rows, steps, lengths of documents.
+
     \b
     halfbyte plan recipe.yaml --gpu rtx3060
     """
@@ -27,13 +29,15 @@ def plan(
     from halfbyte.memory.plan import chooser, settled
     from halfbyte.memory.plan import json_schema as schema
     from halfbyte.memory.table import render
+    from halfbyte.train.lengths import known
 
     if json_schema:
         emit(schema())
         return
-    data = ["python-docs"] if model and recipe is None else None
-    chosen = recipes.resolve(recipe, overrides or [], model=model, data=data)
-    made = chooser(chosen, gpu)
+    file, changes = recipes.apart(recipe, overrides or [])
+    data = ["python-docs"] if model and file is None else None
+    chosen = recipes.resolve(file, changes, model=model, data=data)
+    made = chooser(chosen, gpu, lengths=known(chosen))
     found = settled(made)
     if timeline is not None:
         picture.of_plan(timeline, made, found)

@@ -15,9 +15,7 @@ def resolve(recipe: str | None, overrides: list[str], *, model: str | None = Non
     """The recipe that the arguments describe. Raises RecipeError with every mistake."""
     from halfbyte.recipe import load_recipe, recipe_from
 
-    if recipe is not None and "=" in recipe and not Path(recipe).exists():
-        overrides = [recipe, *overrides]
-        recipe = None
+    recipe, overrides = apart(recipe, overrides)
     if recipe is not None:
         extra = ([f"model={model}"] if model else []) + ([f"data.train={data}"] if data else [])
         return load_recipe(recipe, [*extra, *overrides])
@@ -26,6 +24,13 @@ def resolve(recipe: str | None, overrides: list[str], *, model: str | None = Non
             "which recipe?", hint="give a recipe file, or --model and --data without one; `halfbyte init` writes a recipe"
         )
     return recipe_from(without_file(model, data), overrides)
+
+
+def apart(recipe: str | None, overrides: list[str]) -> tuple[str | None, list[str]]:
+    """The file and the changes to it: without a file, the first argument is a change too."""
+    if recipe is not None and "=" in recipe and not Path(recipe).exists():
+        return None, [recipe, *overrides]
+    return recipe, overrides
 
 
 def without_file(model: str, data: list[str]) -> dict[str, Any]:

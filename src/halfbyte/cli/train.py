@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import typer
@@ -38,11 +37,6 @@ def train(
 
 
 def _train(recipe: Recipe, as_json: bool, memory_timeline: bool) -> None:
-    # Segments that grow leave no holes between blocks: reserved memory stays near allocated. Read before the first allocation,
-    # under its new name or the old one; what the user has set under either stays all there is.
-    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-    if not any(name in os.environ for name in names):
-        os.environ.update(dict.fromkeys(names, "expandable_segments:True"))
     from dataclasses import asdict
 
     from halfbyte.cli.console import emit_line

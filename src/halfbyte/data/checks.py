@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from halfbyte.data.tokens import Tokens, TokenSet
+from halfbyte.data.tokens import Tokens, TokenSet, windows
 from halfbyte.errors import DataError
 
 DROP_LIMIT = 0.05  # share of the trained tokens that may be dropped without a word from the user
@@ -43,7 +43,11 @@ def double_bos(tokens: Tokens, tokenizer: Any) -> None:
     bos = tokenizer.bos_token_id
     if bos is None or not len(starts):
         return
-    doubled = (tokens.ids[starts] == bos) & (tokens.ids[starts + 1] == bos)
+    doubled = np.zeros(len(starts), dtype=np.bool_)
+    for at, part in windows(tokens.ids):
+        first, last = np.searchsorted(starts, [at, at + len(part) - 1])
+        here = starts[first:last] - at
+        doubled[first:last] = (part[here] == bos) & (part[here + 1] == bos)
     if not doubled.any():
         return
     first = int(np.searchsorted(tokens.offsets, starts[np.flatnonzero(doubled)[0]]))
@@ -73,7 +77,11 @@ def embeddings(data: TokenSet, tokenizer: Any, weight: torch.Tensor, trainable: 
     weight [V, H]: the input embedding. Called once the base is loaded. A row that is zero, or the same as another token's row,
     was made by resizing and never trained; with a frozen embedding it will not be either.
     """
-    used = np.unique(np.concatenate([np.unique(s.ids) for s in data.sources])).astype(np.int64)
+    seen = np.zeros(weight.shape[0], dtype=np.bool_)
+    for _, part in (window for s in data.sources for window in windows(s.ids)):
+        seen = np.pad(seen, (0, max(0, int(part.max(initial=0)) + 1 - len(seen))))
+        seen[part] = True
+    used = np.flatnonzero(seen)
     beyond = used[used >= weight.shape[0]]
     if len(beyond):
         message = f"the data uses token {_names(tokenizer, beyond)}, but the model's embedding has {weight.shape[0]} rows only"

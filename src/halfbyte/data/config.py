@@ -118,7 +118,7 @@ class DataConfig(Section):
     tokens: int = Field(default=2048, ge=16)
     """Row length: every row holds exactly so many tokens."""
     workers: int | None = Field(default=None, ge=0)
-    """Processes that tokenise besides this one; null: one a core for large sources, none for small ones."""
+    """Processes that tokenise; 0: this one alone; null: this one and, for large sources, one more on every other core."""
     too_long: Literal["drop", "truncate_right", "truncate_left", "split", "error"] = "drop"
     """What happens to an example longer than a row; plain text is always split. truncate_right loses the end of it, truncate_left
     the beginning."""

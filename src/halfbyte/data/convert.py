@@ -54,7 +54,10 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """All that a process needs in order to convert records of one source. first: its first record, which shows the columns."""
+    """All that a process needs in order to convert records of one source. first: its first record, which shows the columns.
+
+    quick: see `Engine`.
+    """
 
     tokenizer: Any
     template: Template
@@ -62,6 +65,7 @@ class Job:
     shape: str
     layout: shapes.Layout
     first: Record
+    quick: bool = False
 
 
 class Converter:
@@ -69,7 +73,7 @@ class Converter:
 
     def __init__(self, job: Job, encoder: Encoder | None = None) -> None:
         self.reader = shapes.reader(job.shape, job.first, job.layout)
-        self._encoder = encoder or Encoder(job.tokenizer, job.template, job.options)
+        self._encoder = encoder or Encoder(job.tokenizer, job.template, job.options, job.quick)
 
     def __call__(self, raws: Sequence[Raw], limit: int | None = None) -> Result:
         """Tokens of the examples in `raws`, of the first `limit` of them where it is given."""

@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import time
 import zlib
 from collections.abc import Iterator
@@ -44,11 +45,14 @@ def uncompressed(name: str) -> str:
 
 
 def stem(path: str) -> str:
-    """How a source is called: the last part of its path, without endings."""
-    name = uncompressed(Path(path).name)
-    for suffix in SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name or path
+    """How a source is called: the last part of its path without endings that is no wildcard (`chats` of `chats/**/*.jsonl`)."""
+    for part in reversed(Path(path).parts):
+        name = uncompressed(part)
+        for suffix in SUFFIXES:
+            name = name.removesuffix(suffix)
+        if any(letter.isalnum() for letter in name):
+            return name
+    return path
 
 
 def looks_local(path: str) -> bool:
@@ -59,10 +63,10 @@ def looks_local(path: str) -> bool:
 
 def find(path: str) -> tuple[list[Path], tuple[str, ...]]:
     """The data files that a path, directory or pattern names, in a fixed order, and what was passed over."""
-    expanded = Path(path).expanduser()
-    if expanded.is_file():
+    expanded = Path(os.path.expanduser(path))  # os.path: Path raises for an unknown user, and for a name that no file can have
+    if os.path.isfile(expanded):
         return [expanded], ()
-    if expanded.is_dir():
+    if os.path.isdir(expanded):
         found = sorted(p for p in expanded.rglob("*") if p.is_file() and not _hidden(p.relative_to(expanded)))
         files = [p for p in found if kind_of_file(p.name) in SUFFIXES and p.name not in SAVED]
         rest = [p.name for p in found if p not in set(files)]

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from halfbyte.data.problems import Where
@@ -32,6 +33,13 @@ class HubDataset:
         """Every row as a dictionary, with its place."""
         for number, row in enumerate(self.rows, 1):
             yield Where(self.label, number, "row"), row
+
+
+def kept(path: str) -> bool:
+    """Whether `datasets` has something of this data set in its cache."""
+    import datasets
+
+    return (Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___").lower()).is_dir()
 
 
 def load(path: str, config: str | None, split: str, revision: str | None) -> HubDataset:

@@ -101,6 +101,10 @@ class Loader:
             self._counts.append(self._epoch(len(self._counts))[1].rows)
         return self._counts[epoch]
 
+    def packing(self, epoch: int = 0) -> Packing:
+        """How the rows of an epoch are laid."""
+        return self._epoch(epoch)[1]
+
     def efficiency(self, epoch: int = 0) -> float:
         """Share of an epoch's positions that hold a token of an example."""
         return self._epoch(epoch)[1].efficiency

@@ -12,68 +12,18 @@ words of a plain conversation is known from a few probes, and takes one render; 
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from halfbyte.data.probe import marks
-from halfbyte.data.rendering import RESERVED, Piece, Place, Renderer, Tools, marked_copy, shared
+from halfbyte.data.proof import Learned, Rendered, Span, Text, Unsafe, all_but_results, nothing_lost, prove
+from halfbyte.data.rendering import RESERVED, Piece, Place, Renderer, Tools, shared
 from halfbyte.data.turns import Example, Message, Role
 from halfbyte.errors import DataError
 
-Span = tuple[int, int]
 ROLES: dict[str, Role] = {"s": "system", "u": "user", "a": "assistant"}
 PROBES = ("ua", "uaua", "uauaua", "sua", "suaua", "suauaua")  # conversations whose texts between words are remembered
-
-
-class Unsafe(Exception):
-    """A conversation whose answer cannot be told from what surrounds it: carries `expected`, `got` and a code."""
-
-    def __init__(self, expected: str, got: str, code: str = "data.mask") -> None:
-        super().__init__(expected, got)
-        self.expected, self.got, self.code = expected, got, code
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation, its text, and where its words stand."""
-
-    messages: Sequence[Message]
-    tools: Tools
-    text: str
-    places: Sequence[Place]
-
-    def of(self, message: int) -> list[Place]:
-        """The places of one message."""
-        return [place for place in self.places if place.piece.message == message]
-
-    def before(self, at: int) -> Place | None:
-        """The last words that end at or before a character."""
-        return max((p for p in self.places if p.stop <= at), key=lambda p: p.stop, default=None)
-
-    def after(self, at: int) -> Place | None:
-        """The first words that begin at or after a character."""
-        return min((p for p in self.places if p.start >= at), key=lambda p: p.start, default=None)
-
-    def role(self, place: Place | None) -> str:
-        """Who says the words at a place."""
-        return "" if place is None else self.messages[place.piece.message].role
-
-
-@dataclass(frozen=True)
-class Learned:
-    """A span of characters to learn, and the message that it belongs to.
-
-    prompted: what the generation prompt writes there that the finished turn does not show (an opened thought).
-    """
-
-    start: int
-    stop: int
-    message: int
-    prompted: str = ""
 
 
 def chosen(example: Example, loss_on: str | Collection[str]) -> list[int]:
@@ -102,7 +52,7 @@ class Masker:
         comes out for an example must not depend on the examples before it."""
         messages = tuple(Message(ROLES[role], f"{role}qwertz{i}") for i, role in enumerate(roles))
         try:
-            talk = self._located(messages, (), self._render(messages), [])
+            talk = self._located(messages, (), self._render(messages), [], [])
             plain = [place.piece for place in talk.places] == [Piece(i, "content", m.content) for i, m in enumerate(messages)]
             learn = [i for i, m in enumerate(messages) if m.role == "assistant"] if plain else []
             starts, stops = [self._start(talk, i) for i in learn], [self._stop(talk, i) for i in learn]
@@ -122,16 +72,33 @@ class Masker:
                 self._stops[after, gap] = stop - at
             at, before = place.stop if place else at, after
 
-    def spans(self, example: Example, loss_on: str | Collection[str]) -> tuple[str, list[Learned] | None]:
-        """The rendered text, and the spans to learn in their order (None: all of it).
+    def render(self, examples: Sequence[Example]) -> list[Text | None]:
+        """The texts of conversations, with the spans of their generation blocks; None where `spans` must render one alone."""
+        plain = [not example.tools for example in examples]
+        talks = [example.messages for example, good in zip(examples, plain, strict=True) if good]
+        found = iter(self._render.several(talks, self.marks.generation))
+        return [next(found) if good else None for good in plain]
+
+    def spans(
+        self, example: Example, loss_on: str | Collection[str], rendered: Text | None = None
+    ) -> tuple[str, list[Learned] | None]:
+        """The rendered text (`rendered`, if it was before), and the spans to learn in their order (None: all of it).
 
         Raises `Unsafe`, or `DataError` from the template.
         """
         learn = [] if loss_on == "all" else chosen(example, loss_on)
-        talk = self._rendered(example, learn)
+        messages, tools = example.messages, example.tools
+        text, blocks = rendered or self._text(messages, tools)
+        places = self._parsed(messages, text)
+        if places and learn and not tools and (known := self._known(messages, text, places, blocks, learn)) is not None:
+            return text, known
+        talk = Rendered(messages, tools, text, places, blocks) if places else self._located(messages, tools, text, blocks, learn)
+        unseen = next((name for tool in tools if (name := _name(tool)) not in text), None)
+        if unseen is not None:
+            raise Unsafe(f"the tool `{unseen}` in the rendered text", "a template that does not show tools", "data.template")
         if loss_on == "all":
-            return talk.text, _all_but_results(talk)
-        text, found = talk.text, []
+            return talk.text, all_but_results(talk)
+        found: list[Learned] = []
         for i in learn:
             if talk.messages[i].role != "assistant":
                 found.append(self._spoken(talk, i))
@@ -143,28 +110,48 @@ class Masker:
             found.append(Learned(start, stop, i, prompted))
         if self.marks.generation:
             found = self._within_blocks(talk, found)
-        _prove(talk, found, learn)
+        prove(talk, found, learn)
         return text, found
 
-    def _rendered(self, example: Example, learn: Sequence[int]) -> Rendered:
-        """The conversation with its words located: by the texts known to stand between words, else by marks."""
-        messages, tools = example.messages, example.tools
-        text = self._render(messages, tools=tools)
-        places = self._parsed(messages, text)
-        talk = Rendered(messages, tools, text, places) if places else self._located(messages, tools, text, learn)
-        unseen = next((name for tool in tools if (name := _name(tool)) not in text), None)
-        if unseen is not None:
-            raise Unsafe(f"the tool `{unseen}` in the rendered text", "a template that does not show tools", "data.template")
-        return talk
+    def _text(self, messages: Sequence[Message], tools: Tools) -> Text:
+        return self._render.with_spans(messages, tools) if self.marks.generation else (self._render(messages, tools=tools), [])
 
-    def _located(self, messages: Sequence[Message], tools: Tools, text: str, learn: Sequence[int]) -> Rendered:
+    def _known(
+        self, messages: Sequence[Message], text: str, places: Sequence[Place], blocks: Sequence[Span], learn: Sequence[int]
+    ) -> list[Learned] | None:
+        """The spans of answers between texts that the probes have shown, each with one block around its words, if any; else None.
+
+        Such a span begins in the text before its answer's words and ends in the one after them, so it holds no others.
+        """
+        found: list[Learned] = []
+        for i in learn:
+            place = places[i]
+            at, before = (places[i - 1].stop, messages[i - 1].role) if i else (0, "")
+            end, after = (places[i + 1].start, messages[i + 1].role) if i + 1 < len(places) else (len(text), "")
+            start, stop = self._starts.get((before, text[at : place.start])), self._stops.get((after, text[place.stop : end]))
+            if messages[i].role != "assistant" or start is None or stop is None:
+                return None
+            begin, last = at + start[0], place.stop + stop
+            if self.marks.generation:
+                inside = [(a, b) for a, b in blocks if a < last and b > begin]
+                if len(inside) != 1 or not at <= inside[0][0] <= place.start or not place.stop <= inside[0][1] <= end:
+                    return None
+                begin = max(begin, inside[0][0])
+            found.append(Learned(begin, last, i, start[1]))
+        # With as many blocks as answers, and one in each, there is none around anything else.
+        answers = sum(message.role == "assistant" for message in messages)
+        return found if not self.marks.generation or len(blocks) == len(found) == answers else None
+
+    def _located(
+        self, messages: Sequence[Message], tools: Tools, text: str, blocks: Sequence[Span], learn: Sequence[int]
+    ) -> Rendered:
         if any(RESERVED.search(text) for m in messages for text in (m.content, m.reasoning)):
             raise Unsafe("text", "noncharacters of Unicode (U+FDD0 to U+FDE1)")
         again, places = self._render.places(messages, tools=tools)
         if again != text:
             raise Unsafe("words that the template writes as they are", "a template that reads them and acts on what they say")
-        _nothing_lost(messages, places, learn)
-        return Rendered(messages, tools, text, places)
+        nothing_lost(messages, places, learn)
+        return Rendered(messages, tools, text, places, blocks)
 
     def _parsed(self, messages: Sequence[Message], text: str) -> list[Place] | None:
         """The words of plain messages, with or without the space around them, if all that stands between them is known."""
@@ -286,8 +273,7 @@ class Masker:
 
     def _within_blocks(self, talk: Rendered, found: list[Learned]) -> list[Learned]:
         """What of the answers the template marks to be learned, its end-of-turn token always."""
-        text, blocks = self._render.with_spans(talk.messages, talk.tools)
-        assert text == talk.text
+        blocks = talk.blocks
         others = [p for p in talk.places if talk.role(p) != "assistant"]
         wrong = next((p for p in others if any(a < p.stop and p.start < b for a, b in blocks)), None)
         if wrong is not None:
@@ -306,72 +292,6 @@ class Masker:
         return kept
 
 
-def _nothing_lost(messages: Sequence[Message], places: Sequence[Place], learn: Sequence[int]) -> None:
-    """Every message must be there, word for word and once; a thought may be missing where it is not learned."""
-    for i, message in enumerate(messages):
-        code = "data.mask" if i in learn else "data.template"
-        wanted = Counter(piece.kind for piece in marked_copy([message])[1])
-        found = Counter(place.piece.kind for place in places if place.piece.message == i)
-        if i in learn and not wanted:
-            raise Unsafe("an answer with words", "an empty one")
-        if i in learn and message.reasoning.strip() and found["thought"] < wanted["thought"]:
-            raise Unsafe("the thought (`reasoning_content`) in the rendered text", "a template that leaves it out")
-        if i in learn and (found["content"] < wanted["content"] or found["thought"] < wanted["thought"]):
-            raise Unsafe("the answer's own text", "a template that changes it (a removed thought, words beside a tool call)")
-        kept = found["rest"] if message.role == "assistant" else 0  # an earlier answer may lose a thought
-        if found["content"] + kept < wanted["content"]:
-            raise Unsafe(f"the {message.role} message in the rendered text", "a template that drops or changes it", code)
-        if found["call"] < wanted["call"]:
-            raise Unsafe("the tool call in the rendered text", "a template that drops or changes it", code)
-        if found.total() > wanted.total():
-            raise Unsafe(f"the {message.role} message once", "a template that writes it more than once", code)
-
-
 def _name(tool: Mapping[str, Any]) -> str:
     body = tool.get("function", tool)
     return str(body.get("name", "")) if isinstance(body, Mapping) else ""
-
-
-def _all_but_results(talk: Rendered) -> list[Learned] | None:
-    """Everything but the words of tools."""
-    results = [p for p in talk.places if talk.role(p) == "tool"]
-    if not results:
-        return None
-    edges = [0, *(edge for p in results for edge in (p.start, p.stop)), len(talk.text)]
-    owner = next(i for i, m in enumerate(talk.messages) if m.role != "tool")
-    return [Learned(a, b, owner) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
-
-
-def _prove(talk: Rendered, found: Sequence[Learned], learn: Sequence[int]) -> None:
-    """Holds the spans against the words: each learned answer's inside its own spans, nobody else's in any, calls whole."""
-    if any(a.stop > b.start for a, b in pairwise(found)):
-        raise Unsafe("answers one after the other", "two that overlap")
-    for place in talk.places:
-        inside = [span.message for span in found if span.start <= place.start and place.stop <= span.stop]
-        touched = [span.message for span in found if span.start < place.stop and place.start < span.stop]
-        mine = place.piece.message
-        wanted = [[mine]] if mine in learn else [[]]
-        if mine in learn and place.piece.kind == "thought":
-            wanted.append([])  # generation blocks may leave a thought out
-        if place.start < place.stop and (touched != inside or touched not in wanted):
-            raise Unsafe("only the answer's own words to learn", repr(talk.text[place.start : place.stop][:60]))
-    for i in learn:
-        said = "".join(talk.text[span.start : span.stop] for span in found if span.message == i).replace("\\", "")
-        for leaf in _leaves([call["function"]["arguments"] for call in talk.messages[i].tool_calls]):
-            # As it is, as JSON or as Python; which quotes are escaped is the template's affair.
-            written = (leaf, json.dumps(leaf)[1:-1], json.dumps(leaf, ensure_ascii=False)[1:-1])
-            if not any(form.replace("\\", "") in said for form in written):
-                raise Unsafe("the tool call's arguments in the rendered text", "a template that drops or changes them")
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    """Every text in a nested value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield str(key)
-            yield from _leaves(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _leaves(inner)

@@ -50,9 +50,12 @@ class Packing:
         """The most segments in one row, a leftover at the end counted as one."""
         if not self.rows:
             return 1
+        return int((np.diff(self.first) + (self.left() > 0)).max())
+
+    def left(self) -> Int:
+        """Tokens at the end of each row that belong to nobody, int64 [rows]."""
         sums = np.concatenate([[0], np.cumsum(self.length)])
-        left = self.tokens - (sums[self.first[1:]] - sums[self.first[:-1]])
-        return int((np.diff(self.first) + (left > 0)).max())
+        return np.asarray(self.tokens - (sums[self.first[1:]] - sums[self.first[:-1]]), dtype=np.int64)
 
     def save(self, place: Path) -> None:
         """Keeps it in a file, for good or not at all."""

@@ -1,8 +1,9 @@
 """The preview: examples as the model will see them, token by token, with what is learned marked.
 
 Why the first thing to look at: a wrong mask or template is plain to the eye in one screen, and invisible in a loss curve. What
-is learned is green and stands in ⟦brackets⟧, so that it shows without colour too; tokens alternate in brightness; special tokens
-are underlined; a newline is written ⏎. Below, the first packed rows are drawn, each document with its own shade. Cost: none to
+is learned is green and stands in ⟦brackets⟧, so that it shows without colour too; where its weight in the loss is not 1 that is
+written in front, ⟦0.5x like this⟧, and less is yellow, more is cyan; tokens alternate in brightness; special tokens are underlined;
+a newline is written ⏎. Below, the first packed rows are drawn, each document with its own shade. Cost: none to
 speak of.
 """
 
@@ -27,7 +28,8 @@ from halfbyte.data.prepare import Prepared, Progress, prepare
 from halfbyte.data.tokens import TokenSet
 
 OPEN, CLOSE = "⟦", "⟧"
-STYLES = {True: ("green", "bold green"), False: ("dim", "default")}
+READ = ("dim", "default")  # not learned
+LEARNED = {-1: ("yellow", "bold yellow"), 0: ("green", "bold green"), 1: ("cyan", "bold cyan")}  # by weight: below 1, 1, above
 COLUMNS = ("set", "examples", "tokens", "learned", "shortest", "median", "95 %", "longest")
 SHOWN_TOKENS = 400  # of one example; the middle of a longer one is left out, and counted
 SHADES, LEFT, WIDTH, ROWS = "█▒", "·", 96, 4
@@ -35,12 +37,13 @@ SHADES, LEFT, WIDTH, ROWS = "█▒", "·", 96, 4
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens that read as one text: mostly one, several where a character spans tokens."""
+    """Tokens that read as one text: mostly one, several where a character spans tokens. weight: in the loss, if learned."""
 
     ids: list[int]
     text: str
     trained: bool
     special: bool = False
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Shown:
     tokens: int
     trained: int
     pieces: list[Piece]
+
+    @property
+    def weighted(self) -> bool:
+        """Whether something that is learned weighs more or less than 1."""
+        return any(piece.trained and piece.weight != 1 for piece in self.pieces)
 
     def plain(self) -> str:
         """The text with the learned spans in brackets, newlines as they are."""
@@ -148,20 +156,24 @@ def piece_of(data: TokenSet, piece: int, tokenizer: Any) -> Shown:
     ids, trained = source.ids[span].tolist(), np.array(source.trained[span])
     trained[0] = False  # nothing stands before it, so nothing can foretell it
     where = source.where(int(data.example[piece]))
-    return Shown(source.name, where, len(ids), int(trained.sum()), pieces(ids, trained.tolist(), tokenizer))
+    weights = None
+    if source.weights is not None:  # as they were written: 0.1 in 32 bits has more digits
+        weights = [round(weight, 6) for weight in np.where(trained, source.weights[span], 1).tolist()]
+    return Shown(source.name, where, len(ids), int(trained.sum()), pieces(ids, trained.tolist(), tokenizer, weights))
 
 
-def pieces(ids: list[int], trained: list[bool], tokenizer: Any) -> list[Piece]:
-    """Cuts tokens into the smallest runs that decode to whole characters."""
+def pieces(ids: list[int], trained: list[bool], tokenizer: Any, weights: list[float] | None = None) -> list[Piece]:
+    """Cuts tokens into the smallest runs that decode to whole characters. weights: of each token, None for all 1."""
+    kinds = list(zip(trained, weights or [1.0] * len(ids), strict=True))
     found: list[Piece] = []
     run: list[int] = []
     specials = frozenset(tokenizer.all_special_ids)
     for number, token in enumerate(ids):
         run.append(token)
         text = _text(run, tokenizer)
-        ends = number + 1 == len(ids) or trained[number + 1] != trained[number]
+        ends = number + 1 == len(ids) or kinds[number + 1] != kinds[number]
         if ends or not text.endswith("\N{REPLACEMENT CHARACTER}") or len(run) > 8:
-            found.append(Piece(run, text, trained[number], token in specials))
+            found.append(Piece(run, text, trained[number], token in specials, kinds[number][1]))
             run = []
     return found
 
@@ -184,6 +196,8 @@ def renderable(shown: Preview) -> RenderableType:
     for row in lengths(shown.prepared):
         table.add_row(*(f"{value:,}" if isinstance(value, int) else value for value in row))
     legend = f"learned tokens are green and stand in {OPEN}brackets{CLOSE}; special tokens are underlined; ⏎ is a newline"
+    if any(example.weighted for example in shown.examples):
+        legend += f"; {OPEN}0.5x tokens{CLOSE} count half in the loss (less than 1 is yellow, more is cyan)"
     parts: list[RenderableType] = [Text("\n".join(shown.prepared.report.lines())), table, Text(legend)]
     for example in shown.examples:
         title = f"{example.where}: {example.tokens} tokens, {example.trained} learned"
@@ -200,20 +214,27 @@ def _drawn(number: int, row: Row) -> RenderableType:
 def _marked(found: list[Piece]) -> Text:
     """Token by token: two shades in turn, brackets around what is learned."""
     text = Text()
-    learning = False
+    learning: float | None = None  # the weight of what is learned
     half = SHOWN_TOKENS // 2
     for number, piece in enumerate(found):
         if len(found) > SHOWN_TOKENS and half <= number < len(found) - half:
             if number == half:
-                text.append(f"{CLOSE if learning else ''} ... {len(found) - SHOWN_TOKENS} tokens ... ", style="italic")
-                learning = False
+                text.append(f"{_closed(learning)} ... {len(found) - SHOWN_TOKENS} tokens ... ", style="italic")
+                learning = None
             continue
-        if piece.trained != learning:
-            text.append(OPEN if piece.trained else CLOSE, style="bold")
-            learning = piece.trained
-        style = STYLES[piece.trained][number % 2] + (" underline" if piece.special else "")
-        text.append(piece.text.replace("\n", "⏎\n"), style=style)
-    return text.append(CLOSE, style="bold") if learning else text
+        weight = piece.weight if piece.trained else None
+        if weight != learning:
+            text.append(_closed(learning) + ("" if weight is None else OPEN), style="bold")
+            if weight not in (None, 1):
+                text.append(f"{weight:g}x ", style="italic")
+            learning = weight
+        shades = READ if weight is None else LEARNED[(weight > 1) - (weight < 1)]
+        text.append(piece.text.replace("\n", "⏎\n"), style=shades[number % 2] + (" underline" if piece.special else ""))
+    return text.append(_closed(learning), style="bold")
+
+
+def _closed(learning: float | None) -> str:
+    return "" if learning is None else CLOSE
 
 
 def lengths(prepared: Prepared) -> list[tuple[str | int, ...]]:

@@ -16,10 +16,12 @@ SHOWN = 10
 HINTS = {
     "data.bad-example": "mend these lines, or name the shape: `data.train: [{path: ..., shape: messages}]`",
     "data.bad-file": "a .jsonl file holds one JSON object a line; a .json file one array of objects, or one object a line",
-    "data.tools": "tool calls cannot be trained on yet; leave out the examples with tools, or turn them into plain messages",
+    "data.tools": 'a call is `{"name": ..., "arguments": {...}}`, `tools` a list of JSON schemas with a `name`; mend these lines, '
+    "or leave them out",
     "data.mask": "where the template strips thoughts from earlier turns: `data.loss_on: each` or `data.loss_on: last`; where it "
     "has no place for `reasoning_content`: <think>...</think> in the content; else another `data.template`, or `data.loss_on: all`",
-    "data.template": "the chat template refused or dropped these messages; choose another one with `data.template`",
+    "data.template": "the chat template refused or dropped these messages; choose one that writes them (tool calls, system "
+    "messages, this order of roles) with `data.template`, such as a Jinja file, or leave them out",
     "data.no-eot": "write the end-of-turn token after every answer in the template, or use `template: chatml`",
 }
 

@@ -47,10 +47,15 @@ class Entry(NamedTuple):
     sentence: str
 
 
+def place(cache_dir: Path) -> Path:
+    """Where the file of this interpreter is, or will be."""
+    version = f"{platform.python_implementation().lower()}-{platform.python_version()}"
+    return cache_dir / "python-docs" / f"{version}-r{REVISION}.jsonl"
+
+
 def build(cache_dir: Path) -> Path:
     """Writes (once) the JSONL file of this interpreter and returns its path; safe when several runs start at once."""
-    version = f"{platform.python_implementation().lower()}-{platform.python_version()}"
-    path = cache_dir / "python-docs" / f"{version}-r{REVISION}.jsonl"
+    path = place(cache_dir)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")

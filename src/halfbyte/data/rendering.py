@@ -29,6 +29,10 @@ NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 CALL = {"type": "function", "function": {"name": "qwertz_uiop", "arguments": {"asdfg": "hjkl yxcv"}}}
 
 
+# What a template can raise besides Jinja's own errors: it divides by zero, repeats a text endlessly, or is nested too deeply.
+RAISED = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError)
+
+
 class Piece(NamedTuple):
     """Words of a message: `kind` is thought, content, call (the name of a function that it calls), or rest (of changed words)."""
 
@@ -74,6 +78,21 @@ class Renderer:
         """The text, and the character spans of its `{% generation %}` blocks."""
         return self._render(messages, False, True, tools, self.form(messages))
 
+    def several(self, talks: Sequence[Sequence[Message]], spans: bool) -> list[tuple[str, list[tuple[int, int]]] | None]:
+        """What `with_spans` gives for conversations without tools (without `spans`, no spans), for a third less than one by one.
+
+        None for all where one is refused, and for those that call tools: ask for each.
+        """
+        plain = [not any(m.tool_calls for m in messages) for messages in talks]
+        chosen = [messages for messages, good in zip(talks, plain, strict=True) if good]
+        if not chosen:
+            return [None] * len(talks)
+        try:
+            found = iter(self._render_all(chosen, False, spans, (), self.form(chosen[0])))
+        except DataError:
+            return [None] * len(talks)
+        return [next(found) if good else None for good in plain]
+
     def places(self, messages: Sequence[Message], prompt: bool = False, tools: Tools = ()) -> tuple[str, list[Place]]:
         """The text, and where in it each piece of the messages stands, in the order of the text.
 
@@ -108,24 +127,29 @@ class Renderer:
     def _render(
         self, messages: Sequence[Message], prompt: bool, spans: bool, tools: Tools, form: Form
     ) -> tuple[str, list[tuple[int, int]]]:
+        return self._render_all([messages], prompt, spans, tools, form)[0]
+
+    def _render_all(
+        self, talks: Sequence[Sequence[Message]], prompt: bool, spans: bool, tools: Tools, form: Form
+    ) -> list[tuple[str, list[tuple[int, int]]]]:
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             result: Any = render_jinja_template(
-                [chat(messages, form)],
+                [chat(messages, form) for messages in talks],
                 tools=[dict(tool) for tool in tools] or None,
                 chat_template=self._text,
                 add_generation_prompt=prompt,
                 return_assistant_tokens_mask=spans,
                 **self._kwargs,
             )
-        except (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+        except (TemplateError, *RAISED) as error:
             message = f"the chat template `{self.template.name}` refused these messages: {error}"
             hint = "check the order of roles (a system message first, then user and assistant in turn)"
             raise DataError(message, hint=hint, code="data.template") from error
         texts, found = result  # annotated as str in transformers, but it is a pair of lists
-        return texts[0], [(int(a), int(b)) for a, b in found[0]] if spans else []
+        return list(zip(texts, found, strict=True)) if spans else [(text, []) for text in texts]
 
 
 def chat(messages: Sequence[Message], form: Form) -> list[dict[str, Any]]:

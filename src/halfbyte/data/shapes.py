@@ -69,6 +69,11 @@ def layout(config: SourceConfig) -> Layout:
     return Layout(tuple(sorted(config.columns.items())), spelling, config.group or "", config.learn)
 
 
+def _lacking(first: Record, key: str, names: list[str]) -> DataError:
+    message = f"{first.where}: `{key}` names {', '.join(f'`{name}`' for name in names)}, which the first example lacks"
+    return DataError(message, hint=f"its columns: {', '.join(map(str, first.data))}", code="data.shape")
+
+
 def reader(shape: str, first: Record, layout: Layout = PLAIN) -> Reader:
     """The reader for a named shape, or for the one that the first record's columns show (`auto`).
 
@@ -76,8 +81,9 @@ def reader(shape: str, first: Record, layout: Layout = PLAIN) -> Reader:
     """
     missing = [theirs for _, theirs in layout.columns if _find(first.data, theirs) is None and theirs not in first.data]
     if missing:
-        message = f"{first.where}: `columns` names {', '.join(f'`{name}`' for name in missing)}, which the first example lacks"
-        raise DataError(message, hint=f"its columns: {', '.join(map(str, first.data))}", code="data.shape")
+        raise _lacking(first, "columns", missing)
+    if layout.group and _find(first.data, layout.group) is None and layout.group not in first.data:
+        raise _lacking(first, "group", [layout.group])
     mapped = _mapped(first, layout)
     columns = set(mapped.data)
     shape = _recognise(mapped, columns) if shape == "auto" else shape
@@ -88,6 +94,7 @@ def reader(shape: str, first: Record, layout: Layout = PLAIN) -> Reader:
         "prompt_completion": _read_completion, "text": _read_text,
         "preference": preferences.read_pair, "unpaired": preferences.read_label,
     }  # fmt: skip
+    framed = bool(layout.group) or any(ours == "weight" for ours, _ in layout.columns)
     named = {ours for ours, _ in layout.columns} | {theirs.partition(".")[0] for _, theirs in layout.columns}
     read = COLUMNS[shape] | named | {layout.group}
     inner = readers[shape]
@@ -95,7 +102,9 @@ def reader(shape: str, first: Record, layout: Layout = PLAIN) -> Reader:
     def whole(record: Record, problems: Problems) -> Example | None:
         record = _mapped(record, layout)
         example = inner(record, problems, layout.spelling)
-        return None if example is None else _framed(example, record, layout, problems)
+        if example is None or (example.weight and not framed):
+            return example
+        return _framed(example, record, layout, problems)
 
     return Reader(shape, tuple(sorted(columns - read)), whole)
 

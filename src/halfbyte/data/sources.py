@@ -23,6 +23,7 @@ from halfbyte.errors import DataError
 
 PYTHON_DOCS = "python-docs"
 LONGEST = 1 << 26  # characters that one element of a JSON array may have
+ROW = 1000  # bytes that a row of a Hub dataset is taken for
 ROWS = 256  # of an Arrow or Parquet file at a time
 
 
@@ -47,7 +48,7 @@ Stream = Callable[[Problems], Iterator[Raw]]
 class Source:
     """A source that exists: its display name, a digest of its content, and a function that streams its records, not yet parsed.
 
-    size: bytes on disk, or rows, whichever is known; 0 where neither is.
+    size: bytes on disk, or about as many as the rows of a Hub dataset would take.
     """
 
     name: str
@@ -64,6 +65,13 @@ class Source:
                 yield record
 
 
+def at_hand(config: SourceConfig, cache_dir: Path) -> bool:
+    """Whether `open_source` would neither download nor build anything."""
+    if config.path == PYTHON_DOCS:
+        return python_docs.place(cache_dir).exists()
+    return bool(files.find(config.path)[0]) or (not files.looks_local(config.path) and hub.kept(config.path))
+
+
 def open_source(config: SourceConfig, cache_dir: Path) -> Source:
     """Finds out what `config.path` means. Raises `DataError` (`data.not-found`) for what is neither a file nor a dataset."""
     if config.path == PYTHON_DOCS:
@@ -75,7 +83,7 @@ def open_source(config: SourceConfig, cache_dir: Path) -> Source:
             hint = "check the path; it is relative to where the command runs"
             raise DataError(f"no data file at `{config.path}`", hint=hint, code="data.not-found")
         dataset = hub.load(config.path, config.config, config.split, config.revision)
-        return Source(config.path, dataset.digest, lambda _: (Raw(w, d) for w, d in dataset.records()), (), len(dataset.rows))
+        return Source(config.path, dataset.digest, lambda _: (Raw(w, d) for w, d in dataset.records()), (), len(dataset.rows) * ROW)
     for given, name in ((config.config, "config"), (config.revision, "revision")):
         if given is not None:
             hint = "leave it out, or name a Hub dataset"
@@ -297,7 +305,7 @@ def _rows(file: Path, batches: Callable[[], Iterator[Any]], what: str, problems:
             for data in batch.to_pylist():
                 number += 1
                 yield Raw(Where(str(file), number, "row"), data)
-    except (ArrowException, OSError, ValueError) as error:
+    except (ArrowException, OSError, ValueError, LookupError) as error:  # some of its errors are KeyErrors and IndexErrors
         got = (str(error).splitlines() or [""])[0][:80]
         problems.add(Where(str(file), number + 1, "row"), "", what, got or type(error).__name__, "data.bad-file")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,13 +58,16 @@ def _found(name: str, tokenizer: Any) -> Template:
         return Template(name, _named(name, tokenizer), "named in the recipe")
     if name in several:
         return Template(name, several[name], f"the tokenizer's own, `{name}` of {len(several)}")
-    path = Path(name).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(name))
+    if not os.path.isfile(path):  # False for a name that no file can have, where Path.is_file raises: a template's text
         message = f"`data.template: {name}` is neither a known template nor a file"
         near = difflib.get_close_matches(name, NAMED, n=1)
         hint = f"did you mean `{near[0]}`? " if near else ""
         raise DataError(message, hint=f"{hint}known: auto, {', '.join(NAMED)}, or the path of a Jinja file", code="data.template")
-    return Template(str(path), path.read_bytes().decode("utf-8"), "a file")
+    try:
+        return Template(str(path), path.read_bytes().decode("utf-8"), "a file")
+    except UnicodeDecodeError as error:
+        raise DataError(f"the chat template {path} is not UTF-8 text", hint="save it as UTF-8", code="data.template") from error
 
 
 def _has(tokenizer: Any, tokens: Sequence[str]) -> bool:
@@ -91,7 +95,7 @@ def _with(template: Template, kwargs: Mapping[str, Any]) -> Template:
     try:
         environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
         known = meta.find_undeclared_variables(environment.parse(GENERATION.sub("", template.text)))
-    except TemplateError as error:
+    except (TemplateError, RecursionError) as error:
         message = f"the chat template `{template.name}` cannot be read: {error}"
         raise DataError(message, hint="mend the Jinja text", code="data.template") from error
     for name in kwargs:

@@ -13,10 +13,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,21 @@ class Tokens:
         return counts
 
 
+def windows(array: NDArray[Any], size: int = 1 << 23) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Parts of an array with their places, each with one number of the next part at its end.
+
+    Each part of a memory-mapped array has a map of its own, which goes with it: read through one map, all of a file would end up
+    counted as memory of this process.
+    """
+    for at in range(0, len(array), size):
+        count = min(size + 1, len(array) - at)
+        if isinstance(array, np.memmap) and array.filename is not None:
+            place = array.offset + at * array.itemsize
+            yield at, np.asarray(np.memmap(array.filename, dtype=array.dtype, mode="r", offset=place, shape=(count,)))
+        else:
+            yield at, array[at : at + count]
+
+
 def key_of(parts: dict[str, Any]) -> str:
     """The name of a cache folder: a digest of everything that decides its content."""
     return hashlib.sha256(json.dumps([LAYOUT, parts], sort_keys=True).encode()).hexdigest()[:32]
@@ -123,6 +138,7 @@ class Writer:
         self._unit = "line"
         self._weighted = False
         self._tokens = 0
+        self._open: dict[str, BinaryIO] = {}
 
     def write(self, block: Block) -> None:
         """Appends the examples of a block."""
@@ -148,15 +164,17 @@ class Writer:
         self._tokens += len(block.ids)
 
     def _append(self, part: str, values: NDArray[Any]) -> None:
-        with (self._partial / f"{part}.raw").open("ab") as stream:
-            stream.write(values.tobytes())
+        if part not in self._open:
+            self._open[part] = (self._partial / f"{part}.npy").open("wb")
+            self._open[part].write(_header(part, 0))
+        self._open[part].write(values.data)
 
     def close(self, shape: str, end: Iterable[int], notes: Iterable[str]) -> None:
-        """Turns the raw files into arrays and puts the folder in its place."""
-        for part, dtype in PARTS.items():
-            raw = self._partial / f"{part}.raw"
-            if raw.exists():
-                _as_array(raw, np.dtype(dtype), self._tokens)
+        """Says how long the arrays have become, and puts the folder in its place."""
+        for part, stream in self._open.items():
+            stream.seek(0)
+            stream.write(_header(part, self._tokens))
+            stream.close()
         lengths = np.concatenate([np.zeros(0, dtype=np.int64), *self._lengths])
         np.save(self._partial / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
         for part, small in SMALL.items():
@@ -176,16 +194,16 @@ class Writer:
 
     def discard(self) -> None:
         """Removes what was written so far."""
+        for stream in self._open.values():
+            stream.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
 
-def _as_array(raw: Path, dtype: np.dtype[Any], count: int) -> None:
-    """Gives raw numbers the header of a numpy file, piece by piece: the whole of it may be larger than memory."""
-    with raw.open("rb") as source, raw.with_suffix(".npy").open("wb") as target:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-        np.lib.format.write_array_header_1_0(target, header)
-        shutil.copyfileobj(source, target, 1 << 20)
-    raw.unlink()
+def _header(part: str, count: int) -> bytes:
+    """What a numpy file of so many numbers begins with: always of one length, so that it can be written before they are counted."""
+    described = {"descr": np.lib.format.dtype_to_descr(np.dtype(PARTS[part])), "fortran_order": False, "shape": (count,)}
+    text = str(described).ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
 
 @dataclass(frozen=True)

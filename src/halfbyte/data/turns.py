@@ -94,15 +94,21 @@ def turns(value: Any, name: str, where: Where, problems: Problems, spelling: Spe
         problems.add(where, name, "a list of messages", "an empty list" if value == [] else kind_of(value))
         return None
     messages: list[Message] = []
+    usual = spelling == USUAL
     for number, turn in enumerate(value):
-        message = _turn(turn, f"{name}[{number}]", where, problems, spelling)
+        message = _turn(turn, f"{name}[{number}]", where, problems, spelling, usual)
         if message is None:
             return None
         messages.append(message)
     return tuple(messages)
 
 
-def _turn(turn: Any, name: str, where: Where, problems: Problems, spelling: Spelling) -> Message | None:
+def _turn(turn: Any, name: str, where: Where, problems: Problems, spelling: Spelling, usual: bool) -> Message | None:
+    # Nearly all turns are that plain, and most of the time went here.
+    if usual and type(turn) is dict and len(turn) == 2:
+        spoken, content = (turn.get("role"), turn.get("content")) if "role" in turn else (turn.get("from"), turn.get("value"))
+        if type(content) is str and type(spoken) is str and spoken in ROLES and spoken not in CALLS:
+            return Message(ROLES[spoken], content)
     if not isinstance(turn, Mapping):
         problems.add(where, name, "an object with `role` and `content` (or `from` and `value`)", kind_of(turn))
         return None

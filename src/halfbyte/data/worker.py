@@ -34,15 +34,20 @@ def main() -> None:
     # Nothing here makes cycles, and what was loaded stays: looking for garbage cost a tenth of the time.
     gc.freeze()
     gc.set_threshold(100_000)
+    _answer(answers, b"")
     while (records := _receive(stream)) is not None:
         answer: Any
         try:
             answer = converter([Raw(Where(file, line, unit), data) for file, line, unit, data in records])
         except DataError as error:
             answer = Failed(error.message, error.hint, error.code)
-        sent = pickle.dumps(answer, protocol=5)
-        answers.write(len(sent).to_bytes(8, "little") + sent)
-        answers.flush()
+        _answer(answers, pickle.dumps(answer, protocol=5))
+
+
+def _answer(stream: IO[bytes], answer: bytes) -> None:
+    stream.write(len(answer).to_bytes(8, "little"))
+    stream.write(answer)
+    stream.flush()
 
 
 if __name__ == "__main__":

@@ -96,7 +96,8 @@ def merge(
 
     with atomic.directory(target) as folder:
         count = writer.write_weights(folder, plan, make, shard_bytes, progress)
-        directory.write_texts(folder, base, files.template, dtype, untied=bool(frame.all_tied_weights_keys) and not tied)
+        untied = bool(frame.all_tied_weights_keys) and not tied
+        directory.write_texts(folder, base, files.template, dtype, untied=untied, end_ids=files.end_ids)
         found, note = _compare(folder, base, reference, probe, dtype, sum(e.nbytes for e in plan))
     log.info("merged into the %s base: %s", into, found or note)
     return MergeReport(

@@ -55,18 +55,20 @@ def generate(
     stream: Callable[[str], object] | None = None,
     *,
     template: str | None = None,
+    end_ids: Iterable[int] = (),
     session: Session | None = None,
 ) -> Answer:
     """Answers `prompt`: a string is continued as it stands; messages (`role`, `content`) go through the chat template.
 
     temperature 0 takes the most likely token each time; above, tokens are drawn from the smallest set of probability top_p,
     the same ones for the same seed. stream: receives the text in pieces while it is made.
-    template: Jinja text; default the tokenizer's own. session: keeps what the token engine has read for the next call (`Chat` has
+    template: Jinja text; default the tokenizer's own. end_ids: tokens that end an answer besides those that model, tokenizer and
+    template show: what training used. session: keeps what the token engine has read for the next call (`Chat` has
     one); without it memory is given back. Raises DataError (no template, a prompt too long), RecipeError (arguments).
     """
     _check(max_tokens, temperature, top_p)
     ids = encode(base, prompt, template)
-    ends = end_tokens(base, template if isinstance(prompt, str) else _template(base, template))
+    ends = end_tokens(base, template if isinstance(prompt, str) else _template(base, template), end_ids)
     room, limited_by_context = _room(base.model, len(ids), max_tokens)
     pad = base.tokenizer.pad_token_id
     request = Request(ids, room, ends, temperature, top_p, seed, min(ends, default=0) if pad is None else pad)
@@ -82,11 +84,14 @@ def generate(
     return Answer(text, len(new), len(new) / seconds, stopped, len(ids))
 
 
-def answers(base: Base, questions: Iterable[str], max_tokens: int = 256, *, template: str | None = None) -> Iterator[str]:
+def answers(
+    base: Base, questions: Iterable[str], max_tokens: int = 256, *, template: str | None = None, end_ids: Iterable[int] = ()
+) -> Iterator[str]:
     """The texts that `generate` answers each question with, as a conversation of its own, from one engine for all of them."""
     session = Session()
     for question in questions:
-        yield generate(base, [{"role": "user", "content": question}], max_tokens, template=template, session=session).text
+        asked = [{"role": "user", "content": question}]
+        yield generate(base, asked, max_tokens, template=template, end_ids=end_ids, session=session).text
 
 
 class Chat:
@@ -103,6 +108,7 @@ class Chat:
         adapter: Any = None,
         *,
         template: str | None = None,
+        end_ids: Iterable[int] = (),
         system: str | None = None,
         max_tokens: int = 512,
         temperature: float = 0.0,
@@ -110,6 +116,7 @@ class Chat:
         seed: int = 0,
     ) -> None:
         self.base, self.adapter, self.template, self.system = base, adapter, template, system
+        self.end_ids = tuple(end_ids)
         self.max_tokens, self.temperature, self.top_p, self.seed = max_tokens, temperature, top_p, seed
         self.which: Literal["base", "adapter"] = "base" if adapter is None else "adapter"
         self.messages: list[Message] = []
@@ -140,6 +147,7 @@ class Chat:
                 self.seed + turns - 1,
                 stream,
                 template=self.template,
+                end_ids=self.end_ids,
                 session=self._session,
             )
         self.messages = [*turn, {"role": "assistant", "content": answer.text}]
@@ -183,9 +191,10 @@ def rendered(base: Base, messages: Sequence[Message], template: str, *, prompt: 
     return first if words in first else next((text for text in texts if words in text), first)
 
 
-def end_tokens(base: Base, template: str | None = None) -> set[int]:
-    """Tokens that end an answer: the model's and the tokenizer's end of sequence, and what the template puts after a turn."""
-    ends: set[int] = set()
+def end_tokens(base: Base, template: str | None = None, end_ids: Iterable[int] = ()) -> set[int]:
+    """Tokens that end an answer: the model's and the tokenizer's end of sequence, what the template puts after a turn, and
+    `end_ids` (what training used: it also saw how tool calls end)."""
+    ends = set(end_ids)
     declared = [base.tokenizer.eos_token_id, base.model.config.get_text_config().eos_token_id]
     if base.model.generation_config is not None:
         declared.append(base.model.generation_config.eos_token_id)

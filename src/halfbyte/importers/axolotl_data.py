@@ -6,7 +6,7 @@ one chat template for the run the second.
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 from halfbyte.importers import common
@@ -116,7 +116,7 @@ def _entry(draft: Draft, at: str, ours: str, entry: dict[str, Any]) -> str:
 
 def _where(draft: Draft, at: str, ours: str, take: Any) -> None:
     path, files = str(take("path", "")), words(take("data_files"))
-    if files and (path in LOADERS or Path(path).is_dir()):
+    if files and (path in LOADERS or os.path.isdir(path)):
         base = "" if path in LOADERS else f"{path.rstrip('/')}/"
         if len(files) > 1:
             draft.note("refused", "several files: give each an entry of its own", f"{at}.data_files")
@@ -206,7 +206,7 @@ def _template(draft: Draft, kinds: list[str]) -> None:
         draft.note("differs", "alpaca types get the run's one chat template here, not alpaca's headings")
     if name == "jinja":
         path = str(draft.get("chat_template_jinja") or "")
-        if path.endswith((".jinja", ".jinja2")) or ("\n" not in path and path and Path(path).is_file()):
+        if path.endswith((".jinja", ".jinja2")) or ("\n" not in path and path and os.path.isfile(path)):
             draft.put("data.template", path, *keys)
         else:
             draft.note("refused", "save the text of the template in a file, and give its path", *keys)

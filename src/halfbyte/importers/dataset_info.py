@@ -6,6 +6,7 @@ The keys of an entry are few and closed (`DatasetAttr`), so that every one is re
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,19 @@ def _sources(draft: Draft, key: str, value: Any, ours: str) -> None:
             guess = nearest(name, info)
             hint = f"did you mean `{guess}`?" if guess else f"names there: {', '.join(list(info)[:8])}"
             raise RecipeError(f"{draft.place(key)}`{key}: {name}` is not in {where}", hint=hint, code="import.dataset")
-        _entry(draft, key, name, info[name], f"{ours}.{i}", where.parent)
+        _entry(draft, key, name, _checked(info[name], f"{where}: `{name}`"), f"{ours}.{i}", where.parent)
+
+
+def _checked(entry: Any, place: str) -> dict[str, Any]:
+    """An entry that is an object, with objects where objects belong and text where text does."""
+    named = {"columns": dict, "tags": dict} | dict.fromkeys(("file_name", "hf_hub_url", "formatting"), str)
+    found = [("", entry, dict)] + [(f".{k}", entry.get(k), kind) for k, kind in named.items() if isinstance(entry, dict)]
+    for key, value, kind in found:
+        if not isinstance(value, kind) and (value is not None or not key):
+            what = "an object" if kind is dict else "text"
+            message = f"{place}{key} must be {what}, but is {repr(value)[:80]}"
+            raise RecipeError(message, hint="is it LLaMA-Factory's?", code="import.dataset")
+    return dict(entry)
 
 
 def _info(draft: Draft) -> tuple[dict[str, Any], Path]:
@@ -71,14 +84,14 @@ def _info(draft: Draft) -> tuple[dict[str, Any], Path]:
     folder, named = Path(draft.folder), Path(str(draft.get("dataset_dir")))
     given = draft.extra.get("dataset_info")
     tried = [Path(given)] if given else [named / INFO, folder / named / INFO, folder / INFO]
-    found = next((path for path in tried if path.is_file()), None)
+    found = next((path for path in tried if os.path.isfile(path)), None)
     if found is None:
         places = " or ".join(dict.fromkeys(str(path) for path in tried))
         hint = "its datasets are only names; give the file with --dataset-info"
         raise RecipeError(f"there is no {places}", hint=hint, code="import.dataset")
     try:
         raw = json.loads(found.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(
             f"{found} is not JSON: {error}", hint="is it LLaMA-Factory's dataset_info.json?", code="import.dataset"
         ) from error
@@ -91,6 +104,7 @@ def _entry(draft: Draft, key: str, name: str, entry: dict[str, Any], at: str, fo
     """One name: its place, its shape, its columns."""
     for inner, value in entry.items():
         draft.source[f"{name}.{inner}"] = value
+        draft.given |= {f"{name}.{inner}"}
         if inner not in KEYS:
             unknown(draft, f"{name}.{inner}", inner, dict.fromkeys(KEYS))
     if entry.get("file_name"):

@@ -215,6 +215,14 @@ def section(table: Table) -> Rule:
     return rule
 
 
+def opened(source: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A section of a source, empty where there is none. Raises RecipeError for what is none."""
+    found = source.get(name)
+    if found is not None and not isinstance(found, Mapping):
+        raise RecipeError(f"`{name}` must be a section of `key: value` lines, but is {repr(found)[:80]}", code="import.source")
+    return found or {}
+
+
 def unknown(draft: Draft, dotted: str, name: str, table: Mapping[str, Any]) -> None:
     """A key that the tool does not know, with the nearest one that it does."""
     guess = nearest(name, table)

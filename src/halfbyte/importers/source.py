@@ -7,6 +7,7 @@ starts the processes (`accelerate launch`, `torchrun`) gives their number, a YAM
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from dataclasses import dataclass, field, replace
@@ -41,7 +42,8 @@ class Source:
 
 def read(given: list[str], tool: str = "") -> Source:
     """The source that the arguments name: one file, or the words of a command line. Raises RecipeError (`import.*`)."""
-    if len(given) == 1 and Path(given[0]).is_file():
+    # os.path, since Path.is_file raises for a name that no file can have, such as a long command line.
+    if len(given) == 1 and os.path.isfile(given[0]):
         source = _file(Path(given[0]))
     elif len(given) == 1 and not any(c.isspace() for c in given[0]):
         raise RecipeError(f"there is no file {given[0]}", hint="give a file, or a command line in quotes", code="import.missing")
@@ -65,7 +67,7 @@ def _file(path: Path) -> Source:
     if path.suffix == ".json":
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RecipeError(f"{path} is not JSON: {error}", code="import.source") from error
         if not isinstance(data, dict):
             raise RecipeError(f"{path} is not a JSON object", hint="expected the arguments of a trainer", code="import.source")
@@ -185,7 +187,7 @@ def _options(words: list[str], where: str, folder: Path) -> tuple[dict[str, Any]
     if not files:
         return data, {}
     path = folder / files[0]
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise RecipeError(
             f"{where}: there is no file {path}, which it names", hint="run it where that file lies", code="import.missing"
         )
@@ -201,9 +203,10 @@ def _scalar(text: str, key: str, where: str) -> Any:
     if text[:1] in ("{", "["):
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return text
-    value = yaml.safe_load(text) if re.fullmatch(r"[-+]?[0-9][0-9_]*|true|false|True|False|None|null", text) else text
+    plain = len(text) < 100 and re.fullmatch(r"[-+]?[0-9][0-9_]*|true|false|True|False|None|null", text)
+    value = yaml.safe_load(text) if plain else text
     if text == "None":
         return None
     return value if not re.fullmatch(r"[-+]?[0-9]*\.?[0-9]+([eE][-+]?[0-9]+)?", text) or isinstance(value, int) else float(text)

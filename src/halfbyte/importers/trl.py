@@ -16,6 +16,7 @@ from halfbyte.importers.draft import (
     all_of,
     ignored,
     is_on,
+    opened,
     read_with,
     refused,
     section,
@@ -216,7 +217,7 @@ def flattened(source: dict[str, Any]) -> dict[str, Any]:
         for key, value in source.items()
         if key not in ("args", "peft_config", "quantization_config", "model", "train_dataset")
     }
-    flat |= source.get("args") or {}
+    flat |= opened(source, "args")
     if isinstance(source.get("model"), str):
         flat["model_name_or_path"] = source["model"]
     if isinstance(source.get("train_dataset"), str):

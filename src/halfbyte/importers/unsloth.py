@@ -16,6 +16,7 @@ from halfbyte.importers.draft import (
     ignored,
     is_on,
     number,
+    opened,
     read_with,
     refused,
     switch,
@@ -70,7 +71,7 @@ def flattened(source: dict[str, Any]) -> dict[str, Any]:
     """The YAML's sections opened into the script's names."""
     flat = {key: value for key, value in source.items() if key not in SECTIONS}
     for name in SECTIONS:
-        flat |= source.get(name) or {}
+        flat |= opened(source, name)
     return {_NAMES.get(key, key): value for key, value in flat.items()}
 
 

@@ -17,11 +17,12 @@ from halfbyte.errors import RecipeError
 from halfbyte.kernels.dispatch import twin
 from halfbyte.layers.fused.keep import keeping
 from halfbyte.memory import paging, search, timeline
-from halfbyte.memory.budget import Budget
+from halfbyte.memory.budget import Budget, host_size
 from halfbyte.memory.fused import Layer
+from halfbyte.memory.lengths import Lengths
 from halfbyte.memory.part import Part
 from halfbyte.memory.parts import DTYPES, count, ends, fused_layer, learning, outside, weights
-from halfbyte.memory.rungs import CHUNKED, Rung, ways
+from halfbyte.memory.rungs import CHUNKED, Rung, places, ways
 from halfbyte.memory.shapes import Shapes
 from halfbyte.memory.speed import Rates
 from halfbyte.memory.tape import Work
@@ -29,7 +30,7 @@ from halfbyte.memory.tape import Work
 ENOUGH_TOKENS = {"cuda": 16384, "cpu": 2048}
 """Tokens of a microbatch beyond which more rows gain nothing."""
 HOST_SHARE = 0.5
-"""Of the host memory that is free, what layers may pin for what waits there: pinned memory is out of reach for everybody else."""
+"""Of the host memory that is free, what may be pinned for all that waits there: nobody else can have it meanwhile."""
 ELSEWHERE = 24 << 30
 """The same of another machine, whose memory is not known."""
 LADDER = 48
@@ -41,13 +42,14 @@ ASKED = "asked for"
 
 @dataclass(frozen=True)
 class Chooser:
-    """A recipe on a device. compute: by name. rates: of the device, as far as they are known."""
+    """A recipe on a device. compute: by name. rates: of the device, as far as they are known. lengths: of the data, if known."""
 
     s: Shapes
     recipe: Recipe
     budget: Budget
     compute: str
     rates: Rates
+    lengths: Lengths | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,12 +122,14 @@ class Chooser:
             tokens=m * row,
             microbatches=recipe.train.batch // m,
             microbatch=m,
-            document=row,
+            document=row if self.lengths is None else min(row, self.lengths.document),
             hidden=s.hidden,
             vocabulary=s.vocab,
             recompute=recipe.memory.recompute,
             offload=recipe.memory.offload,
             host=self.host(),
+            pinned={paged: paging.size(s.padded, bits) if paged else 0 for paged in self.paging()[0]},
+            table=s.embedding,
             room=self.budget.bytes,
             fixed=sum(p.bytes for p in fixed) + s.layers * self.layer.beside(self.dtype.itemsize),
             moments={paged: paging.moments(s.padded, bits, paged).bytes for paged in self.paging()[0]},
@@ -154,10 +158,17 @@ class Chooser:
         return f"auto: they take {gib(size)}; {why}"
 
     def host(self) -> int | None:
-        """Bytes of host memory that layers may pin; None where the recipe insists."""
-        if self.recipe.memory.offload == "on":
-            return None
-        return int(HOST_SHARE * machine.ram().free) if self.budget.here else ELSEWHERE
+        """Bytes of host memory that may be pinned for all that waits there; None where the recipe insists on offloading."""
+        return None if self.recipe.memory.offload == "on" else self._pinned()[0]
+
+    def _pinned(self) -> tuple[int, str]:
+        """The same as what may be, whatever is asked; and why so much, for people."""
+        if self.recipe.memory.host != "auto":
+            return host_size(self.recipe.memory.host), f"memory.host is {self.recipe.memory.host}"
+        if not self.budget.here:
+            return ELSEWHERE, f"{gib(ELSEWHERE)} are assumed"
+        free = machine.ram().free
+        return int(HOST_SHARE * free), f"{gib(free)} are free, and no more than {HOST_SHARE:.0%} of that is pinned"
 
     def paging(self) -> tuple[list[bool], str]:
         """Whether the optimizer's moments may be in host memory, in the order of what is wanted; and the reason why not, or ""."""
@@ -165,17 +176,16 @@ class Chooser:
             return [False], "this device's memory is the host's"
         if self.recipe.optim.paged != "auto":
             return [self.recipe.optim.paged == "always"], ASKED
-        wanted, free = paging.size(self.s.padded, self.recipe.optim.bits), machine.ram().free
-        if self.budget.here and wanted > HOST_SHARE * free:
-            told = f"they would take {gib(wanted)} of host memory, {gib(free)} are free"
-            return [False], f"auto: {told}, and no more than {HOST_SHARE:.0%} of that is pinned"
+        wanted, (room, why) = paging.size(self.s.padded, self.recipe.optim.bits), self._pinned()
+        if wanted > room:
+            return [False], f"auto: they would take {gib(wanted)} of host memory; {why}"
         return [False, True], ""
 
     def embedding(self) -> tuple[list[bool], str]:
         """Whether the input embedding may be in host memory, in the order of what is wanted; and the reason why not, or "".
 
         Raises RecipeError (`memory.embedding`) where that is asked for and cannot be."""
-        asked, free = self.recipe.memory.embedding, machine.ram().free
+        asked, (room, why) = self.recipe.memory.embedding, self._pinned()
         if self.budget.kind == "cpu":
             return [False], "this device's memory is the host's"
         if asked == "host" and self.s.embedding_stays:
@@ -185,9 +195,8 @@ class Chooser:
             return [asked == "host"], ASKED
         if self.s.embedding_stays:
             return [False], f"auto: {self.s.embedding_stays}"
-        if self.budget.here and self.s.embedding > HOST_SHARE * free:
-            told = f"it would take {gib(self.s.embedding)} of host memory, {gib(free)} are free"
-            return [False], f"auto: {told}, and no more than {HOST_SHARE:.0%} of that is pinned"
+        if self.s.embedding > room:
+            return [False], f"auto: it would take {gib(self.s.embedding)} of host memory; {why}"
         return [False, True], ""
 
     def embedding_reason(self, rung: Rung) -> str:
@@ -215,11 +224,16 @@ class Chooser:
         if task.offload != "off":
             lean += [replace(keep, away=("x",)) for keep in lean]
         room = task.room - task.fixed - min(task.moments.values()) - min(task.embedding.values())
+        end = ends(self.s, tokens, self.layer.head_size, self.dtype, CHUNKED)
         for keep in lean:
             one = timeline.stage(w, keep)
-            end = ends(self.s, tokens, self.layer.head_size, self.dtype, CHUNKED)
-            fits = timeline.peak([one] * task.layers, end).bytes <= room
-            if fits and (task.host is None or not self.budget.here or one.host * task.layers <= task.host):
+            stages = [one] * task.layers
+            if one.host and task.host is not None and (self.budget.here or self.recipe.memory.host != "auto"):
+                # As many as host memory has room for; the others keep their input on the device.
+                left = task.host - max(task.pinned.values()) - (task.table if min(task.embedding.values()) == 0 else 0)
+                here, away = timeline.stage(w, replace(keep, away=())), max(0, min(task.layers, left // one.host))
+                stages = [one if is_away else here for is_away in places(task.layers, away, True)]
+            if timeline.peak(stages, end).bytes <= room:
                 return True
         return False
 
@@ -243,35 +257,7 @@ class Chooser:
             return ASKED
         if not size:
             return "auto: nothing is gained by it"
-        if not self.budget.here:
-            return f"auto: needs {gib(size)} of host memory"
-        return f"auto: it takes {gib(size)} of host memory, {gib(machine.ram().free)} are free"
-
-    def advice(self, rung: Rung, room: int) -> list[str]:
-        """Changes of the recipe, each with what it saves; one that suffices alone is marked. room: bytes."""
-        changes: list[tuple[str, Recipe, Rung]] = []
-        recipe = self.recipe
-        if not rung.recompute:
-            changes.append(("memory.recompute=on", recipe, replace(rung, recompute=True, lean="", rest="", lean_layers=0)))
-        if rung.microbatch > 1:
-            changes.append(("memory.microbatch=1", recipe, replace(rung, microbatch=1)))
-        if not rung.paged and self.budget.kind == "cuda":
-            changes.append(("optim.paged=always", recipe, replace(rung, paged=True)))
-        if not rung.embedding_away and self.budget.kind == "cuda" and not self.s.embedding_stays:
-            changes.append(("memory.embedding=host", recipe, replace(rung, embedding_away=True)))
-        if recipe.data.tokens > 512:
-            shorter = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tokens": recipe.data.tokens // 2})})
-            changes.append((f"data.tokens={recipe.data.tokens // 2}", shorter, rung))
-        told = []
-        for text, changed, option in changes:
-            left = sum(p.bytes for p in replace(self, recipe=changed).parts(option))
-            if left < rung.bytes:
-                told.append(f"{text} saves {gib(rung.bytes - left)}" + (" and fits" if left <= room else ""))
-        if recipe.format.kind in ("none", "int8") and recipe.adapter.kind == "lora":
-            told.append("format=nf4 stores the base in about 4 bits a weight")
-        if recipe.adapter.kind == "none":
-            told.append("a LoRA adapter (adapter.kind=lora, format=nf4) trains far fewer numbers")
-        return told or ["a smaller model, or a device with more memory"]
+        return f"auto: it takes {gib(size)} of host memory; {self._pinned()[1]}"
 
 
 def gib(count: int) -> str:

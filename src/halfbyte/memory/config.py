@@ -20,6 +20,9 @@ class MemoryConfig(Section):
     offload: Literal["auto", "on", "off"] = "auto"
     """Kept activations wait in pinned host memory between forward and backward (fused layers on a GPU): on (every layer's input at
     least), off, or auto: what makes the fastest plan that fits, where host memory has room."""
+    host: str = "auto"
+    """Host memory that may be pinned for all that waits there: auto (half of what is free; 24 GiB of another machine), or a size
+    such as 12GiB."""
     embedding: Literal["auto", "gpu", "host"] = "auto"
     """Where the input embedding is: gpu, host (pinned host memory, which the GPU reads row by row over the bus), or auto: host
     where that makes the fastest plan that fits. One that is the output head too (tied), or learns, is always on the GPU."""

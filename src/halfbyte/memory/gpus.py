@@ -54,6 +54,8 @@ CARDS: dict[str, float] = {
 }
 """Name without blanks or hyphens before the number: GiB."""
 
+NO_BF16 = ("rtx20", "p100", "t4", "v100")
+"""How the names of cards begin that have no bf16 (before compute capability 8.0): runs there compute in fp16."""
 FLOAT8 = ("rtx40", "rtx50", "b200", "h100", "h200", "l4")
 """How the names of cards begin that multiply in fp8 (compute capability 8.9 and newer)."""
 DRIVER_SHARE = 0.03

@@ -112,15 +112,33 @@ def weights(s: Shapes, recipe: Recipe, embedding_away: bool = False) -> list[Par
     nested = ", nested scales" if recipe.format.nested and recipe.format.kind in ("nf4", "fp4") else ""
     return [
         Part("packed weights", packed, f"{recipe.format.kind}{nested}: {bits:.3f} bits a weight"),
-        Part("other weights", kept, _others(bool(packed), bool(away))),
+        Part("other weights", kept, _others(s, bool(packed), bool(away))),
         Part("embedding", 0, "in host memory", host=away),
     ]
 
 
-def _others(packed: bool, away: bool) -> str:
+OTHERS = {
+    "embedding": "embeddings",
+    "head": "head",
+    "norm": "norms",
+    "experts": "experts (no format packs them yet)",
+    "bias": "biases",
+    "linear": "layers that format.skip names",
+    "other": "other parameters",
+}
+"""Kinds of rows that are kept, for people."""
+
+
+def _others(s: Shapes, packed: bool, away: bool) -> str:
+    """What is not packed, the largest first."""
+    if not packed:
+        return "all weights of the frozen base" + (" but the embedding" if away else "")
+    sizes = dict.fromkeys(OTHERS, 0)
+    for row in s.report.kept:
+        sizes["linear" if row.kind == "conv1d" else row.kind] += row.bytes
     if away:
-        return "head, norms" if packed else "all weights of the frozen base but the embedding"
-    return "embeddings, head, norms" if packed else "all weights of the frozen base"
+        sizes["embedding"] -= s.embedding
+    return ", ".join(OTHERS[kind] for kind in sorted(sizes, key=lambda kind: -sizes[kind]) if sizes[kind])
 
 
 def learning(s: Shapes, recipe: Recipe, paged: bool = False) -> list[Part]:

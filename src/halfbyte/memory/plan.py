@@ -18,11 +18,13 @@ from transformers import PretrainedConfig
 from halfbyte.checkpoints import description, hub
 from halfbyte.config import Recipe
 from halfbyte.errors import MemoryPlanError, RecipeError
+from halfbyte.memory import advice as advising
 from halfbyte.memory import calibrate, speed
 from halfbyte.memory.budget import Budget
 from halfbyte.memory.budget import budget as budget_of
 from halfbyte.memory.choose import ASKED, Chooser, gib
-from halfbyte.memory.gpus import CARDS, FLOAT8
+from halfbyte.memory.gpus import CARDS, FLOAT8, NO_BF16
+from halfbyte.memory.lengths import Lengths
 from halfbyte.memory.part import Part
 from halfbyte.memory.parts import DTYPES
 from halfbyte.memory.rungs import Rung, below
@@ -31,7 +33,7 @@ from halfbyte.memory.speed import Rates
 
 __all__ = ["ASKED", "Neighbour", "Parameters", "Plan", "chooser", "compute_of", "json_schema", "plan", "settled"]
 
-VERSION = 4
+VERSION = 5
 MORE = 2 << 30
 """Bytes less and more for which a plan tells what would be chosen."""
 
@@ -64,9 +66,10 @@ class Plan:
     what layers keep that wait in host memory, offload: why, or why not. paged: bytes of the optimizer's moments there, paging: why,
     or why not. embedded: bytes of the input embedding there, embedding: why, or why not. streamed: bytes of weights there (0 here).
     reason: of the choice. advice: what would make it fit. help: the same of the leanest way. rung: the choice; rungs: all that no
-    other beats, fastest first. tokens_per_second, seconds (of a step), run_seconds (of `train.max_steps`): predicted, null where
-    the device's speed or the number of steps is not known. rates: where the speeds of the device are from. neighbours: what less
-    and more memory would choose. longest: tokens of the longest row that this device trains.
+    other beats, fastest first. tokens_per_second, seconds (of a step), run_seconds (of all `steps`): predicted, null where the
+    device's speed or the number of steps is not known. rates: where the speeds of the device are from. neighbours: what less and
+    more memory would choose. longest: tokens of the longest row that this device trains. lengths: of the data's documents, null
+    where it is not prepared yet. steps: from them, or `train.max_steps`.
     """
 
     version: int
@@ -100,6 +103,8 @@ class Plan:
     rates: str
     neighbours: tuple[Neighbour, ...]
     longest: int | None
+    lengths: Lengths | None
+    steps: int | None
 
     @property
     def spare(self) -> int:
@@ -128,17 +133,28 @@ class Plan:
         raise MemoryPlanError(message, hint="; ".join(self.advice), code="memory.no-fit")
 
 
-def plan(recipe: Recipe, budget: str | Budget | None = None, *, config: dict[str, Any] | PretrainedConfig | None = None) -> Plan:
+def plan(
+    recipe: Recipe,
+    budget: str | Budget | None = None,
+    *,
+    config: dict[str, Any] | PretrainedConfig | None = None,
+    lengths: Lengths | None = None,
+) -> Plan:
     """The plan of a recipe. budget: a card, a size, or None for `memory.gpu`. config: of the model, else read from its source.
+    lengths: of the data's documents; without them a row is taken as one document.
 
     Raises RecipeError for a budget that is not understood, or a card without the products that are asked for; a plan that does not
     fit is returned, not raised (see `Plan.require`).
     """
-    return settled(chooser(recipe, budget, config=config))
+    return settled(chooser(recipe, budget, config=config, lengths=lengths))
 
 
 def chooser(
-    recipe: Recipe, budget: str | Budget | None = None, *, config: dict[str, Any] | PretrainedConfig | None = None
+    recipe: Recipe,
+    budget: str | Budget | None = None,
+    *,
+    config: dict[str, Any] | PretrainedConfig | None = None,
+    lengths: Lengths | None = None,
 ) -> Chooser:
     """What `plan` chooses with; for who also wants the plan's curve (`memory.curve`)."""
     given = budget if isinstance(budget, Budget) else budget_of(budget or recipe.memory.gpu)
@@ -149,7 +165,7 @@ def chooser(
         config = description.config_of(hub.locate(recipe.model, weights=False).path)
     compute = compute_of(recipe, given)
     s = shapes(skeleton(config, DTYPES[compute]), recipe.format, recipe.adapter)
-    return Chooser(s, recipe, given, compute, rates_of(recipe, given, DTYPES[compute]))
+    return Chooser(s, recipe, given, compute, rates_of(recipe, given, DTYPES[compute]), lengths)
 
 
 def settled(chooser: Chooser) -> Plan:
@@ -170,10 +186,10 @@ def rates_of(recipe: Recipe, budget: Budget, dtype: torch.dtype) -> Rates:
 
 
 def compute_of(recipe: Recipe, budget: Budget) -> str:
-    """The compute dtype to plan with: what was asked, else bf16 on a GPU and fp32, which needs the most, on a CPU."""
+    """The compute dtype to plan with: what was asked, else 16 bits as a GPU has them, and fp32, which needs the most, on a CPU."""
     if recipe.compute != "auto":
         return recipe.compute
-    return "fp32" if budget.kind == "cpu" else "bf16"
+    return "fp32" if budget.kind == "cpu" else "fp16" if budget.name.startswith(NO_BF16) else "bf16"
 
 
 def json_schema() -> dict[str, Any]:
@@ -188,6 +204,7 @@ def _plan(chooser: Chooser, rungs: list[Rung], rung: Rung) -> Plan:
     found = tuple(chooser.parts(rung))
     fits, seconds = rung.bytes <= budget.bytes, rung.seconds
     known = seconds > 0 and bool(chooser.rates.source)
+    steps = chooser.lengths.steps if chooser.lengths else recipe.train.max_steps
     leanest = min(rungs, key=lambda r: r.bytes)
     offloaded = sum(p.host for p in found if p.name == "activations")
     return Plan(
@@ -213,15 +230,17 @@ def _plan(chooser: Chooser, rungs: list[Rung], rung: Rung) -> Plan:
         tokens_per_second=recipe.train.batch * recipe.data.tokens / seconds if known else None,
         parameters=Parameters(s.report.params, sum(r.params for r in s.report.packed), s.trained),
         reason=chooser.reason(rungs, rung, fits),
-        advice=() if fits else tuple(chooser.advice(rung, budget.bytes)),
-        help=tuple(chooser.advice(leanest, 0)),
+        advice=() if fits else tuple(advising.advice(chooser, rung, budget.bytes)),
+        help=tuple(advising.advice(chooser, leanest, 0)),
         rung=rung,
         rungs=tuple(rungs),
         seconds=seconds if known else None,
-        run_seconds=seconds * recipe.train.max_steps if known and recipe.train.max_steps else None,
+        run_seconds=seconds * steps if known and steps else None,
         rates=chooser.rates.source,
         neighbours=_neighbours(rungs, rung, budget.bytes) if fits else (),
         longest=chooser.longest(),
+        lengths=chooser.lengths,
+        steps=steps,
     )
 
 

@@ -40,7 +40,8 @@ BESIDE = 0.05
 @dataclass(frozen=True)
 class Task:
     """layers: how many. tokens: of a microbatch; document: of a usual one. recompute, offload: what the recipe asks for. host:
-    bytes of host memory that may be pinned for layers, None for any. room: bytes of the budget. fixed: bytes that are always there;
+    bytes of host memory that may be pinned, None for any; pinned: of that, AdamW's moments, by whether they are paged; table: the
+    input embedding. room: bytes of the budget. fixed: bytes that are always there;
     moments: bytes of AdamW's on the device, by whether they are paged. decoded: bytes of decoded weights, by whether they are held.
     embedding: bytes of the input embedding on the device, by whether it is in host memory. logits: bytes of the loss's chunk, by
     how many times smaller it is than usual. tables: see `timeline.Ends`. numbers, bits: of the optimizer."""
@@ -49,12 +50,14 @@ class Task:
     tokens: int
     microbatches: int
     microbatch: int
-    document: int
+    document: float
     hidden: int
     vocabulary: int
     recompute: Asked
     offload: Asked
     host: int | None
+    pinned: dict[bool, int]
+    table: int
     room: int
     fixed: int
     moments: dict[bool, int]
@@ -155,14 +158,19 @@ def _with(task: Task, w: Work, rates: Rates) -> Iterator[Rung]:
     cost = _cost(task, w, rates)
     for chunks in task.logits:
         ends = Ends(task.tokens * task.hidden * w.c, task.logits[chunks], task.tables)
-        bytes_, times, index = _pairs(task, choices, cost, ends, rates)
+        bytes_, times, waits = _pairs(task, choices, cost, ends, rates)
         for paged, away in itertools.product(task.moments, task.embedding):
+            # All that is pinned shares one limit.
+            left = np.inf if task.host is None else task.host - task.pinned[paged] - away * task.table
+            if left < 0 and ((paged and False in task.moments) or (away and False in task.embedding)):
+                continue
+            index = np.flatnonzero(waits <= max(left, 0))
             beside = _beside(task, w, rates, chunks, away)
             step = speed.optimizer_cost(task.numbers, task.bits, paged, rates)
             always = task.fixed + task.moments[paged] + task.decoded[w.held] + task.embedding[away]
-            for at in _front(bytes_, times, task.room - always):
+            for at in _front(bytes_[index], times[index], task.room - always):
                 a, b, k = np.unravel_index(index[at], (len(choices), len(choices), task.layers + 1))
-                whole = task.microbatches * (float(times[at]) + beside) + step
+                whole = task.microbatches * (float(times[index[at]]) + beside) + step
                 rung = Rung(task.microbatch, False, paged=paged, chunks=chunks, decoded=w.held, embedding_away=away, seconds=whole)
                 yield _rung(task, rung, choices[a].stage, choices[b].stage, int(k), ends, always)
 
@@ -183,10 +191,8 @@ def _rung(task: Task, rung: Rung, a: Stage, b: Stage, k: int, ends: Ends, always
     return replace(rung, bytes=always + top.bytes)
 
 
-def _pairs(
-    task: Task, choices: Sequence[Option], cost: speed.Cost, ends: Ends, rates: Rates
-) -> tuple[Floats, Floats, NDArray[np.int64]]:
-    """Bytes of layers and ends, seconds of the layers in one microbatch, and the flat index [A, B, k] of every way that may be."""
+def _pairs(task: Task, choices: Sequence[Option], cost: speed.Cost, ends: Ends, rates: Rates) -> tuple[Floats, Floats, Floats]:
+    """Bytes of layers and ends, seconds of the layers in one microbatch, and bytes of host memory, each flat over [A, B, k]."""
     stages = [o.stage for o in choices]
     here, away, host, forward, backward, again = (
         np.array(values, dtype=np.float64)
@@ -220,9 +226,8 @@ def _pairs(
     plain = task.layers * cost.forward
     back = task.layers * cost.backward + k * a(again) + rest * b(again)
     seconds = np.maximum(plain, sent) + np.maximum(back, sent) + 2 * BESIDE * sent
-    allowed = np.ones(top.shape, dtype=bool) if task.host is None else k * a(host) + rest * b(host) <= task.host
-    index = np.flatnonzero(allowed)
-    return top.reshape(-1)[index], seconds.reshape(-1)[index], index
+    waits = k * a(host) + rest * b(host)
+    return top.reshape(-1), seconds.reshape(-1), waits.reshape(-1)
 
 
 def _front(bytes_: Floats, seconds: Floats, room: float) -> list[int]:

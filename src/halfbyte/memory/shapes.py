@@ -73,10 +73,15 @@ def skeleton(config: dict[str, Any] | PretrainedConfig, compute: torch.dtype) ->
 
 
 def shapes(net: PreTrainedModel, fmt: FormatConfig, adapter: AdapterConfig) -> Shapes:
-    """The shapes of a meta model. Raises ModelError when no target or skip pattern matches."""
+    """The shapes of a meta model. Raises ModelError when no target or skip pattern matches, and (`model.family`) where a model has
+    no attention."""
     stored = None if fmt.kind == "none" else Format.from_config(fmt)
     report = swap.plan_packing(net, fmt.skip, stored, Format.of_head(fmt))
     config = net.config.get_text_config()
+    missing = [name for name in ("hidden_size", "num_attention_heads", "vocab_size") if not getattr(config, name, 0)]
+    if missing:
+        message = f"model type `{config.model_type}` is no decoder with attention: its config has no {' and no '.join(missing)}"
+        raise ModelError(message, hint="docs/guides/models.md lists the families that are tested", code="model.family")
     by_layer = _by_layer(report.rows)
     widest = max(by_layer.values(), key=lambda rows: sum(r.params for r in rows), default=[])
     sizes = _trained(net, report, adapter)

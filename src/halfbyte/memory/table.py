@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from halfbyte.memory.lengths import UNKNOWN
+
 if TYPE_CHECKING:
     from halfbyte.memory.plan import Plan
 
@@ -69,8 +71,8 @@ def _whole(plan: Plan) -> Text:
 
 
 def _outlook(plan: Plan) -> list[str]:
-    """Predicted speed, what less and more memory would choose, the longest row."""
-    found = []
+    """The data's lengths, predicted speed, what less and more memory would choose, the longest row."""
+    found = [f"data: {plan.lengths or UNKNOWN}"]
     if plan.tokens_per_second is not None and plan.seconds is not None:
         run = "" if plan.run_seconds is None else f", {_duration(plan.run_seconds)} in all"
         found.append(f"predicted: {plan.tokens_per_second:,.0f} tokens/s, {plan.seconds:.2f} s a step{run} ({plan.rates})")

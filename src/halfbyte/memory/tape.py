@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from halfbyte.kernels.attention.heads import together
 from halfbyte.layers.fused.keep import Keep
 from halfbyte.memory.fused import Group, Layer
 
@@ -334,6 +335,18 @@ def _mlp(tape: Tape, w: Work, source: str) -> None:
     tape.free("d_down", "inputs", "xa_inputs", "behind xa_inputs", "rows of d_inputs")
 
 
+def _library(w: Work) -> int:
+    """Bytes a token of attention's backward besides its results: dq in fp32, dk and dv once for every query head of those that run
+    together; and where these are a part of all, copies of what they read and write (`kernels.attention.heads`)."""
+    one = w.layer
+    kv = together(w.tokens, one.heads, one.kv_heads)
+    heads = kv * one.heads // one.kv_heads
+    query, keys = heads * one.head_size, kv * one.head_size
+    expanded = 2 * w.c * query if one.heads != one.kv_heads else 0
+    copies = w.c * (4 * query + 4 * keys) if kv < one.kv_heads else 0
+    return FLOAT * (query + heads) + expanded + copies
+
+
 def _attention(tape: Tape, w: Work, want_x: bool) -> None:
     """To the gradient of the attention's input, `d_normed`."""
     one, wide = w.layer, w.tokens * w.c
@@ -343,8 +356,7 @@ def _attention(tape: Tape, w: Work, want_x: bool) -> None:
     tape.new("dq", wide * one.query)
     tape.new("dk and dv", 2 * wide * one.keys)
     if w.flash:
-        expanded = 2 * w.c * one.query if one.heads != one.kv_heads else 0
-        tape.passing(LIBRARY, w.tokens * (FLOAT * one.query + FLOAT * one.heads + expanded))
+        tape.passing(LIBRARY, w.tokens * _library(w))
     tape.free("attended", "log sums")
     if one.qk_norm != "none":
         tape.new("d_qkv", wide * (one.qkv.n + one.qkv.r))

@@ -74,9 +74,10 @@ def hand_over(
     settings, template = dump(recipe), prepared.template.text
     output = Path(recipe.output).expanduser()
     if recipe.adapter.kind == "none":
-        where = model.save(base, output / "model", template, {peft.RECIPE: settings})
+        where = model.save(base, output / "model", template, {peft.RECIPE: settings}, end_ids=prepared.end_ids)
     else:
-        where = peft.save(adapter, output / "adapter", base, {peft.RECIPE: settings, peft.TEMPLATE: template})
+        extras = {peft.RECIPE: settings, peft.TEMPLATE: template}
+        where = peft.save(adapter, output / "adapter", base, extras, prepared.end_ids)
     result = _result(parts, account, state, output, where, step, report)
     text = summary(recipe, result, loop.finished(parts, state) if state.step < parts.total_steps else "")
     (output / SUMMARY).write_text(json.dumps({**asdict(result), "summary": text}, indent=1, default=str) + "\n")

@@ -33,7 +33,7 @@ from halfbyte.data.prepare import Prepared, prepare
 from halfbyte.errors import MemoryPlanError, ModelError, RecipeError
 from halfbyte.generate.chat import answers
 from halfbyte.layers import decoded, embedding, forward, head, recompute
-from halfbyte.memory import measure
+from halfbyte.memory import measure, segments
 from halfbyte.memory import plan as planning
 from halfbyte.memory.plan import Plan
 from halfbyte.memory.rungs import Rung
@@ -52,6 +52,7 @@ from halfbyte.train.finish import Result
 from halfbyte.train.graphs import Graphs
 from halfbyte.train.identity import identity
 from halfbyte.train.ladder import Ladder
+from halfbyte.train.lengths import lengths
 from halfbyte.train.report import OnEvent, Report
 from halfbyte.train.state import Parts, State
 
@@ -83,6 +84,7 @@ def train(recipe: Recipe, *, on_event: OnEvent | None = None, memory_timeline: b
     output = Path(recipe.output).expanduser()
     report = Report(output, on_event)
     metrics.check_trackers(recipe.log.to)
+    segments.grow()
     with lock.hold(output, report.tell), _words(report), deterministic(recipe.train.deterministic):
         resume.sweep(output / CHECKPOINTS, report.tell)
         stored = resume.newest(output / CHECKPOINTS, report.tell)
@@ -110,7 +112,7 @@ def _composed(recipe: Recipe, report: Report, stored: Contents | None, memory_ti
     """`compose`; raises MemoryPlanError (train.out-of-memory) where others have taken the memory that the plan found free."""
     try:
         return compose(recipe, report, stored, memory_timeline)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_shortage(error):
             raise
         why = in_words(error, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -133,7 +135,8 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None, memory_time
     torch.set_num_threads(chosen["threads"].value)
     compute = choosing.DTYPES[chosen["compute"].value]
     prepared = _data(recipe, report)
-    chooser = planning.chooser(recipe.model_copy(update={"compute": chosen["compute"].value}))
+    planned = recipe.model_copy(update={"compute": chosen["compute"].value})
+    chooser = planning.chooser(planned, lengths=lengths(prepared, recipe))
     plan = planning.settled(chooser).require()
     fallen = stored.documents["trainer"].get("shortages", []) if stored is not None else []
     rung, standing = ladder.begin(plan, recipe, kept, fallen)
@@ -277,7 +280,9 @@ def _parts(
         dropout=lambda seed, step, row: adapter.set_dropout_state(seed, step, row, tokens),
         weights=lambda: adapter_state.state_dict(adapter),
         restore=restore,
-        answers=functools.partial(answers, base, max_tokens=config.sample_tokens, template=prepared.template.text),
+        answers=functools.partial(
+            answers, base, max_tokens=config.sample_tokens, template=prepared.template.text, end_ids=prepared.end_ids
+        ),
         flat=optimizer.flat,
         optimizer=optimizer,
         scale=LossScale.create(compute, device),

@@ -27,7 +27,7 @@ def rewinding(parts: Parts, state: State, attempt: Callable[[], T], rewind: Call
         try:
             parts.ladder.settle()
             return attempt()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
             why = in_words(error, parts.device)
@@ -41,7 +41,7 @@ def continuing(parts: Parts, state: State, attempt: Callable[[], T]) -> T:
     for _ in range(TRIES):
         try:
             return attempt()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
             why = in_words(error, parts.device)

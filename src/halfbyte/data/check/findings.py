@@ -16,7 +16,7 @@ from halfbyte.errors import DataError, RecipeError
 from halfbyte.mistakes import nearest
 
 SHOWN = 3  # places named in words; `--json` has the first KEPT
-KEPT = 20
+KEPT = 1000
 
 
 class Check(NamedTuple):
@@ -35,10 +35,12 @@ CHECKS: dict[str, Check] = {
     "data.bad-file": Check("a line cannot be read", "mend it, or repair it with `--fix`; `--bad` writes such lines to a file", 0),
     "data.bad-example": Check("a field is missing or of another kind than expected", "mend it, or name the shape", 0),
     "data.shape": Check("the columns fit no shape that is built", "rename them, or name the shape", 0),
-    "data.tools": Check("tool calls that cannot be learned", "leave these examples out, or turn them into plain messages", 0),
+    "data.tools": Check("a tool call or a tool's schema that cannot be read", "mend it, or leave the example out", 0),
     "data.empty": Check("there is no usable example", "every example needs an answer by the assistant, or text", 0),
-    "data.template": Check("the chat template refuses, drops or changes messages", "choose another one with `data.template`", 0),
-    "data.mask": Check("an answer cannot be told from what surrounds it", "`data.loss_on: each`, or `data.template: chatml`", 0),
+    "data.template": Check("the chat template refuses, drops or changes messages",
+                           "choose one that writes them with `data.template`, or leave them out", 0),
+    "data.mask": Check("an answer cannot be told from what surrounds it",
+                       "`data.loss_on: each` where earlier thoughts are stripped; else another `data.template`, such as chatml", 0),
     "data.no-eot": Check("answers would be learned without their end: the model would never stop",
                          "write the end-of-turn token after every answer in the template", 0),
     "data.pad-eos": Check("the end-of-turn token is also the pad token and is masked out: the model would never stop",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from halfbyte.data.check import duplicates, learned
 from halfbyte.data.check.findings import CHECKS, KEPT, LATER, Findings
 from halfbyte.data.check.scan import LISTED, Scan, scan
 from halfbyte.data.check.texts import Tests, special_tokens
+from halfbyte.data.checks import DROP_LIMIT
 from halfbyte.data.config import DataConfig, SourceConfig
 from halfbyte.data.encode import Encoder, Options
 from halfbyte.data.prepare import Prepared, Progress, prepare
@@ -76,13 +77,31 @@ def check(
             more = _encoding(config, tokenizer, cache)
             problems += more
             _tell_problems("data", more, sum(s.examples for s in scans), findings)
+        whole = error.code == "data.too-long" and _with_long(config, tokenizer, seed, cache, findings, error)
         if error.code not in {f.id for f in findings.errors}:
             findings.add(error.code, "data", 1, 0, detail=error.message, fix=error.hint, error=True)
-        why = "since the data cannot be prepared yet"
-        findings.not_run.update({name: why for name in (*TOKEN_LEVEL, *COPIES) if name not in findings.ids()})
+        if not whole:
+            why = "since the data cannot be prepared yet"
+            findings.not_run.update({name: why for name in (*TOKEN_LEVEL, *COPIES) if name not in findings.ids()})
     else:
         _prepared(prepared, tokenizer, cache, findings, config.check.near)
     return Checked(findings, scans, problems, prepared)
+
+
+def _with_long(config: DataConfig, tokenizer: Any, seed: int, cache: Path, findings: Findings, error: DataError) -> bool:
+    """All other checks where only the length of examples stops a run: they are made as if these were cut, which keeps every one.
+    Whether that could be done."""
+    try:
+        cut = prepare(config.model_copy(update={"too_long": "truncate_right"}), tokenizer, seed, cache)
+    except DataError:
+        return False
+    before = len(findings.found)
+    _prepared(replace(cut, config=config), tokenizer, cache, findings, config.check.near)
+    lost = "" if config.too_long == "error" else f"; dropping them would lose more than {DROP_LIMIT:.0%} of what is learned"
+    for number, f in enumerate(findings.found[before:], before):
+        if f.id == error.code:
+            findings.found[number] = replace(f, detail=f.detail + lost, error=True, fix=error.hint)
+    return True
 
 
 def before_training(prepared: Prepared, tokenizer: Any, cache_dir: Path, progress: Progress | None = None) -> Findings:

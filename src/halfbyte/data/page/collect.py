@@ -118,9 +118,11 @@ def _examples(
 
 
 def _coded(pieces: list[Piece], texts: dict[int, str]) -> dict[str, Any]:
-    """Pieces as ids whose text stands in `texts` (a text of its own where several tokens make one), and runs of learned ones."""
+    """Pieces as ids whose text stands in `texts` (a text of its own where several tokens make one), and runs of learned ones;
+    where some of them weigh other than 1, runs of (pieces, weight) too."""
     coded: list[Any] = []
     runs: list[int] = [0]
+    weights: list[tuple[int, float]] = []
     learning = False
     cut = 0
     for number, piece in enumerate(pieces):
@@ -131,12 +133,15 @@ def _coded(pieces: list[Piece], texts: dict[int, str]) -> dict[str, Any]:
             runs.append(0)
             learning = piece.trained
         runs[-1] += 1
+        same = bool(weights) and weights[-1][1] == piece.weight
+        weights[-1:] = [(weights[-1][0] + 1, piece.weight)] if same else [*weights[-1:], (1, piece.weight)]
         token = piece.ids[0]
         if len(piece.ids) == 1 and texts.setdefault(token, piece.text) == piece.text:
             coded.append(-token - 1 if piece.special else token)
         else:
             coded.append([piece.ids, piece.text])
-    return {"p": coded, "r": runs, "cut": cut}
+    weighted = any(weight != 1 for _, weight in weights)
+    return {"p": coded, "r": runs, "cut": cut, **({"k": weights} if weighted else {})}
 
 
 def _twins(data: TokenSet, copies: Any, tokenizer: Any, at: dict[int, int]) -> list[dict[str, Any]]:

@@ -139,22 +139,28 @@ function draw(at) {
   chosen = at;
   const example = D.examples[at], words = query.value.toLowerCase(), text = el("div", {className: "text"});
   let learned = false, left = example.r[0], run = 0, position = 0, character = 0;
+  const weights = (example.k || []).flatMap(([count, weight]) => Array(count).fill(weight));
+  const seen = new Set();
+  const shade = (node, weight) => { node.classList.add("w"); node.style.setProperty("--weight", Math.min(weight, 2)); return node; };
   const hits = [];
   if (words && !words.startsWith("#")) for (let i = example.low.indexOf(words); i >= 0; i = example.low.indexOf(words, i + words.length)) hits.push([i, i + words.length]);
-  for (const part of parts(example)) {
+  for (const [number, part] of parts(example).entries()) {
     while (left === 0) { run += 1; left = example.r[run]; learned = run % 2 === 1; }
     left -= 1;
     const stop = character + part.text.length;
     const hit = hits.some(([a, b]) => a < stop && b > character) || (words.startsWith("#") && part.ids.includes(Number(words.slice(1))));
     // A line break is shown, and breaks the line.
     const token = el("span", {className: [learned && "l", part.special && "s", hit && "mark"].filter(Boolean).join(" ")}, part.text.replace(/\n/g, "⏎\n"));
-    token.piece = {...part, position, learned, example};
+    const weight = learned && weights.length ? weights[number] : 1;
+    if (learned && weights.length) seen.add(weight) && shade(token, weight);
+    token.piece = {...part, position, learned, weight, example};
     text.append(token);
     position += part.ids.length;
     character = stop;
   }
   if (example.cut) text.append(el("p", {className: "dim"}, `... ${num(example.cut)} more tokens`));
-  const legend = el("p", {className: "dim text"}, el("span", {className: "key l"}, "learned"), " ", el("span", {className: "key s"}, "special"), " ⏎ line break");
+  const keys = weights.length ? [...seen].sort((a, b) => a - b).flatMap((w) => [shade(el("span", {className: "key l"}, `learned, weight ${w}`), w), " "]) : [el("span", {className: "key l"}, "learned"), " "];
+  const legend = el("p", {className: "dim text"}, ...keys, el("span", {className: "key s"}, "special"), " ⏎ line break");
   detail.replaceChildren(el("h2", {}, example.w, " ", el("span", {className: "dim"}, `${num(example.n)} tokens, ${num(example.t)} learned (${share(example.t, example.n)}), source ${D.sources[example.s]}`)), legend, text);
   detail.scrollTop = 0;
 }
@@ -163,7 +169,7 @@ hover(detail, (target) => {
   if (!p) return "";
   const count = p.ids.length, first = p.position;
   return `${visible(p.text)}\n${count > 1 ? "ids" : "id"} ${p.ids.join(", ")}${p.special ? " (special)" : ""}\n` +
-    `${p.learned ? "learned" : "not learned: read only"}\nposition ${num(first)}${count > 1 ? " to " + num(first + count - 1) : ""} of ${num(p.example.n)}\ndocument ${p.example.w}`;
+    `${p.learned ? `learned, weight ${p.weight} in the loss` : "not learned: read only"}\nposition ${num(first)}${count > 1 ? " to " + num(first + count - 1) : ""} of ${num(p.example.n)}\ndocument ${p.example.w}`;
 });
 query.addEventListener("input", fill);
 source.addEventListener("change", fill);

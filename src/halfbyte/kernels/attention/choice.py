@@ -2,8 +2,9 @@
 
 Why measured: cuDNN and FlashAttention change places with the GPU, the head size and the lengths of the documents. What is
 measured is forward and backward on the activations of the first microbatch that comes along; before that, every candidate must
-agree with the reference on a short piece of them. Cost: less than a second, once. Where bit-equal runs are asked for, nothing
-is measured, since two runs might then choose differently: the first method in the fixed order runs.
+agree with the reference on a short piece of them. Cost: less than a second, once; of very long rows a piece is measured. Where
+memory is short, a smaller piece is; and where there is none at all, nothing is settled: the first method in the fixed order runs
+until the next measurement. Where bit-equal runs are asked for, nothing is measured, since two runs might then choose differently.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ from torch import Tensor
 from halfbyte.errors import RecipeError
 from halfbyte.kernels.attention.cudnn import Cudnn, deterministic
 from halfbyte.kernels.attention.documents import Documents
-from halfbyte.kernels.attention.flash import Flash, activate, current, installed, overflows
+from halfbyte.kernels.attention.flash import Flash, activate, current, installed, overflows, together
 from halfbyte.kernels.attention.flex import Flex
 from halfbyte.kernels.attention.protocol import Method
 from halfbyte.kernels.attention.sdpa import Sdpa
+from halfbyte.shortage import is_shortage
 
 log = logging.getLogger("halfbyte")
 
 SHORT = 1024
 """Rows of fewer tokens (probes, questions) are not worth a measurement, nor compiling."""
+MEASURED = 16384
+"""Tokens of the row that are measured, at most."""
+AGAIN = 512
+"""Calls after which a choice that found no memory to measure with is made anew: some steps."""
 ROUNDS = 3
 # As in `agrees`: what the methods may differ by on the same 16-bit numbers. A wrong mask or a wrong head moves them by 10 to 100 %.
 TOLERANCE = 0.03
@@ -33,13 +39,16 @@ TOLERANCE = 0.03
 
 @dataclass(frozen=True)
 class Choice:
-    """A method and why."""
+    """A method and why. settled: it stays; else it stands in until there is memory to measure with."""
 
     method: Method
     reason: str
+    settled: bool = True
 
 
 _chosen: dict[tuple[object, ...], Choice] = {}
+_waiting: dict[tuple[object, ...], int] = {}
+"""Calls left before a choice that is not settled is made anew."""
 
 
 def method(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None, cap: float | None) -> Method:
@@ -48,16 +57,26 @@ def method(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, 
     Raises RecipeError where the recipe asks for one that cannot run, with the obstacle.
     """
     tokens, heads, size = q.shape
-    crowded = overflows(tokens, documents.cu_seqlens.shape[0] - 1, heads, size)
+    crowded = overflows(tokens, documents.cu_seqlens.shape[0] - 1, together(tokens, heads, k.shape[1]), size)
     window = documents.window(window)
     strict = deterministic()
     key = (q.dtype, q.device, tokens, heads, k.shape[1], size, documents.equal, crowded, window, cap, documents.wanted, strict)
     found = _chosen.get(key)
-    if found is None:
-        found = _chosen[key] = choose(q, k, v, documents, scale, window, cap)
-        level, what = logging.DEBUG if tokens < SHORT else logging.INFO, _described(documents, window, cap)
-        log.log(level, "attention: %s (%s; %s tokens, %s)", found.method.name, found.reason, tokens, what)
+    if found is None or (not found.settled and _is_due(key)):
+        before, found = found, choose(q, k, v, documents, scale, window, cap)
+        _chosen[key] = found
+        if not found.settled:
+            _waiting[key] = AGAIN
+        if before != found:
+            level, what = logging.DEBUG if tokens < SHORT else logging.INFO, _described(documents, window, cap)
+            log.log(level, "attention: %s (%s; %s tokens, %s)", found.method.name, found.reason, tokens, what)
     return found.method
+
+
+def _is_due(key: tuple[object, ...]) -> bool:
+    """Counts a call of a choice that is not settled."""
+    _waiting[key] -= 1
+    return _waiting[key] <= 0
 
 
 def choose(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None, cap: float | None) -> Choice:
@@ -84,6 +103,9 @@ def choose(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, 
     try:
         _everything(able[0], q, k, v, documents, scale, window, cap)
     except RuntimeError as error:
+        if is_shortage(error):
+            why = f"{_why(obstacles)}; for now, since there is no memory to try {able[0].name}"
+            return Choice(able[0], f"auto: {why}", settled=False)
         return Choice(Sdpa(), f"auto: {_why(obstacles)}; {able[0].name}: {str(error).splitlines()[0]}")
     return Choice(able[0], f"auto: {_why(obstacles)}")
 
@@ -118,8 +140,43 @@ def _asked(every: list[Method], obstacles: dict[str, str | None], wanted: str) -
 def measured(
     able: list[Method], q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None, cap: float | None
 ) -> Choice:
-    """The fastest of those that agree with the reference, forward and backward."""
-    before = current()
+    """The fastest of those that agree with the reference, forward and backward, on as many tokens as memory has room for.
+
+    Memory that runs out says nothing about a method: all of them are measured again on half the tokens, or none is.
+    """
+    tokens = MEASURED
+    while tokens >= SHORT:
+        part = piece(documents, tokens, q.device)
+        end = q.shape[0] if part is documents else sum(part.lengths or ())
+        before = current()
+        try:
+            return _compared(able, q[:end], k[:end], v[:end], part, scale, window, cap)
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
+        finally:
+            activate(before)
+        tokens = min(tokens, end) // 2
+    return Choice(able[0], "auto: for now, since there is no memory to measure with", settled=False)
+
+
+def piece(documents: Documents, tokens: int, device: torch.device) -> Documents:
+    """The first documents, of `tokens` tokens at most, cut off there; whole ones where they are of one length. The documents
+    themselves where that is all, or where the host does not know them."""
+    if documents.lengths is None or sum(documents.lengths) <= tokens:
+        return documents
+    if documents.equal:
+        length = min(documents.lengths[0], tokens)
+        ends = [i * length for i in range(tokens // length + 1)]
+    else:
+        ends = [*dict.fromkeys(min(end, tokens) for end in documents.boundaries or ())]
+    return Documents.of(torch.tensor(ends, dtype=torch.int32), device, ends[-1])
+
+
+def _compared(
+    able: list[Method], q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None, cap: float | None
+) -> Choice:
+    """By the clock. Raises what says that memory ran out."""
     times: dict[str, float] = {}
     for one in able:
         try:
@@ -128,8 +185,9 @@ def measured(
             else:
                 log.warning("attention: %s is left out: it disagrees with the reference on this machine", one.name)
         except RuntimeError as error:
+            if is_shortage(error):
+                raise
             log.info("attention: %s is left out: %s", one.name, str(error).splitlines()[0])
-    activate(before)
     if not times:
         return Choice(Sdpa(), "auto: no other method ran")
     best = min(able, key=lambda one: times.get(one.name, float("inf")))

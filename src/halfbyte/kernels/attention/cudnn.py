@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.attention import heads
 from halfbyte.kernels.attention.documents import Documents
 
 _forward = torch.ops.aten._scaled_dot_product_cudnn_attention
@@ -75,16 +76,19 @@ class Cudnn:
         count = documents.equal
         assert count is not None
         n = q.shape[0] // count
-        # torch finds cuDNN's graph by the strides of q, k and v alone: those of dout must be the same at every call.
-        dout = dout.contiguous()
         lse, seed, offset = residuals
-        grads = _backward(
-            *(_batched(x, count) for x in (dout, q, k, v, out)),
-            *(lse, seed, offset, None, None, None, n, n, 0.0, True),
-            scale=scale,
-        )
-        dq, dk, dv = (g.transpose(1, 2).flatten(0, 1) for g in grads)
-        return dq, dk, dv
+
+        def run(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, part: heads.Part) -> tuple[Tensor, Tensor, Tensor]:
+            # torch finds cuDNN's graph by the strides of q, k and v alone: those of dout must be the same at every call.
+            grads = _backward(
+                *(_batched(x, count) for x in (dout.contiguous(), q, k, v, out)),
+                *(lse[:, part.first : part.last].contiguous(), seed, offset, None, None, None, n, n, 0.0, True),
+                scale=scale,
+            )
+            dq, dk, dv = (g.transpose(1, 2).flatten(0, 1) for g in grads)
+            return dq, dk, dv
+
+        return heads.in_parts(run, dout, q, k, v, out)
 
 
 def _batched(x: Tensor, count: int) -> Tensor:

@@ -3,7 +3,7 @@
 Why torch's own operators: version 2 is built in, so there is no wheel to install; versions 3 and 4 take its place through
 torch's public switch where they are installed. Cost: kept for backward, the log-sum-exp in fp32, 4 bytes a token and head;
 backward of version 2 takes (T + 128 D) · H · d fp32 numbers while it runs, more splits of it when it must be deterministic, and
-writes dk and dv once for every query head before it sums them.
+writes dk and dv once for every query head before it sums them; of very long rows for a few heads at a time (`heads`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.attention import heads as by_heads
 from halfbyte.kernels.attention.documents import Documents
 
 _forward = torch.ops.aten._flash_attention_forward
@@ -23,9 +24,15 @@ _MODULES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
 
 
 def overflows(tokens: int, documents: int, heads: int, head_size: int) -> bool:
-    """Whether backward of version 2 counts beyond 2^31: its fp32 dq has 128 rows more a document, heads rounded up."""
+    """Whether backward of version 2 counts beyond 2^31 for the heads that run together: its fp32 dq has 128 rows more a document,
+    heads rounded up."""
     rounded = -(-head_size // 32) * 32 if head_size <= 128 else -(-head_size // 64) * 64
     return (tokens + 128 * documents) * heads * rounded >= 2**31
+
+
+def together(tokens: int, heads: int, kv_heads: int) -> int:
+    """Query heads whose backward runs at once."""
+    return by_heads.together(tokens, heads, kv_heads) * heads // kv_heads
 
 
 def installed() -> list[Flash]:
@@ -86,7 +93,7 @@ class Flash:
             return f"head size {size} is not a multiple of 8 up to 256"
         if cap is not None:
             return "it has no soft cap"
-        if overflows(tokens, documents.cu_seqlens.shape[0] - 1, heads, size):
+        if overflows(tokens, documents.cu_seqlens.shape[0] - 1, together(tokens, heads, k.shape[1]), size):
             return f"{tokens} tokens of {heads} heads overflow its 32-bit offsets"
         return None
 
@@ -118,13 +125,17 @@ class Flash:
         activate(self.version)
         bounds, longest, left = _ranges(documents, window)
         lse, state, unused = residuals
-        dq, dk, dv = _backward(
-            *(dout, q, k, v, out, lse, bounds, bounds, longest, longest, 0.0, True, state, unused),
-            scale=scale,
-            window_size_left=left,
-            window_size_right=0,
-        )
-        return dq, dk, dv
+
+        def run(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, part: by_heads.Part) -> tuple[Tensor, Tensor, Tensor]:
+            dq, dk, dv = _backward(
+                *(dout, q, k, v, out, lse[part.first : part.last], bounds, bounds, longest, longest, 0.0, True, state, unused),
+                scale=scale,
+                window_size_left=left,
+                window_size_right=0,
+            )
+            return dq, dk, dv
+
+        return by_heads.in_parts(run, dout, q, k, v, out)
 
 
 def _ranges(documents: Documents, window: int | None) -> tuple[Tensor, int, int]:

@@ -90,6 +90,7 @@ class Products:
         parts = [(slice(None), self.weight)] if self.weight is not None else self._slices()
         for at, weight in parts:
             matmul(h, weight.T, z[:, at])
+            del weight  # before the next slice is decoded
 
     def gradient(self, d: Tensor, out: Tensor) -> None:
         """out `[c, H]` = d W; the slices of a packed head are summed in fp32."""
@@ -99,6 +100,7 @@ class Products:
         total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
         for at, weight in self._slices():
             matmul(d[:, at], weight, total, beta=1.0)
+            del weight
         out.copy_(total)
 
 

@@ -165,7 +165,10 @@ def _chosen(plan: Plan, bind: Callable[[Algorithm], Call], operands: Operands) -
             return found
     started = time.perf_counter()
     algorithms = plan.algorithms(CANDIDATES)
-    number, ms = _measure(plan, algorithms, bind, operands)
+    measured = _measure(plan, algorithms, bind, operands)
+    if measured is None:  # nothing is known, so nothing is remembered
+        return algorithms[0]
+    number, ms = measured
     seconds = time.perf_counter() - started
     text = algorithms[number].text() if number else ""
     family.append((problem.m, text))
@@ -190,8 +193,9 @@ def _recalled(plan: Plan, text: str) -> Algorithm | None:
 
 def _measure(
     plan: Plan, algorithms: list[Algorithm], bind: Callable[[Algorithm], Call], operands: Operands
-) -> tuple[int, list[float]]:
-    """The number of the algorithm to take, and what was measured. Writes `out` many times; where that is C too, a scratch."""
+) -> tuple[int, list[float]] | None:
+    """The number of the algorithm to take, and what was measured; None where there is no memory for it. Writes `out` many times;
+    where that is C too, a scratch."""
     problem = plan.problem
     a, b, source, out, *scales = operands
     try:
@@ -201,8 +205,8 @@ def _measure(
         cache = torch.cuda.get_device_properties(plan.device).L2_cache_size
         scratch = torch.empty(2 * cache, dtype=torch.uint8, device=out.device)
     except torch.OutOfMemoryError:
-        log.info("gemm: %s is not measured: no memory for it", problem.name)
-        return 0, []
+        log.info("gemm: %s is not measured in this run: no memory for it", problem.name)
+        return None
     addresses = [t.data_ptr() for t in (a, b, source, target, *scales)]
     calls = [functools.partial(bind(algorithm), *addresses) for algorithm in algorithms]
     for call in calls:  # the driver loads a kernel when it is first asked for
