@@ -37,6 +37,7 @@ import fits_plans
 import planned
 import torch
 from planned import GIB, SIZES, Case
+from reporting import read
 
 from halfbyte.layers.fused import host
 from halfbyte.memory import calibrate, speed
@@ -230,9 +231,9 @@ GROUPS: dict[str, Callable[[Bench], Iterator[Line]]] = {
 
 def table(folder: Path) -> str:
     """Ours beside Unsloth's best setting that fits, as Markdown."""
-    ours = [json.loads(line) for line in (folder / "fits_gpu.jsonl").read_text().splitlines()]
+    ours = read(folder / "fits_gpu.jsonl")
     file = folder / "peer_fits.jsonl"
-    theirs = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    theirs = read(file) if file.exists() else []
     return fits_plans.table(ours, theirs, planned.BESIDE)
 
 

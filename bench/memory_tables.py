@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import fits_plans
-
-BESIDE = 0.75
-"""GiB of a card that no allocator has: context and driver (`planned.BESIDE`, which needs torch)."""
-
-
-def read(results: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+from planned import BESIDE
+from reporting import read
 
 
 def cards(results: Path) -> str:

@@ -15,6 +15,11 @@ BEGUN = time.monotonic()
 """When this module was imported: the script's start, but for torch's own import."""
 
 
+def read(results: Path) -> list[dict[str, Any]]:
+    """The lines of a raw result."""
+    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+
+
 def passed(found: dict[str, str], file: Path) -> bool:
     """Writes what every check said ("": green) to `file`, prints what is red; True when nothing is."""
     file.write_text(json.dumps(found, indent=1))

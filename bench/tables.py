@@ -21,6 +21,7 @@ import fp8_quality_gpu
 import memory_tables
 import quality
 import roofline
+from reporting import read
 from shapes import SIZES, flops, moved
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,10 +44,6 @@ ROLES = {
     "1b": "1B shape, 4 x 2,048",
     "70b": "70B shape, 4 x 2,048",
 }
-
-
-def read(results: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
 
 
 def name_of(row: dict[str, Any]) -> str:

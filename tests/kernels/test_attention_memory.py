@@ -169,4 +169,4 @@ def test_in_parts_gradients_are_the_same_bits(row: Row) -> None:
 def test_a_longer_row_is_counted_where_fewer_heads_run_together() -> None:
     tokens = 600_000
     assert flash.overflows(tokens, 1, 32, 128)
-    assert not flash.overflows(tokens, 1, flash.together(tokens, 32, 8), 128) and flash.together(1000, 32, 8) == 32
+    assert not flash.overflows(tokens, 1, heads.query_heads(tokens, 32, 8), 128) and heads.query_heads(1000, 32, 8) == 32

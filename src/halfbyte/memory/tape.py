@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from halfbyte.kernels.attention.heads import together
+from halfbyte.kernels.attention.heads import query_heads
 from halfbyte.layers.fused.keep import Keep
 from halfbyte.memory.fused import Group, Layer
 
@@ -339,11 +339,10 @@ def _library(w: Work) -> int:
     """Bytes a token of attention's backward besides its results: dq in fp32, dk and dv once for every query head of those that run
     together; and where these are a part of all, copies of what they read and write (`kernels.attention.heads`)."""
     one = w.layer
-    kv = together(w.tokens, one.heads, one.kv_heads)
-    heads = kv * one.heads // one.kv_heads
-    query, keys = heads * one.head_size, kv * one.head_size
+    heads = query_heads(w.tokens, one.heads, one.kv_heads)
+    query, keys = heads * one.head_size, heads * one.kv_heads // one.heads * one.head_size
     expanded = 2 * w.c * query if one.heads != one.kv_heads else 0
-    copies = w.c * (4 * query + 4 * keys) if kv < one.kv_heads else 0
+    copies = w.c * (4 * query + 4 * keys) if heads < one.heads else 0
     return FLOAT * (query + heads) + expanded + copies
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from halfbyte.errors import RecipeError
 from halfbyte.kernels.attention.cudnn import Cudnn, deterministic
 from halfbyte.kernels.attention.documents import Documents
-from halfbyte.kernels.attention.flash import Flash, activate, current, installed, overflows, together
+from halfbyte.kernels.attention.flash import Flash, activate, current, installed, overflows
 from halfbyte.kernels.attention.flex import Flex
+from halfbyte.kernels.attention.heads import query_heads
 from halfbyte.kernels.attention.protocol import Method
 from halfbyte.kernels.attention.sdpa import Sdpa
 from halfbyte.shortage import is_shortage
@@ -57,7 +58,7 @@ def method(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, 
     Raises RecipeError where the recipe asks for one that cannot run, with the obstacle.
     """
     tokens, heads, size = q.shape
-    crowded = overflows(tokens, documents.cu_seqlens.shape[0] - 1, together(tokens, heads, k.shape[1]), size)
+    crowded = overflows(tokens, documents.cu_seqlens.shape[0] - 1, query_heads(tokens, heads, k.shape[1]), size)
     window = documents.window(window)
     strict = deterministic()
     key = (q.dtype, q.device, tokens, heads, k.shape[1], size, documents.equal, crowded, window, cap, documents.wanted, strict)

@@ -30,11 +30,6 @@ def overflows(tokens: int, documents: int, heads: int, head_size: int) -> bool:
     return (tokens + 128 * documents) * heads * rounded >= 2**31
 
 
-def together(tokens: int, heads: int, kv_heads: int) -> int:
-    """Query heads whose backward runs at once."""
-    return by_heads.together(tokens, heads, kv_heads) * heads // kv_heads
-
-
 def installed() -> list[Flash]:
     """FlashAttention 3 and 4, where torch knows them and their package is there."""
     try:
@@ -93,7 +88,7 @@ class Flash:
             return f"head size {size} is not a multiple of 8 up to 256"
         if cap is not None:
             return "it has no soft cap"
-        if overflows(tokens, documents.cu_seqlens.shape[0] - 1, together(tokens, heads, k.shape[1]), size):
+        if overflows(tokens, documents.cu_seqlens.shape[0] - 1, by_heads.query_heads(tokens, heads, k.shape[1]), size):
             return f"{tokens} tokens of {heads} heads overflow its 32-bit offsets"
         return None
 

@@ -43,6 +43,11 @@ def together(tokens: int, heads: int, kv_heads: int) -> int:
     return min(kv_heads, -(-wanted * kv_heads // heads))
 
 
+def query_heads(tokens: int, heads: int, kv_heads: int) -> int:
+    """Query heads whose backward runs at once: those that read these key/value heads."""
+    return together(tokens, heads, kv_heads) * heads // kv_heads
+
+
 def parts(tokens: int, heads: int, kv_heads: int) -> list[Part]:
     """All heads, in parts that run one after another."""
     share, step = heads // kv_heads, together(tokens, heads, kv_heads)
