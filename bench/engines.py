@@ -137,6 +137,7 @@ def ours(case: Case, where: Path, batches: list[Rows], device: str, products: An
     from halfbyte.checkpoints import huggingface
     from halfbyte.formats.config import FormatConfig
     from halfbyte.layers import forward, head
+    from halfbyte.memory.rungs import LARGE
     from halfbyte.objectives import sft
     from halfbyte.optim import flat as flat_buffers
     from halfbyte.optim.adamw import AdamW
@@ -151,11 +152,13 @@ def ours(case: Case, where: Path, batches: list[Rows], device: str, products: An
     optimizer, one = AdamW(flat, OptimConfig()), torch.ones((), device=device)
     output = head.find(base.model)
     trained = [b.trained for b in batches]
+    # As the plan has it where there is room to keep everything.
+    chunks = LARGE if case.recompute == "none" else 1.0
 
     def forward_backward(i: int) -> Any:
         rows = batches[i % len(batches)]
         hidden = forward.hidden_states(base.model, rows.ids, rows.positions, rows.bounds)
-        loss = sft.loss(hidden, rows.labels, output, trained[i % len(batches)])
+        loss = sft.loss(hidden, rows.labels, output, trained[i % len(batches)], chunks=chunks)
         loss.backward()
         return loss.detach()
 
