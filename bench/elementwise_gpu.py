@@ -74,9 +74,10 @@ def plain_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + torch.cat((-b, a), -1) * sin[:, None]
 
 
-def plain_norm(b: dict[str, Tensor]) -> None:
+def plain_norm(b: dict[str, Tensor]) -> Tensor:
     r = b["x"] + b["delta"]
     b["normed"].copy_(functional.rms_norm(r, (H,), b["weight"], 1e-5))
+    return r
 
 
 def plain_norm_backward(b: dict[str, Tensor]) -> None:

@@ -138,6 +138,7 @@ def ours(case: Case, where: Path, batches: list[Rows], device: str, products: An
     from halfbyte.checkpoints import huggingface
     from halfbyte.formats.config import FormatConfig
     from halfbyte.layers import head
+    from halfbyte.memory.rungs import LARGE
     from halfbyte.objectives import sft
     from halfbyte.optim import flat as flat_buffers
     from halfbyte.optim.adamw import AdamW
@@ -153,11 +154,13 @@ def ours(case: Case, where: Path, batches: list[Rows], device: str, products: An
     output = head.find(base.model)
     trained = [b.trained for b in batches]
     rows = _rows(base.model, case, device)
+    # As the plan has it where there is room to keep everything.
+    chunks = LARGE if case.recompute == "none" else 1.0
 
     def forward_backward(i: int) -> Any:
         batch = batches[i % len(batches)]
         hidden = rows(batch.ids, batch.positions, batch.bounds)
-        loss = sft.loss(hidden, batch.labels, output, trained[i % len(batches)])
+        loss = sft.loss(hidden, batch.labels, output, trained[i % len(batches)], chunks=chunks)
         loss.backward()
         return loss.detach()
 

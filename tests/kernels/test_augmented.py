@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.kernels.augmented import Group
+from halfbyte.kernels.augmented import LEAST, Group
 from halfbyte.kernels.lora_linear.members import LowRank, Member
 from kernels import checks_augmented, runner
 from kernels.checks_augmented import CHECKS
@@ -21,8 +21,9 @@ def test_the_layout() -> None:
         lora = LowRank(torch.ones(rank, 8), torch.ones(rows, rank), 1.0) if rank else None
         return Member(torch.ones(rows, 8), None, lora)
 
-    group = Group([member(6, 3), member(2, 0), member(4, 16)])
-    assert (group.rows, group.width, group.rank) == (12, 8, 32)
+    members = [member(6, 3), member(2, 0), member(4, 16)]
+    group = Group(members)
+    assert (group.rows, group.width, group.rank) == (12, 8, 64) and Group(members, LEAST).rank == 32
     assert group.row_slices == [slice(0, 6), slice(6, 8), slice(8, 12)]
     assert group.rank_slices == [slice(0, 3), None, slice(3, 19)]
     assert Group([member(6, 0)]).rank == 0

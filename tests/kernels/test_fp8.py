@@ -142,7 +142,7 @@ def test_a_group_that_does_not_fit_runs_in_16_bits_and_says_so(caplog: pytest.Lo
     results = []
     with caplog.at_level(logging.WARNING, "halfbyte"):
         for products in (Float8(), Augmented()):
-            x, dy = torch.ones(5, 40 + 16), torch.ones(5, 24 + 16)
+            x, dy = torch.ones(5, 40 + group.rank), torch.ones(5, 24 + group.rank)
             y, dx = torch.empty(5, 24), torch.empty(5, 40)
             products.project(group, x, y, None, None)
             products.project_back(group, dy, dx, None)

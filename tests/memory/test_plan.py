@@ -90,6 +90,7 @@ def test_8b_on_cards() -> None:
     assert small.fits and (small.recompute != "none" or small.offloaded)
     assert large.fits and large.recompute == "none" and not large.offloaded
     assert large.rung.decoded and not small.rung.decoded, "decoded weights are held where there is room"
+    assert large.rung.chunks < 1 <= small.rung.chunks, "and so are logits of more tokens at a time"
     sizes = {p.name: p.bytes for p in large.parts}
     assert sizes["decoded weights"] > 13 << 30 and "decode scratch" not in sizes and sum(sizes.values()) == large.bytes
     none = plan(recipe_of(), "4GiB", config=QWEN3_8B)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import ModelError
-from halfbyte.kernels.augmented import PADDED_TO
+from halfbyte.kernels.augmented import LEAST
 from halfbyte.kernels.cross_entropy import Head
 from halfbyte.kernels.decode_step import Heads
 from halfbyte.kernels.packed_gemv import Activation
@@ -71,7 +71,7 @@ class Layer:
         q, k = self.qk_norms or (None, None)
         return LayerParts(
             self.module.structure, self.activation, key_of(groups), self.before_attention, self.after_attention, self.before_mlp,
-            self.after_mlp, q, k, *projections(groups, dtype, PADDED_TO),
+            self.after_mlp, q, k, *projections(groups, dtype, LEAST),
         )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 from halfbyte.config import Recipe
 from halfbyte.formats.packed import Format
-from halfbyte.kernels.augmented import PADDED_TO
 from halfbyte.layers.report import SwapReport
 from halfbyte.memory import gpus
 from halfbyte.memory.budget import without_gaps
@@ -122,7 +121,7 @@ def _with_rank(chooser: Chooser, rank: int) -> Chooser:
     s, share = chooser.s, rank / chooser.recipe.adapter.rank
     layer = s.layer
     if isinstance(layer, Layer):
-        qkv, out, inputs, down = (replace(g, r=-(-int(share * g.r) // PADDED_TO) * PADDED_TO) for g in layer.groups)
+        qkv, out, inputs, down = (replace(g, ranks=int(share * g.ranks)) for g in layer.groups)
         layer = replace(layer, qkv=qkv, out=out, inputs=inputs, down=down)
     trained, padded, ranks = (int(share * count) for count in (s.trained, s.padded, s.rank_sum))
     scaled: Shapes = replace(s, layer=layer, trained=trained, padded=padded, rank_sum=ranks)

@@ -22,7 +22,7 @@ from halfbyte.memory.fused import Layer
 from halfbyte.memory.lengths import Lengths
 from halfbyte.memory.part import Part
 from halfbyte.memory.parts import DTYPES, count, ends, fused_layer, learning, outside, weights
-from halfbyte.memory.rungs import CHUNKED, Rung, places, ways
+from halfbyte.memory.rungs import CHUNKED, LARGE, Rung, places, ways
 from halfbyte.memory.shapes import Shapes
 from halfbyte.memory.speed import Rates
 from halfbyte.memory.tape import Work
@@ -110,7 +110,9 @@ class Chooser:
         s, recipe = self.s, self.recipe
         row = tokens or recipe.data.tokens
         assert self.layer is not None
-        marks = {n: ends(s, m * row, self.layer.head_size, self.dtype, n) for n in (1, CHUNKED)}
+        marks = {n: ends(s, m * row, self.layer.head_size, self.dtype, n) for n in (LARGE, 1.0, CHUNKED)}
+        if marks[LARGE] == marks[1.0]:  # one chunk is all there is
+            del marks[LARGE]
         fixed = [
             *weights(s, recipe, embedding_away=True),
             *(p for p in learning(s, recipe) if p.name != "optimizer"),
@@ -136,7 +138,7 @@ class Chooser:
             decoded=self.decoded(),
             embedding={away: 0 if away else s.embedding for away in self.embedding()[0]},
             logits={n: end.logits for n, end in marks.items()},
-            tables=marks[1].tables,
+            tables=marks[1.0].tables,
             numbers=s.padded,
             bits=bits,
         )

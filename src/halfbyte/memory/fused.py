@@ -1,6 +1,6 @@
 """A decoder layer as the count of its memory sees it: groups, heads and norms, read off a model without weights.
 
-Letters: T tokens, N outputs, K inputs and R ranks (padded to 16) of a group, c bytes of a number. A buffer of a group is K + R or
+Letters: T tokens, N outputs, K inputs and R ranks (padded) of a group, c bytes of a number. A buffer of a group is K + R or
 N + R wide.
 """
 
@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from halfbyte.adapters import targets
 from halfbyte.adapters.config import AdapterConfig
 from halfbyte.formats.packed import Format
-from halfbyte.kernels.augmented import PADDED_TO
+from halfbyte.kernels.augmented import LEAST, PADDED_TO
 from halfbyte.kernels.fp8.parts import ALIGNED, COLUMNS, LINE
 from halfbyte.layers import structure
 from halfbyte.layers.operands import shape_of
@@ -24,17 +24,25 @@ from halfbyte.layers.structure import NotUnderstood, Structure
 
 @dataclass(frozen=True)
 class Group:
-    """Linear layers that share an input: n outputs, k inputs, r ranks, padded. held: the weights are in 16 bits and live inside the
-    matrix that products read (`layers.fused.holding`). In fp8: fits: whether their shapes can be multiplied so; straight: whether
-    they decode to e4m3 without being 16-bit numbers first; dense: bytes of the largest member in bf16, where that is on the way."""
+    """Linear layers that share an input: n outputs, k inputs, their ranks in all, and what these are padded to a multiple of.
+
+    held: the weights are in 16 bits and live inside the matrix that products read (`layers.fused.holding`). In fp8: fits: whether
+    their shapes can be multiplied so; straight: whether they decode to e4m3 without being 16-bit numbers first; dense: bytes of the
+    largest member in bf16, where that is on the way.
+    """
 
     n: int
     k: int
-    r: int
+    ranks: int
     held: bool = False
     fits: bool = True
     straight: bool = False
     dense: int = 0
+    padded_to: int = PADDED_TO
+
+    @property
+    def r(self) -> int:
+        return -(-self.ranks // self.padded_to) * self.padded_to
 
     def matrix(self, c: int) -> int:
         """Bytes of the weights decoded, with the adapters beside them, while they are multiplied."""
@@ -89,7 +97,7 @@ class Layer:
 
     def in_float8(self) -> Layer:
         """The same layer with products in e4m3, which hold no 16-bit weights."""
-        qkv, out, inputs, down = (replace(group, held=False) for group in self.groups)
+        qkv, out, inputs, down = (replace(group, held=False, padded_to=LEAST) for group in self.groups)
         return replace(self, qkv=qkv, out=out, inputs=inputs, down=down, float8=True)
 
     @property
@@ -162,15 +170,14 @@ def _layer(
     def group(parent: str, names: tuple[str, ...]) -> Group:
         paths = [f"{parent}.{name}" for name in names]
         sizes = [shape_of(layer.get_submodule(p)) for p in paths]
-        rank = sum(ranks.get(f"{path}.{p}", 0) for p in paths)
-        held = not any(f"{path}.{p}" in packed for p in paths) and (rank > 0 or len(paths) == 1)
+        own = sum(ranks.get(f"{path}.{p}", 0) for p in paths)
+        held = not any(f"{path}.{p}" in packed for p in paths) and (own > 0 or len(paths) == 1)
         fits = all(side % ALIGNED == 0 for size in sizes for side in size)
         k = sizes[0][1]
         formats = [packed.get(f"{path}.{p}") for p in paths]
         straight = [f is not None and f.kind in ("nf4", "fp4") and k % f.block == 0 and f == formats[0] for f in formats]
         decoded = [2 * n * k for (n, k), f, s in zip(sizes, formats, straight, strict=True) if f is not None and not s]
-        padded = -(-rank // PADDED_TO) * PADDED_TO
-        return Group(sum(n for n, _ in sizes), k, padded, held, fits, all(straight), max(decoded, default=0))
+        return Group(sum(n for n, _ in sizes), k, own, held, fits, all(straight), max(decoded, default=0))
 
     return Layer(
         group(s.attention, s.qkv),

@@ -159,7 +159,7 @@ def activations(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype) -> 
     return [Part("activations", s.layers * layer + ends, f"what {s.layers} layers keep for backward", grows=True)]
 
 
-def working(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype, device: Literal["cuda", "cpu"], chunks: int = 1) -> Part:
+def working(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype, device: Literal["cuda", "cpu"], chunks: float = 1) -> Part:
     """What comes and goes at the peak: the loss's logits, or later the gradients inside one layer, never both.
 
     With recompute, no layer is held yet while the loss is computed.
@@ -174,9 +174,9 @@ def working(s: Shapes, tokens: int, recompute: bool, dtype: torch.dtype, device:
     return Part("backward", backward, "gradients on their way through one layer", grows=True)
 
 
-def _logits(s: Shapes, tokens: int, c: int, device: Literal["cuda", "cpu"], chunks: int) -> tuple[int, str]:
+def _logits(s: Shapes, tokens: int, c: int, device: Literal["cuda", "cpu"], chunks: float) -> tuple[int, str]:
     """Bytes of a chunk of logits and what is made of them, and of a packed head decoded for it; and their names."""
-    size = CHUNK_BYTES[device] // chunks
+    size = int(CHUNK_BYTES[device] / chunks)
     if device == "cuda":
         logits, note = min(tokens * s.vocab * c, size), "logits of a chunk of tokens"
     else:
@@ -187,7 +187,7 @@ def _logits(s: Shapes, tokens: int, c: int, device: Literal["cuda", "cpu"], chun
     return logits, note
 
 
-def ends(s: Shapes, tokens: int, head_size: int, dtype: torch.dtype, chunks: int = 1) -> Ends:
+def ends(s: Shapes, tokens: int, head_size: int, dtype: torch.dtype, chunks: float = 1) -> Ends:
     """What is outside the layers when they run fused: loss, tables of the rotary embedding, token and position numbers."""
     c = dtype.itemsize
     tables = tokens * (2 * head_size * c + 24)

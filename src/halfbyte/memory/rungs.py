@@ -15,21 +15,23 @@ from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, NAMES, OFFLOADED, Kee
 Asked = Literal["auto", "on", "off"]
 CHUNKED = 8
 """How much smaller the chunks of the loss become on the last rungs."""
+LARGE = 1 / 8
+"""And where memory is plenty, so that the output head is read that much less often."""
 
 
 @dataclass(frozen=True)
 class Rung:
     """microbatch: rows at once. recompute: of anything in any layer. offload: something that layers keep waits in host memory.
-    paged: the optimizer's moments do. chunks: how many times smaller than usual the chunks of the loss are. bytes: planned, in
-    all. lean, rest: what `lean_layers` fused layers keep, and what the others do (`Keep.spec`); "" where recompute and offload say
-    all: every layer then keeps everything or its input. seconds: predicted for a step, 0 where it is not. decoded: fused layers
-    hold their weights decoded too. embedding_away: the input embedding is in host memory."""
+    paged: the optimizer's moments do. chunks: how many times smaller than usual the chunks of the loss are (`LARGE`: larger).
+    bytes: planned, in all. lean, rest: what `lean_layers` fused layers keep, and what the others do (`Keep.spec`); "" where
+    recompute and offload say all: every layer then keeps everything or its input. seconds: predicted for a step, 0 where it is not.
+    decoded: fused layers hold their weights decoded too. embedding_away: the input embedding is in host memory."""
 
     microbatch: int
     recompute: bool
     offload: bool = False
     paged: bool = False
-    chunks: int = 1
+    chunks: float = 1
     bytes: int = 0
     lean: str = ""
     lean_layers: int = 0
@@ -53,8 +55,9 @@ class Rung:
         """For people: `2 rows at once, every layer is recomputed in backward`."""
         found = [f"{self.microbatch} {'row' if self.microbatch == 1 else 'rows'} at once"]
         found.append(self.kept())
-        if self.chunks > 1:
-            found.append(f"the loss in chunks {self.chunks} times smaller")
+        if self.chunks != 1:
+            times = f"{self.chunks:g} times smaller" if self.chunks > 1 else f"{1 / self.chunks:g} times larger"
+            found.append(f"the loss in chunks {times}")
         if self.paged:
             found.append("AdamW's moments are in host memory")
         if self.embedding_away:

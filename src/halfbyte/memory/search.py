@@ -63,7 +63,7 @@ class Task:
     moments: dict[bool, int]
     decoded: dict[bool, int]
     embedding: dict[bool, int]
-    logits: dict[int, int]
+    logits: dict[float, int]
     tables: int
     numbers: int
     bits: int
@@ -117,7 +117,7 @@ def options(task: Task, w: Work, rates: Rates) -> list[Option]:
 
 
 def seconds(
-    task: Task, w: Work, rates: Rates, keeps: Sequence[Keep], paged: bool, chunks: int, embedding_away: bool = False
+    task: Task, w: Work, rates: Rates, keeps: Sequence[Keep], paged: bool, chunks: float, embedding_away: bool = False
 ) -> float:
     """Predicted for a step with what each layer keeps."""
     cost = _cost(task, w, rates)
@@ -133,7 +133,7 @@ def _cost(task: Task, w: Work, rates: Rates) -> speed.Cost:
     return speed.layer_cost(w.layer, task.tokens, task.document, w.c, rates, w.held)
 
 
-def _beside(task: Task, w: Work, rates: Rates, chunks: int, embedding_away: bool) -> float:
+def _beside(task: Task, w: Work, rates: Rates, chunks: float, embedding_away: bool) -> float:
     """Of a microbatch outside the layers."""
     ends = speed.ends_cost(task.tokens, task.hidden, task.vocabulary, w.c, rates, chunks)
     return ends + (speed.embedding_cost(task.tokens, task.hidden, w.c, rates) if embedding_away else 0.0)

@@ -22,17 +22,17 @@ DEFAULT = LossConfig()
 
 
 def sums(
-    hidden: Tensor, labels: Tensor, head: Head, extras: Extras = PLAIN, method: Method = "auto", chunks: int = 1
+    hidden: Tensor, labels: Tensor, head: Head, extras: Extras = PLAIN, method: Method = "auto", chunks: float = 1
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy (fp32) and number of tokens predicted right (argmax), scalars, over labels that are not -100.
 
     hidden: `[1, S, H]` after the final norm. labels: int64 `[1, S]`, already shifted; best on the CPU, where they are counted
     without a sync of the device. Logits are never all materialised. extras: label smoothing and z-loss, of training only.
-    chunks: how many times smaller than usual the chunks of logits are.
+    chunks: how many times smaller than usual the chunks of logits are (below 1: larger).
     """
     labelled = int((labels != IGNORE).sum()) if labels.device.type == "cpu" else None
     on_device = labels.to(hidden.device, non_blocking=True)
-    size = CHUNK_BYTES[hidden.device.type] // chunks if chunks > 1 else None
+    size = int(CHUNK_BYTES[hidden.device.type] / chunks)
     return cross_entropy(hidden, on_device, head, labelled=labelled, extras=extras, chunk_bytes=size, method=method)
 
 
@@ -42,7 +42,7 @@ def loss(
     head: Head,
     total: float,
     config: LossConfig = DEFAULT,
-    chunks: int = 1,
+    chunks: float = 1,
     weights: Tensor | None = None,
 ) -> Tensor:
     """A microbatch's share of the batch's mean loss, fp32 scalar: the shares of all microbatches add up to the mean.

@@ -28,8 +28,11 @@ from halfbyte.kernels.lora_linear.members import Member
 
 __all__ = ["Group"]
 
-PADDED_TO = 16
-"""R is a multiple of this, unless a group is told otherwise (another multiple of 16): 16-bit rows of S stay aligned to 32 bytes."""
+LEAST = 16
+"""Kernels count ranks by as many."""
+PADDED_TO = 64
+"""R is a multiple of this, unless a group is told otherwise (another multiple of `LEAST`): rows of S, and of what S is multiplied
+with, begin with a cache line, or every load of a tile's row would touch two (an 8B's step is 1.8 % faster than with 16)."""
 
 
 class Group:
@@ -45,7 +48,7 @@ class Group:
     __slots__ = ("_held", "float8", "float8_held", "members", "plan", "rank", "rank_slices", "row_slices", "rows", "width")
 
     def __init__(self, members: Sequence[Member], padded_to: int = PADDED_TO) -> None:
-        assert padded_to % 16 == 0, "kernels count ranks by 16"
+        assert padded_to % LEAST == 0, f"kernels count ranks by {LEAST}"
         self.members = tuple(members)
         self.width: int = self.members[0].weight.shape[1]
         assert all(len(m.weight.shape) == 2 and m.weight.shape[1] == self.width for m in self.members), "members differ in width"
