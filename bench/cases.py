@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from engines import Case
@@ -20,6 +21,7 @@ CASES: dict[str, list[Case]] = {
     "full": _turns("unsloth", "peft-bnb-liger", recompute="full", offload=True),
     "full-on-gpu": [Case("halfbyte", recompute="full")],
     "short": _turns("unsloth", "peft-bnb-liger", rows=1, recompute="full"),
+    "graphs": [Case("halfbyte", size, rows=1, recompute="full", graphs=on) for size in ("8b", "1b") for on in (False, True)],
     "fp8": [Case("halfbyte", compute="fp8"), Case("unsloth"), Case("halfbyte", compute="fp8")],
     "held": [Case("halfbyte", compute=compute, held=True) for compute in ("fp8", "bf16")],
     "16bit": _turns("halfbyte-bf16"),
@@ -46,9 +48,9 @@ def select(cases: list[Case], impls: list[str] | None, once: bool) -> list[Case]
 def proof(case: Case) -> Case:
     """The two-layer case whose gradients stand for those of `case`."""
     size = "tiny" if case.size == "tiny" else "8b"
-    return Case(
-        "halfbyte", size, PROOF_LAYERS, recompute=case.recompute, offload=case.offload, compute=case.compute, held=case.held
-    )
+    plain = Case("halfbyte")
+    usual = {"rows": plain.rows, "tokens": plain.tokens, "optimizer": plain.optimizer, "packed": plain.packed}
+    return replace(case, impl=plain.impl, size=size, layers=PROOF_LAYERS, **usual)
 
 
 def checkpoints(name: str, case: Case) -> list[Case]:

@@ -24,7 +24,7 @@ BATCHES = 8
 class Case:
     """What is run. layers: 0 means all. recompute: none or full; offload: layer inputs go to the host. packed: real examples.
 
-    held: decoded weights stay, where memory is no matter.
+    held: decoded weights stay, where memory is no matter. graphs: our layers run as CUDA graphs.
     """
 
     impl: str
@@ -38,6 +38,7 @@ class Case:
     optimizer: str = "theirs"
     packed: bool = False
     held: bool = False
+    graphs: bool = False
 
     @property
     def dense(self) -> bool:
@@ -136,7 +137,7 @@ def ours(case: Case, where: Path, batches: list[Rows], device: str, products: An
     from halfbyte.adapters.config import AdapterConfig
     from halfbyte.checkpoints import huggingface
     from halfbyte.formats.config import FormatConfig
-    from halfbyte.layers import forward, head
+    from halfbyte.layers import head
     from halfbyte.memory.rungs import LARGE
     from halfbyte.objectives import sft
     from halfbyte.optim import flat as flat_buffers
@@ -152,13 +153,14 @@ def ours(case: Case, where: Path, batches: list[Rows], device: str, products: An
     optimizer, one = AdamW(flat, OptimConfig()), torch.ones((), device=device)
     output = head.find(base.model)
     trained = [b.trained for b in batches]
+    rows = _rows(base.model, case, device)
     # As the plan has it where there is room to keep everything.
     chunks = LARGE if case.recompute == "none" else 1.0
 
     def forward_backward(i: int) -> Any:
-        rows = batches[i % len(batches)]
-        hidden = forward.hidden_states(base.model, rows.ids, rows.positions, rows.bounds)
-        loss = sft.loss(hidden, rows.labels, output, trained[i % len(batches)], chunks=chunks)
+        batch = batches[i % len(batches)]
+        hidden = rows(batch.ids, batch.positions, batch.bounds)
+        loss = sft.loss(hidden, batch.labels, output, trained[i % len(batches)], chunks=chunks)
         loss.backward()
         return loss.detach()
 
@@ -176,6 +178,17 @@ def products_of(case: Case) -> Any:
     from halfbyte.kernels.products import Augmented, Float8
 
     return Float8() if case.compute == "fp8" else Augmented()
+
+
+def _rows(model: Any, case: Case, device: str) -> Any:
+    """The layers as launches, or as graphs."""
+    import torch
+
+    from halfbyte.train import graphs
+
+    made = graphs.of("on" if case.graphs else "off", model, torch.device(device), "auto", 0, print)
+    made.on = case.graphs
+    return made
 
 
 def _fuse(model: Any, case: Case, products: Any) -> None:

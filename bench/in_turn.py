@@ -30,7 +30,22 @@ EXPECTED = {"gate": 30.0, "make": 30.0, "launches": 40.0, "run": 30.0}
 """Seconds that a first process of a kind is thought to take; later ones as long as the longest so far."""
 
 SHOWN = (
-    *("group", "impl", "size", "layers", "rows", "tokens", "recompute", "offload", "held", "compute", "optimizer", "cache", "gate"),
+    *(
+        "group",
+        "impl",
+        "size",
+        "layers",
+        "rows",
+        "tokens",
+        "recompute",
+        "offload",
+        "held",
+        "graphs",
+        "compute",
+        "optimizer",
+        "cache",
+        "gate",
+    ),
     *("tokens_per_s", "trained_tokens_per_s", "step_s", "host_s", "peak_GiB", "reserved_GiB", "driver_GiB", "share", "hot_tflops"),
     *("sm_mhz", "launches", "kernels_a_layer", "first_step_s", "load_s", "of_bound", "made", "seconds", "failed", "left_out"),
 )

@@ -35,6 +35,7 @@ ROLES = {
     "full": "4 x 2,048, full recompute, offloaded",
     "full-on-gpu": "4 x 2,048, full recompute",
     "short": "1 x 2,048, full recompute",
+    "graphs": "1 x 2,048, full recompute",
     "fp8": "4 x 2,048, `compute: fp8`",
     "held": "4 x 2,048, decoded weights held",
     "16bit": "4 x 2,048, 16-bit weights",
@@ -49,7 +50,8 @@ def name_of(row: dict[str, Any]) -> str:
     fp8 = ", fp8" if row.get("compute") == "fp8" else ""
     fused = ", fused AdamW" if row.get("optimizer") == "ours-fused" else ""
     layers = f", {row['layers']} layers" if row.get("layers") else ""
-    return f"{row['impl']}{fp8}{fused}{layers}"
+    graphs = ", graphs" if row.get("graphs") else ""
+    return f"{row['impl']}{fp8}{fused}{layers}{graphs}"
 
 
 def kernels(results: Path) -> str:

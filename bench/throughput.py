@@ -60,7 +60,14 @@ def gate(args: argparse.Namespace) -> None:
     found = prove(case, case.directory(args.dir), DEVICE)
     print(
         json.dumps(
-            {"what": "gradients", "compute": case.compute, "recompute": case.recompute, "offload": case.offload, "held": case.held}
+            {
+                "what": "gradients",
+                "compute": case.compute,
+                "recompute": case.recompute,
+                "offload": case.offload,
+                "held": case.held,
+                "graphs": case.graphs,
+            }
             | found
         )
     )
@@ -105,7 +112,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which `all` starts no further case")
     parser.add_argument("--first", action="store_true", help="only the first step")
     for field in fields(Case):
-        if field.name in ("offload", "packed", "held"):
+        if field.name in ("offload", "packed", "held", "graphs"):
             parser.add_argument(f"--{field.name}", action="store_true")
         else:
             default = "halfbyte" if field.name == "impl" else field.default

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from halfbyte.errors import Interrupted
 from halfbyte.optim.adamw import AdamW
@@ -112,3 +113,18 @@ def test_a_paged_run_learns_what_an_unpaged_one_does(files: Path, tmp_path: Path
     for mode in ("always", "never"):
         ends.append(run(files, tmp_path / mode, "compute=fp32", f"optim.paged={mode}", "train.deterministic=true").loss_after)
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("recompute", ["on", "off"])
+def test_a_run_by_graphs_learns_bit_by_bit_what_one_by_launches_does(files: Path, tmp_path: Path, recompute: str) -> None:
+    found: list[dict[str, torch.Tensor]] = []
+    lines: list[str] = []
+    for mode in ("on", "off"):
+        overrides = (f"train.graphs={mode}", "train.deterministic=true", f"memory.recompute={recompute}", "memory.offload=off")
+        told = lines if mode == "on" else []
+        result = run(
+            files, tmp_path / mode, "compute=bf16", *overrides, on_event=lambda event, told=told: told.append(event.get("text", ""))
+        )
+        found.append(load_file(result.adapter / "adapter_model.safetensors"))
+    assert not any("recording failed" in line for line in lines)
+    assert found[0].keys() == found[1].keys() and all(torch.equal(t, found[1][name]) for name, t in found[0].items())

@@ -33,16 +33,20 @@ def hidden_states(
     given on the CPU, where its values are read without a device sync. wanted: the method that the recipe asks for.
     Raises RecipeError where that cannot run.
     """
+    return through(model, input_ids, position_ids, Documents.of(cu_seqlens, input_ids.device, input_ids.shape[1], wanted))
+
+
+def through(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, documents: Documents) -> Tensor:
+    """`hidden_states` of a row whose documents are known."""
     assert input_ids.shape[0] == 1, "packed rows run as [1, S]"
     tokens = input_ids.shape[1]
-    documents = Documents.of(cu_seqlens, input_ids.device, tokens, wanted)
     if uses_boundaries(model):
         # A mask of rank 4 is taken as prepared by transformers and handed through: nothing dense is built.
         extra = {"attention_mask": torch.empty((1, 1, 0, 0), device=input_ids.device), "documents": documents}
     else:
-        if wanted != "auto":
+        if documents.wanted != "auto":
             raise RecipeError(
-                f"`attention: {wanted}` cannot run here: {type(model).__name__} runs packed rows under a dense mask",
+                f"`attention: {documents.wanted}` cannot run here: {type(model).__name__} runs packed rows under a dense mask",
                 hint="set `attention: auto`",
                 code="attention.obstacle",
             )

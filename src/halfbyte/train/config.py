@@ -48,6 +48,9 @@ class TrainConfig(Section):
     deterministic: bool = False
     """The same bits from two runs on one machine, by torch's deterministic algorithms: on a GPU slower, and an operation that has
     none is an error."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """CUDA graphs of the layers' forward and backward (fused layers on a GPU): on, off, or auto: where the first steps show that
+    they are faster, as with small models and short rows, and the plan leaves room."""
     eval_every: Every = 100
     """Optimizer steps between evaluations, or below 1 a share of all steps; 0 evaluates at the start and the end only."""
     save_every: Every = 100

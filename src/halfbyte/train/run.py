@@ -44,11 +44,12 @@ from halfbyte.optim.scaling import LossScale
 from halfbyte.shortage import in_words, is_shortage
 from halfbyte.train import account as accounting
 from halfbyte.train import choices as choosing
-from halfbyte.train import finish, fusing, ladder, lock, loop, metrics, saving, signals
+from halfbyte.train import finish, fusing, graphs, ladder, lock, loop, metrics, saving, signals
 from halfbyte.train.account import Account
 from halfbyte.train.choices import Choice
 from halfbyte.train.determinism import deterministic
 from halfbyte.train.finish import Result
+from halfbyte.train.graphs import Graphs
 from halfbyte.train.identity import identity
 from halfbyte.train.ladder import Ladder
 from halfbyte.train.lengths import lengths
@@ -68,6 +69,7 @@ TOLD = (
     "moments",
     "embedding",
     "decoded weights",
+    "graphs",
 )
 """Choices, in the order in which they are told."""
 
@@ -139,10 +141,7 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None, memory_time
     fallen = stored.documents["trainer"].get("shortages", []) if stored is not None else []
     rung, standing = ladder.begin(plan, recipe, kept, fallen)
     chosen |= standing
-    if line := recipe.optim.understood():
-        report.tell(line)
-    if stored is None:
-        report.tell(plan.table())
+    _tell_beforehand(report, recipe, plan, fresh=stored is None)
     base = _base(recipe, compute, device, rung, report)
     chosen["embedding"], rung = _embedding(base, rung, chosen["embedding"])
     report.tell(f"base: {base.name}, {base.report.summary()}")
@@ -164,17 +163,19 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None, memory_time
         decoded=chosen["decoded weights"],
         tell=report.tell,
     )
+    rows = graphs.of(recipe.train.graphs, base.model, device, recipe.attention, plan.spare, report.tell)
+    chosen["graphs"] = rows.choice
     for name in TOLD:
         report.tell(f"{name}: {chosen[name]}")
     on = {name: chosen[name].value == "on" for name in ("offload", "decoded weights")}
     rung = replace(rung, offload=on["offload"], decoded=on["decoded weights"] and device.type == "cuda")
     optimizer = AdamW(flat, recipe.optim, paged=rung.paged)
-    steps = _ladder(plan, rung, base, optimizer, device)
+    steps = _ladder(plan, rung, base, optimizer, device, rows)
     account = Account(
         chooser, base.model, optimizer, wanted if on["decoded weights"] else 0, started, recipe.adapter.kind == "none"
     )
     watch = account.watch(device, accounting.RECORDED if memory_timeline else None)
-    parts = _parts(recipe, report, device, compute, base, adapter, optimizer, prepared, chosen, steps, watch)
+    parts = _parts(recipe, report, device, compute, base, adapter, optimizer, prepared, chosen, steps, watch, rows)
     if stored is not None:
         resume.refuse_other_run(stored, parts.identity, parts.checkpoints)
     return base, adapter, prepared, parts, plan, account
@@ -189,6 +190,13 @@ def _data(recipe: Recipe, report: Report) -> Prepared:
     for line in [*prepared.report.lines(), *checked.lines()]:
         report.tell(line)
     return prepared
+
+
+def _tell_beforehand(report: Report, recipe: Recipe, plan: Plan, *, fresh: bool) -> None:
+    if line := recipe.optim.understood():
+        report.tell(line)
+    if fresh:
+        report.tell(plan.table())
 
 
 def _check_embeddings(prepared: Prepared, base: Base) -> None:
@@ -251,6 +259,7 @@ def _parts(
     chosen: Mapping[str, Choice],
     steps: Ladder,
     watch: Watch,
+    rows: Graphs,
 ) -> Parts:
     tokens = recipe.data.tokens
     loader = Loader(prepared.train, tokens, recipe.train.batch, recipe.train.seed)
@@ -267,7 +276,7 @@ def _parts(
         loss=recipe.loss,
         model=base.model,
         head=head.find(base.model),
-        forward=lambda ids, positions, bounds: forward.hidden_states(base.model, ids, positions, bounds, recipe.attention),
+        forward=rows,
         dropout=lambda seed, step, row: adapter.set_dropout_state(seed, step, row, tokens),
         weights=lambda: adapter_state.state_dict(adapter),
         restore=restore,
@@ -299,17 +308,22 @@ def _parts(
     )
 
 
-def _ladder(plan: Plan, rung: Rung, base: Base, optimizer: AdamW, device: torch.device) -> Ladder:
+def _ladder(plan: Plan, rung: Rung, base: Base, optimizer: AdamW, device: torch.device, rows: Graphs) -> Ladder:
     """Where the run stands, and the ways down from there."""
 
     def place(to: Rung) -> None:
+        if to != rung:
+            rows.drop()
         fusing.use(base.model, to)
         if to.embedding_away and (reason := embedding.send(base.model, device)):
             log.warning("the input embedding stays on the device: %s", reason)
         if to.paged:
             optimizer.page()
 
-    forget = functools.partial(fusing.forget, base.model)
+    def forget() -> None:
+        fusing.forget(base.model)
+        rows.drop()
+
     return Ladder(rung, device, plan.smaller, place, forget, advice="; ".join(plan.help))
 
 

@@ -88,6 +88,11 @@ class Fused:
         self._read()
 
     @property
+    def drops(self) -> bool:
+        """Whether adapters drop some of their inputs."""
+        return self._mask is not None
+
+    @property
     def decoded_bytes(self) -> int:
         """Of weights that are held decoded."""
         return holding.decoded_bytes((self.parts.qkv, self.parts.out, self.parts.inputs, self.parts.down), self.dtype)
