@@ -1,6 +1,6 @@
 """What the plan chooses on cards of many sizes, and how far it carries, on one GPU.
 
-    python bench/fits_gpu.py --out DIR [--only leanest,bound,caps,all,70b,longest] [--budget 300]      # adds to DIR/fits_gpu.jsonl
+    python bench/fits_gpu.py --out DIR [--only leanest,bound,caps,all,70b,longest] [--cards 8,16]      # adds to DIR/fits_gpu.jsonl
     python bench/fits_gpu.py --table DIR          # with what bench/peer_fits.py has written there: ours beside Unsloth's, by card
     python bench/fits_gpu.py --cpu --out DIR      # the script itself, on tiny models
 
@@ -74,6 +74,7 @@ class Bench:
 
     device: str
     rates: speed.Rates
+    cards: tuple[int, ...] = CARDS
     it: planned.Ready | None = None
     made_of: object = None
     begun: float = field(default_factory=time.monotonic)
@@ -157,7 +158,7 @@ def bound(bench: Bench) -> Iterator[Line]:
 def caps(bench: Bench) -> Iterator[Line]:
     for tokens, rows in ((8192, 1), (2048, 4)):
         before: Line = {}
-        for card in CARDS:
+        for card in bench.cards:
             case = bench.case("8b", 16, rows, tokens, cap=card)
             chooser = bench.chooser(case, usable(card))
             rung = planned.chosen(chooser)
@@ -200,7 +201,7 @@ def seventy(bench: Bench) -> Iterator[Line]:
 
 def longest(bench: Bench) -> Iterator[Line]:
     """Under the card's cap, less what the missing layers would hold."""
-    for card, head, layers in LONGEST:
+    for card, head, layers in (one for one in LONGEST if one[0] in bench.cards):
         of_all = bench.chooser(bench.case("8b", 32, 1, 2048, bits=8, layers=32, head=head), usable(card))
         tokens = of_all.longest() or 0
         case = bench.case("8b", 32, 1, tokens, bits=8, layers=32, head=head)
@@ -242,6 +243,7 @@ def main() -> None:
     parser.add_argument("--out", default="bench/results")
     parser.add_argument("--only", default=",".join(GROUPS), help="comma-separated, in this order")
     parser.add_argument("--budget", type=float, default=300.0, help="seconds after which no further line is begun")
+    parser.add_argument("--cards", default=",".join(map(str, CARDS)), help="GiB, comma-separated: of the groups caps and longest")
     parser.add_argument("--cpu", action="store_true", help="tiny models, no figures of memory")
     parser.add_argument("--table", type=Path, help="only print the table of this folder")
     args = parser.parse_args()
@@ -255,7 +257,7 @@ def main() -> None:
     where.mkdir(parents=True, exist_ok=True)
     dtype = torch.float32 if args.cpu else torch.bfloat16
     rates = (None if args.cpu else calibrate.rates(dtype)) or speed.tabulated("h200")
-    bench = Bench(device, rates)
+    bench = Bench(device, rates, tuple(map(int, args.cards.split(","))))
     with (where / "fits_gpu.jsonl").open("a") as file:
 
         def tell(line: Line) -> None:

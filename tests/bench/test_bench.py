@@ -15,6 +15,16 @@ from torch.autograd import DeviceType
 from .test_tables import ROOT, bench
 
 
+def test_a_loss_is_plausible_where_it_is_that_of_a_random_head() -> None:
+    """70B's lies 1.6 above ln(vocabulary), as its hidden states are 8,192 wide: so with random logits."""
+    config = SimpleNamespace(vocab_size=8_192, hidden_size=8_192, initializer_range=0.02)
+    logits = torch.randn(512, 8_192) @ (torch.randn(8_192, 8_192) * 0.02)
+    loss = float(torch.nn.functional.cross_entropy(logits, torch.randint(0, 8_192, (512,))))
+    plausible = bench("measured").plausible
+    assert plausible(loss, config) and plausible(loss - 1, config)
+    assert not plausible(loss + 0.6, config) and not plausible(loss - 2, config) and not plausible(float("nan"), config)
+
+
 def test_operations_of_a_step() -> None:
     shapes = bench("shapes")
     shape = shapes.SIZES["8b"]
