@@ -33,6 +33,7 @@ from halfbyte.layers.operands import is_linear  # noqa: E402
 from halfbyte.memory import segments, speed  # noqa: E402
 from halfbyte.memory.budget import Budget  # noqa: E402
 from halfbyte.memory.choose import Chooser  # noqa: E402
+from halfbyte.memory.part import NOBODYS  # noqa: E402
 from halfbyte.memory.rungs import Rung  # noqa: E402
 from halfbyte.memory.shapes import shapes, skeleton  # noqa: E402
 from halfbyte.objectives import sft  # noqa: E402
@@ -209,8 +210,8 @@ def chooser_of(case: Case, rates: speed.Rates, dtype: torch.dtype, device: str, 
 
 
 def allocated(chooser: Chooser, rung: Rung) -> dict[str, int]:
-    """Predicted bytes by part as the allocator counts: without CUDA's context."""
-    return {p.name: p.bytes for p in chooser.parts(rung) if p.name != "context"}
+    """Predicted bytes by part as the allocator counts: without CUDA's context, and what nobody can use."""
+    return {p.name: p.bytes for p in chooser.parts(rung) if p.name not in NOBODYS}
 
 
 def chosen(chooser: Chooser) -> Rung:

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -90,7 +90,7 @@ def test_8b_on_cards() -> None:
     assert small.fits and (small.recompute != "none" or small.offloaded)
     assert large.fits and large.recompute == "none" and not large.offloaded
     assert large.rung.decoded and not small.rung.decoded, "decoded weights are held where there is room"
-    assert large.rung.chunks < 1 <= small.rung.chunks, "and so are logits of more tokens at a time"
+    assert large.rung.chunks < 1 <= small.rungs[-1].chunks, "and so are logits of more tokens at a time"
     sizes = {p.name: p.bytes for p in large.parts}
     assert sizes["decoded weights"] > 13 << 30 and "decode scratch" not in sizes and sum(sizes.values()) == large.bytes
     none = plan(recipe_of(), "4GiB", config=QWEN3_8B)
@@ -188,7 +188,13 @@ def test_what_waits_in_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rung_says_what_each_layer_keeps() -> None:
     sent = keeping(("qkv",), away=("x", "qkv"))
     rung = Rung(1, True, True, lean=sent.spec(), lean_layers=2, rest=EVERYTHING.spec())
-    assert [keep.offload for keep in rung.keeps(6)] == [False, False, True, False, False, True], "spread: they share the bus"
+    assert [keep.offload for keep in rung.keeps(6)] == [True, False, False, True, False, False], "spread: they share the bus"
+    other = replace(rung, lean=EVERYTHING.spec(), rest=sent.spec(), lean_layers=1)
+    assert [keep.offload for keep in other.keeps(3)] == [True, True, False], "backward begins with one that need not wait"
+    both = replace(rung, rest=keeping(("inputs",), away=("inputs",)).spec())
+    assert [keep == sent for keep in both.keeps(4)] == [False, True, False, True], (
+        "those that send less are spread too, to the last"
+    )
     first = Rung(1, True, lean=INPUTS.spec(), lean_layers=2, rest=EVERYTHING.spec())
     assert first.keeps(3) == [INPUTS, INPUTS, EVERYTHING], "the first: backward reaches them last"
     assert first.words() == "1 row at once, 2 layers keep their inputs, the others everything"

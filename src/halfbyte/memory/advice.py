@@ -152,4 +152,5 @@ def _all(chooser: Chooser, rung: Rung, changes: list[Change]) -> Change:
     )
     if "memory.recompute" in texts:
         leaner = replace(leaner, recompute=True, lean="", rest="", lean_layers=0)
-    return Change("all", chooser, leaner)
+    found = [Change("all", chooser, rung) for rung in (leaner, chooser.rungs()[-1])]
+    return min(found, key=lambda change: change.bytes)

@@ -33,7 +33,8 @@ RESERVE = 0.03
 """Share of the memory that stays free for the allocator's rounding on a CPU."""
 GAPS, GAPS_SHARE = (384 << 20, 0.05), 0.01
 """What stays free on a GPU: so many bytes, or that share of a small one, and a share of all: gaps between tensors that the
-allocator cannot hand out. With segments that grow (`memory.segments`) 0.1 to 0.7 GiB are lost so, without them up to 2 GiB."""
+allocator cannot hand out. With segments that grow (`memory.segments`) 0.1 to 0.5 GiB are lost so, without them up to 2 GiB; more
+where the largest tensors of a layer cross the bus (`timeline.gaps`)."""
 
 
 @dataclass(frozen=True)

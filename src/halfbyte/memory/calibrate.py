@@ -26,8 +26,9 @@ SIDE = (8192, 4096, 14336)
 """Tokens, inputs and outputs of the product: the shape of an MLP."""
 COPIED = 1 << 29
 """Bytes of a copy."""
-CALL = 2.0
-"""Host time of a kernel with its arguments made, over that of the smallest call of torch."""
+CALL = 6.0
+"""Host time of a kernel of a layer, with its arguments made and all Python around it, over that of the smallest call of torch:
+fitted to 167 steps of 1B to 70B models on an H200, of which 44 waited for the host (docs/LOG.md)."""
 
 
 def rates(dtype: torch.dtype = torch.bfloat16) -> Rates | None:

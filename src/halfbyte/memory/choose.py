@@ -85,7 +85,15 @@ class Chooser:
         for m in self.rows():
             task = self._task(m)
             found += search.rungs(task, replace(w, tokens=task.tokens), self.rates)
+        found.append(self._leaner(min(found, key=lambda rung: rung.bytes)))
         return self._ladder(search.fastest(found))
+
+    def _leaner(self, least: Rung) -> Rung:
+        """The leanest there is: the search takes what is faster where it counts as many bytes, which are a bound."""
+        rungs = [least, replace(least, chunks=CHUNKED)]
+        rungs += [replace(rung, rest=rung.lean, lean_layers=0) for rung in rungs if rung.lean_layers]
+        counted = [replace(rung, bytes=sum(p.bytes for p in self.parts(rung)), seconds=self.seconds(rung)) for rung in rungs]
+        return min(counted, key=lambda rung: rung.bytes)
 
     def seconds(self, rung: Rung) -> float:
         """Predicted for a step of fused layers."""
@@ -234,7 +242,7 @@ class Chooser:
                 # As many as host memory has room for; the others keep their input on the device.
                 left = task.host - max(task.pinned.values()) - (task.table if min(task.embedding.values()) == 0 else 0)
                 here, away = timeline.stage(w, replace(keep, away=())), max(0, min(task.layers, left // one.host))
-                stages = [one if is_away else here for is_away in places(task.layers, away, True)]
+                stages = [one if is_away else here for is_away in places(task.layers, away, one.keep, here.keep)]
             if timeline.peak(stages, end).bytes <= room:
                 return True
         return False

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+NOBODYS = frozenset({"context", "gaps"})
+"""Parts of a GPU's memory that its allocator has given to nobody."""
+
 
 @dataclass(frozen=True)
 class Part:

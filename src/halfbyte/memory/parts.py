@@ -213,6 +213,7 @@ def fused_activations(s: Shapes, layer: fused.Layer, tokens: int, rung: Rung, dt
         Part(top.name, passing, notes[top.name], grows=True),
         Part("decode scratch", top.scratch, "the weights of one product, decoded, with the adapters beside them"),
         Part("attention workspace", top.library, "of the library's backward", grows=True),
+        Part("gaps", timeline.gaps(stages.values()), "that large tensors on their way leave between others", grows=True),
         Part("decoded weights", s.layers * layer.decoded(dtype.itemsize) * rung.decoded, "held with the adapters beside them"),
         Part("matrices", s.layers * layer.beside(dtype.itemsize), _beside(layer)),
     ]

@@ -14,6 +14,7 @@ from typing import Any
 from halfbyte.errors import RecipeError
 from halfbyte.memory.choose import Chooser
 from halfbyte.memory.curve import DECODED, PASSING, PHASES, Curve, begins, planned
+from halfbyte.memory.part import NOBODYS
 from halfbyte.memory.plan import Plan
 from halfbyte.memory.rungs import Rung
 from halfbyte.memory.table import size as as_size
@@ -93,7 +94,7 @@ def title(name: str, chooser: Chooser, rung: Rung) -> str:
 
 def room(chooser: Chooser, rung: Rung) -> int:
     """Bytes of the budget for what the curve counts."""
-    outside = [p.bytes for p in chooser.parts(rung) if p.name == "context" and chooser.budget.kind == "cuda"]
+    outside = [p.bytes for p in chooser.parts(rung) if p.name in NOBODYS and chooser.budget.kind == "cuda"]
     return chooser.budget.bytes - sum(outside)
 
 

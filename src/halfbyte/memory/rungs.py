@@ -43,13 +43,13 @@ class Rung:
     def keeps(self, layers: int) -> list[Keep]:
         """What each of so many fused layers keeps.
 
-        Lean layers come first: backward reaches them last, when the memory of the others is free again. Those that use the bus
-        are spread among the others instead, so that it has their time too.
+        Lean layers come first: backward reaches them last, when the memory of the others is free again. Where the two do not send
+        the same over the bus they are spread among each other instead, so that its work is even.
         """
         if not self.rest:
             return [keep_of(self.recompute, self.offload)] * layers
         lean, rest = Keep.from_spec(self.lean), Keep.from_spec(self.rest)
-        return [lean if is_lean else rest for is_lean in places(layers, self.lean_layers, bool(lean.away) != bool(rest.away))]
+        return [lean if is_lean else rest for is_lean in places(layers, self.lean_layers, lean, rest)]
 
     def words(self) -> str:
         """For people: `2 rows at once, every layer is recomputed in backward`."""
@@ -88,11 +88,13 @@ def keep_of(recompute: bool, offload: bool) -> Keep:
     return INPUTS if recompute else EVERYTHING
 
 
-def places(layers: int, lean: int, spread: bool) -> list[bool]:
-    """Which layers are lean: the first, or every so many."""
-    if not spread:
-        return [i < lean for i in range(layers)]
-    return [(i + 1) * lean // layers > i * lean // layers for i in range(layers)]
+def places(layers: int, count: int, lean: Keep, rest: Keep) -> list[bool]:
+    """Which layers are lean, `count` of them: the first, or every so many. Of those that are spread the last one sends less than
+    others: backward begins with it, and waits for what it has away."""
+    if lean.away == rest.away:
+        return [i < count for i in range(layers)]
+    spread = [(i + 1) * count // layers > i * count // layers for i in range(layers)]
+    return spread if lean.sent() < rest.sent() else spread[::-1]
 
 
 def ways(

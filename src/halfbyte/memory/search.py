@@ -3,9 +3,10 @@
 A way is: rows at once, what the lean layers keep, how many they are, what the others keep, the chunks of the loss, where AdamW's
 moments are, where the input embedding is. Layers are alike, so which of them are lean is settled by rule (`rungs.places`) and
 their number can be enumerated: for two choices A and B and every k the bytes are sums of a few numbers a choice, made for all pairs
-at once in arrays; the seconds are those of the products, recomputed ones included, or of the bus, whichever takes longer, in
-forward and in backward.
-Cost: about 0.3 s for an 8B model; what is chosen is counted again layer by layer (`memory.timeline`).
+at once in arrays; the seconds are those of the products, recomputed ones included, of the bus, or of the host that
+launches them, whichever takes longest, in forward and in backward.
+Cost: about half a second for an 8B model; what is on the front is counted and timed again layer by layer (`memory.timeline`,
+`memory.bus`).
 
 Letters: A, B of the lean layers and the others, k of L layers are lean.
 """
@@ -20,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, NAMES, Keep, keeping
-from halfbyte.memory import speed, tape, timeline
-from halfbyte.memory.rungs import Asked, Rung
+from halfbyte.memory import bus, speed, tape, timeline
+from halfbyte.memory.rungs import Asked, Rung, places
 from halfbyte.memory.speed import Rates
 from halfbyte.memory.tape import Work
 from halfbyte.memory.timeline import Ends, Stage
@@ -33,8 +34,8 @@ STEPS = 24
 """Rungs that are kept of those that no other beats, and as many around the budget in steps of NEAR bytes."""
 NEAR = 1 << 28
 BINS = 1024
-BESIDE = 0.05
-"""Of the time of a copy over the bus, what it takes from the layers that run beside it: memory, and the host's calls."""
+BESIDE = 0.02
+"""Of the time of a copy over the bus, what it takes from the layers that run beside it, however well it is hidden."""
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,11 @@ def keeps(task: Task) -> Iterator[Keep]:
 
 @dataclass(frozen=True)
 class Option:
-    """A stage with its seconds: of what is computed again, and bytes over the bus one way."""
+    """A stage with its seconds: of what is computed again; of the host to launch it, forward and backward."""
 
     stage: Stage
     again: float
+    host: tuple[float, float]
 
 
 def options(task: Task, w: Work, rates: Rates) -> list[Option]:
@@ -102,8 +104,9 @@ def options(task: Task, w: Work, rates: Rates) -> list[Option]:
     cost = _cost(task, w, rates)
     found = []
     for keep in keeps(task):
-        found.append(Option(timeline.stage(w, keep), _again(cost, keep, task.tokens, rates)))
-    numbers = np.array([[o.stage.here, o.stage.away, o.again, o.stage.forward.peak, o.stage.backward.peak] for o in found])
+        host = speed.host_seconds(w.layer, keep, task.tokens, rates)
+        found.append(Option(timeline.stage(w, keep), cost.recompute(keep), host))
+    numbers = np.array([[o.stage.here, o.stage.away, o.again, o.stage.forward.peak, o.stage.backward.peak, *o.host] for o in found])
     # Worse by a thousandth is no reason to stay in the list.
     worse = numbers[:, None, :] * 0.999 - 1e-9 <= numbers[None, :, :]
     beaten = (worse.all(2) & (numbers[:, None, :].sum(2) < numbers[None, :, :].sum(2) * 1.001)).T
@@ -121,11 +124,15 @@ def seconds(
 ) -> float:
     """Predicted for a step with what each layer keeps."""
     cost = _cost(task, w, rates)
-    sent = sum(sum(tape.away(w, keep)) for keep in keeps) / rates.bus
-    back = task.layers * cost.backward + sum(_again(cost, keep, task.tokens, rates) for keep in keeps)
-    layers = max(task.layers * cost.forward, sent) + max(back, sent) + 2 * BESIDE * sent
+    times: dict[int, tuple[float, float, float]] = {}  # by identity, since a rung has two of them, many times
+    for keep in {id(keep): keep for keep in keeps}.values():
+        copy, host = sum(tape.away(w, keep)) / rates.bus, sum(speed.host_seconds(w.layer, keep, task.tokens, rates))
+        times[id(keep)] = cost.backward + cost.recompute(keep), copy, host
+    backward, copies, launches = ([times[id(keep)][i] for keep in keeps] for i in range(3))
     beside = _beside(task, w, rates, chunks, embedding_away)
-    return task.microbatches * (layers + beside) + speed.optimizer_cost(task.numbers, task.bits, paged, rates)
+    whole = bus.seconds(cost.forward, backward, copies, beside)
+    whole = max(whole, sum(launches) + beside) + 2 * BESIDE * sum(copies)
+    return task.microbatches * whole + speed.optimizer_cost(task.numbers, task.bits, paged, rates)
 
 
 def _cost(task: Task, w: Work, rates: Rates) -> speed.Cost:
@@ -137,11 +144,6 @@ def _beside(task: Task, w: Work, rates: Rates, chunks: float, embedding_away: bo
     """Of a microbatch outside the layers."""
     ends = speed.ends_cost(task.tokens, task.hidden, task.vocabulary, w.c, rates, chunks)
     return ends + (speed.embedding_cost(task.tokens, task.hidden, w.c, rates) if embedding_away else 0.0)
-
-
-def _again(cost: speed.Cost, keep: Keep, tokens: int, rates: Rates) -> float:
-    """Of what a layer computes again, and of the launches of its tiles."""
-    return cost.recompute(keep) + (0.0 if not keep.tile else 2 * 3 * rates.launch * tokens / keep.tile)
 
 
 def rungs(task: Task, w: Work, rates: Rates) -> list[Rung]:
@@ -165,19 +167,18 @@ def _with(task: Task, w: Work, rates: Rates) -> Iterator[Rung]:
             if left < 0 and ((paged and False in task.moments) or (away and False in task.embedding)):
                 continue
             index = np.flatnonzero(waits <= max(left, 0))
-            beside = _beside(task, w, rates, chunks, away)
-            step = speed.optimizer_cost(task.numbers, task.bits, paged, rates)
             always = task.fixed + task.moments[paged] + task.decoded[w.held] + task.embedding[away]
             for at in _front(bytes_[index], times[index], task.room - always):
                 a, b, k = np.unravel_index(index[at], (len(choices), len(choices), task.layers + 1))
-                whole = task.microbatches * (float(times[index[at]]) + beside) + step
-                rung = Rung(task.microbatch, False, paged=paged, chunks=chunks, decoded=w.held, embedding_away=away, seconds=whole)
-                yield _rung(task, rung, choices[a].stage, choices[b].stage, int(k), ends, always)
+                rung = Rung(task.microbatch, False, paged=paged, chunks=chunks, decoded=w.held, embedding_away=away)
+                yield _rung(task, w, rates, rung, (choices[a].stage, choices[b].stage, int(k)), ends, always)
 
 
-def _rung(task: Task, rung: Rung, a: Stage, b: Stage, k: int, ends: Ends, always: int) -> Rung:
-    """`rung` with k layers like `a` and the others like `b`, and its bytes. always: those that are there all the time."""
-    lean, rest = (a, b) if k else (b, b)
+def _rung(task: Task, w: Work, rates: Rates, rung: Rung, mix: tuple[Stage, Stage, int], ends: Ends, always: int) -> Rung:
+    """`rung` with layers as in `mix`, k like A and the others like B, its bytes and seconds. always: bytes that are there all the
+    time."""
+    a, rest, k = mix
+    lean = a if k else rest
     rung = replace(
         rung,
         recompute=any(s.keep.tile or not all(getattr(s.keep, n) for n in NAMES[1:]) for s in (lean, rest)),
@@ -186,15 +187,15 @@ def _rung(task: Task, rung: Rung, a: Stage, b: Stage, k: int, ends: Ends, always
         lean_layers=k,
         rest=rest.keep.spec(),
     )
-    by_keep = {s.keep: s for s in (lean, rest)}
-    top = timeline.peak([by_keep[keep] for keep in rung.keeps(task.layers)], ends)
-    return replace(rung, bytes=always + top.bytes)
+    stages = [lean if is_lean else rest for is_lean in places(task.layers, k, lean.keep, rest.keep)]
+    took = seconds(task, w, rates, [s.keep for s in stages], rung.paged, rung.chunks, rung.embedding_away)
+    return replace(rung, bytes=always + timeline.peak(stages, ends).bytes + timeline.gaps((lean, rest)), seconds=took)
 
 
 def _pairs(task: Task, choices: Sequence[Option], cost: speed.Cost, ends: Ends, rates: Rates) -> tuple[Floats, Floats, Floats]:
     """Bytes of layers and ends, seconds of the layers in one microbatch, and bytes of host memory, each flat over [A, B, k]."""
     stages = [o.stage for o in choices]
-    here, away, host, forward, backward, again = (
+    here, away, host, forward, backward, again, ahead, behind = (
         np.array(values, dtype=np.float64)
         for values in (
             [s.here for s in stages],
@@ -203,6 +204,7 @@ def _pairs(task: Task, choices: Sequence[Option], cost: speed.Cost, ends: Ends, 
             [s.forward.peak for s in stages],
             [s.backward.peak for s in stages],
             [o.again for o in choices],
+            *zip(*(o.host for o in choices), strict=True),
         )
     )
     k = np.arange(task.layers + 1, dtype=np.float64)
@@ -216,16 +218,22 @@ def _pairs(task: Task, choices: Sequence[Option], cost: speed.Cost, ends: Ends, 
 
     held = k * a(here) + rest * b(here)
     flying = 2 * np.maximum(np.where(k > 0, a(away), 0), np.where(rest > 0, b(away), 0))
-    spread = (a(away) > 0) != (b(away) > 0)
+    where = [s.keep.away for s in stages]
+    which = np.array([where.index(one) for one in where])
+    spread = a(which) != b(which)
     some, others = k > 0, rest > 0
     tall_a = np.where(spread, held, k * a(here)) - a(here) + np.maximum(a(forward), a(backward))
     tall_b = held - b(here) + np.maximum(b(forward), b(backward))
     layers = np.maximum(np.where(some, tall_a, 0), np.where(others, tall_b, 0)) + flying
     top = np.maximum(layers + ends.hidden + ends.tables, held + flying + ends.loss + ends.tables)
+    apart = np.array([timeline.gaps((s,)) for s in stages], dtype=np.float64)
+    top = top + np.maximum(np.where(some, a(apart), 0), np.where(others, b(apart), 0))
     sent = (k * a(away) + rest * b(away)) / rates.bus
+    last = np.where(some, np.where(others, np.minimum(a(away), b(away)), a(away)), b(away)) / rates.bus
+    launched = np.maximum(sent, k * a(ahead) + rest * b(ahead)), np.maximum(sent, k * a(behind) + rest * b(behind))
     plain = task.layers * cost.forward
     back = task.layers * cost.backward + k * a(again) + rest * b(again)
-    seconds = np.maximum(plain, sent) + np.maximum(back, sent) + 2 * BESIDE * sent
+    seconds = np.maximum(plain, launched[0]) + np.maximum(back, launched[1]) + 2 * BESIDE * sent + last
     waits = k * a(host) + rest * b(host)
     return top.reshape(-1), seconds.reshape(-1), waits.reshape(-1)
 

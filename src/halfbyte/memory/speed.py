@@ -30,8 +30,11 @@ FLOAT8 = 1.9
 BESIDE, APART = 2.0, 1.15
 """Times of a copy that a byte takes where operands in e4m3 are written: beside 16-bit numbers, by a kernel that first looks for the
 row's largest; and by a pass of their own, what it reads included."""
-LAUNCHES = {"forward": 26, "backward": 46, "again": 4}
-"""Kernels a layer; `again`: of each tensor that is computed again."""
+FORWARD, BACKWARD, AGAIN, SENT, TILE, ENDS = 26, 46, 4, 1, 3, 30
+"""Kernels that the host launches: of a layer forward, backward, for each tensor that is computed again, for each that crosses the
+bus one way, for each tile of an MLP one way, and of what is outside the layers."""
+FLOAT8_LAUNCHES = 1.6
+"""Times as many with products in e4m3."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,13 @@ class Rates:
     gemm: float
     copy: float
     bus: float
-    launch: float = 9e-6
+    launch: float = 20e-6
     source: str = ""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a layer without the bus: forward, backward, and of what would be computed again, by name."""
+    """Seconds of the GPU for a layer: forward, backward, and of what would be computed again, by name."""
 
     forward: float
     backward: float
@@ -93,11 +96,15 @@ def layer_cost(one: Layer, tokens: int, document: float, c: int, rates: Rates, d
     backward = products + 2.5 * attention + norms * norm + heads + 2 * glu + sum(ranks(g, 2 * g.n + g.k) for g in groups)
     forward += _quantising(one, tokens, c, rates, back=False)
     backward += _quantising(one, tokens, c, rates, back=True)
-    return Cost(
-        max(forward, LAUNCHES["forward"] * rates.launch),
-        max(backward, LAUNCHES["backward"] * rates.launch),
-        {name: max(t, LAUNCHES["again"] * rates.launch) for name, t in again.items()},
-    )
+    return Cost(forward, backward, again)
+
+
+def host_seconds(one: Layer, keep: Keep, tokens: int, rates: Rates) -> tuple[float, float]:
+    """Of the host, to launch a layer forward and backward: GPUs wait for it where layers are small and rows short."""
+    launch = rates.launch * (FLOAT8_LAUNCHES if one.float8 else 1.0)
+    both = SENT * len(keep.away) + (TILE * tokens / keep.tile if keep.tile else 0.0)
+    again = AGAIN * sum(not getattr(keep, name) for name in NAMES)
+    return launch * (FORWARD + both), launch * (BACKWARD + again + both)
 
 
 def _quantising(one: Layer, tokens: int, c: int, rates: Rates, back: bool) -> float:
@@ -113,11 +120,8 @@ def _quantising(one: Layer, tokens: int, c: int, rates: Rates, back: bool) -> fl
 def ends_cost(tokens: int, hidden: int, vocabulary: int, c: int, rates: Rates, chunks: float = 1) -> float:
     """Embedding, head and loss: two products over all tokens, and four passes over the logits."""
     products = 4.0 * hidden * vocabulary * tokens / rates.gemm
-    return (
-        products * (1.0 if chunks == 1 else FEW_CHUNKS if chunks < 1 else MANY_CHUNKS)
-        + 4.0 * tokens * vocabulary * c / rates.copy
-        + 20 * rates.launch
-    )
+    products *= 1.0 if chunks == 1 else FEW_CHUNKS if chunks < 1 else MANY_CHUNKS
+    return max(products + 4.0 * tokens * vocabulary * c / rates.copy, ENDS * rates.launch)
 
 
 def embedding_cost(tokens: int, hidden: int, c: int, rates: Rates) -> float:

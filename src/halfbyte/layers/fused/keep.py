@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 NAMES = ("normed", "qkv", "attended", "mid", "inputs")
 """What may be kept or not. The layer's input, `x`, is always kept, here or in host memory."""
+USUAL = {"x": 8, "normed": 16, "qkv": 12, "attended": 8, "mid": 8, "inputs": 56}
+"""KB a token, as above."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Keep:
     def offload(self) -> bool:
         """Whether anything waits in host memory."""
         return bool(self.away)
+
+    def sent(self) -> int:
+        """About how much waits in host memory, to tell which of two is more: KB a token in the shape of an 8B."""
+        return sum(USUAL[name] for name in self.away)
 
     def here(self, name: str) -> bool:
         """Whether it stays on the device."""
