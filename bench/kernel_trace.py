@@ -92,7 +92,8 @@ def product_of(event: Event) -> Product | None:
         return m, n, k
     if not re.search(r"mm|matmul", event["name"]):
         return None
-    shapes = [s for s in event.get("args", {}).get("Input Dims", ()) if len(s) >= 2 and all(isinstance(x, int) for x in s)]
+    given = event.get("args", {}).get("Input Dims", ())
+    shapes = [s for s in given if isinstance(s, list) and len(s) >= 2 and all(isinstance(x, int) for x in s)]
     for a, b in pairwise(shapes):
         if a[-1] == b[-2]:
             return prod(a[:-1]), b[-1], a[-1]
@@ -136,7 +137,8 @@ def kernels(events: Iterable[Event]) -> list[Kernel]:
     for e in timed:
         if e.get("cat") not in ON_DEVICE:
             continue
-        number, launch = int(e["args"].get("External id", -1)), launches.get(e["args"].get("correlation"))
+        args = e.get("args", {})
+        number, launch = int(args.get("External id", -1)), launches.get(args.get("correlation"))
         product = products.by_number.get(number)
         by: tuple[Product, int] | None = (product, number) if product is not None else None
         if by is None and launch is not None:

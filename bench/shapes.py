@@ -129,7 +129,7 @@ def _in_fp8(x: Any, w: Any) -> Callable[[], Any]:
 
     from halfbyte.kernels.gemm import scaled
 
-    x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn).contiguous()
+    x8, w8 = (t.contiguous().to(torch.float8_e4m3fn) for t in (x, w))
     of_x, of_w = (torch.ones(s, dtype=torch.float32, device=x.device) for s in ((x.shape[0], 1), (1, w.shape[0])))
     y = x.new_empty(x.shape[0], w.shape[0])
     return lambda: scaled(x8, w8.t(), of_x, of_w, y)
