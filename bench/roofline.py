@@ -44,7 +44,7 @@ RULES = (
     ("head", r"^_logits$"),
     ("loss", r"^_(expand|combine|gradient|softmax)$|cross_entropy|softmax|nll"),
     ("GEMM", r"gemm|nvjet|cutlass|splitk|xmma|cublas"),
-    ("embedding", r"embedding|index_select|indexselect|vectorized_gather"),
+    ("embedding", r"embedding|index_select|indexselect"),
 )
 PARTS = ("base GEMM", "LoRA products", "head", "attention", "decode", "quantise", "norm", "rotary", "glu", "loss", "optimizer")
 SKINNY = 512
