@@ -110,7 +110,7 @@ def hot_rate(shape: Shape, layers: int, tokens: int, labelled: int, compute: str
     work = flops(shape, layers, tokens, labelled, [])
     return {
         "hot_tflops": round((work["base GEMM"] + work["head"]) / (layer + head) / 1e9, 1),
-        "hot_parts": {"base GEMM": round(work["base GEMM"] / layer / 1e9, 1), "head": round(work["head"] / head / 1e9, 1)},
+        "hot_parts": {"base GEMM": round(work["base GEMM"] / layer / 1e9, 4), "head": round(work["head"] / head / 1e9, 4)},
         "hot_ms": {name: round(t, 3) for name, t in ms.items()},
     }
 

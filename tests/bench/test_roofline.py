@@ -159,3 +159,24 @@ def test_a_roofline_counts_every_kernel_once(tmp_path: Path) -> None:
     text = roofline.markdown(tmp_path / "r.jsonl")
     assert TABLE in text and "| base GEMM | 2.0 | 50.0% | 0.5 | 1.5 | 0.5 |" in text
     assert "| idle | 0.5 | 12.5% |" in text and "| step | 5.0 | 30.0% of the limit | 1.5 | 1.5 | 3.5 |" in text
+
+
+def test_the_hot_products_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward by the weight, backward by its transpose; in fp8 with the operands as `kernels.gemm.scaled` wants them."""
+    from halfbyte.kernels import gemm
+
+    shapes, found = bench("shapes"), []
+
+    def scaled(a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, out: torch.Tensor) -> None:
+        assert a.dtype == b.dtype == torch.float8_e4m3fn and a.is_contiguous() and b.t().is_contiguous()
+        out.copy_(a.float() @ b.float() * scale_a * scale_b)
+        found.append(out)
+
+    monkeypatch.setattr(gemm, "scaled", scaled)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: found.append(out.copy_(a @ b)))
+    x, dy, w = (torch.randint(-2, 3, size).bfloat16() for size in ((5, 16), (5, 32), (32, 16)))
+    for make in (shapes._in_16_bits, shapes._in_fp8):
+        make(x, w)()
+        make(dy, w.t())()
+    assert torch.equal(found[0], x @ w.t()) and torch.equal(found[1], dy @ w)
+    assert torch.equal(found[2], found[0]) and torch.equal(found[3], found[1])
