@@ -6,7 +6,7 @@
 One process, one 8B model in nf4 (random weights, `random_model.py`), rank 16, 8-bit AdamW: its rows at once by the three ways that
 it has to recompute (none, `unsloth`: inputs offloaded, and inputs on the GPU), over a batch of 1 x 8,192 and of 4 x 2,048 tokens.
 No cap is set: a setting fits a card where what its tensors took at the peak does, which is the kindest count. Times are those of
-`fits_gpu.py`: whole steps on a hot chip. Gate: a loss near ln(vocabulary).
+`fits_gpu.py`: whole steps on a hot chip. Gate: the loss of a random head (`measured.py`).
 """
 
 from __future__ import annotations
@@ -72,9 +72,10 @@ def steps_of(model: Any, optimizer: Any, case: Case, rows: int, device: str) -> 
     return step
 
 
-def measured(step: Callable[[], Any], tokens: int, vocabulary: int, device: str) -> dict[str, Any]:
+def measured(step: Callable[[], Any], tokens: int, config: Any, device: str) -> dict[str, Any]:
     """Figures of hot steps, none where the loss is not that of a model that runs as it should."""
     import planned
+    from measured import plausible
 
     loss: Any = math.nan
 
@@ -83,7 +84,7 @@ def measured(step: Callable[[], Any], tokens: int, vocabulary: int, device: str)
         loss = step()
 
     seconds, count = planned.timed(once, device, WARM, TIMED)
-    near = abs(float(loss) - math.log(vocabulary)) < 1.5
+    near = plausible(float(loss), config)
     line = {"gate": "green" if near else "red", "loss": round(float(loss), 3), "steps": count, **planned.peaks()}
     return line | ({"tokens_per_s": round(tokens / seconds), "seconds": round(seconds, 4)} if near else {})
 
@@ -96,7 +97,7 @@ def model_of(root: str, tokenizer: str | None, device: str) -> tuple[Any, Any]:
 
         config = LlamaConfig(vocab_size=49152, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4)
         tiny = LlamaForCausalLM(config)
-        return tiny, torch.optim.AdamW(tiny.parameters(), lr=1e-4)
+        return tiny, torch.optim.AdamW(tiny.parameters(), lr=1e-6)
     import unsloth  # type: ignore[import-not-found,unused-ignore]  # noqa: F401  (before torch)
     from engines import unsloth as build
     from random_model import exists, make
@@ -136,7 +137,7 @@ def run(root: str, tokenizer: str | None, device: str, budget: float, file: Text
                 gc.collect()
                 torch.cuda.empty_cache()
             step = steps_of(model, optimizer, case, rows, device)
-            tell(line | measured(step, rows * case.tokens, model.config.vocab_size, device))
+            tell(line | measured(step, rows * case.tokens, model.config, device))
         except (RuntimeError, ImportError) as error:  # a way that this version does not have leaves the others
             optimizer.zero_grad(set_to_none=True)
             tell(line | {"failed": str(error)[:200]})

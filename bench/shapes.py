@@ -83,8 +83,11 @@ def moved(shape: Shape, layers: int, tokens: int, trainable: int, recompute: boo
     }
 
 
-def hot_rate(shape: Shape, layers: int, tokens: int, labelled: int) -> dict[str, Any]:
-    """TFLOP/s of the step's GEMM shapes in the step's proportions, run in turn after half a second of them; {} without a GPU."""
+def hot_rate(shape: Shape, layers: int, tokens: int, labelled: int, compute: str = "bf16") -> dict[str, Any]:
+    """TFLOP/s of the step's GEMM shapes in the step's proportions, run in turn after half a second of them; {} without a GPU.
+
+    hot_parts: of the layers' products and of the head's. compute: fp8 has the layers' in e4m3; the head is in 16 bits always.
+    """
     import torch
     from gputime import CUDA, load, turns
 
@@ -98,13 +101,35 @@ def hot_rate(shape: Shape, layers: int, tokens: int, labelled: int) -> dict[str,
         x = torch.randn(t, k, device="cuda", dtype=torch.bfloat16)
         dy = torch.randn(t, n, device="cuda", dtype=torch.bfloat16)
         w = torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02
-        y, dx = torch.empty_like(dy), torch.empty_like(x)
-        functions[f"{name} forward"] = lambda x=x, w=w, y=y: torch.mm(x, w.t(), out=y)
-        functions[f"{name} dX"] = lambda dy=dy, w=w, dx=dx: torch.mm(dy, w, out=dx)
+        make = _in_fp8 if compute == "fp8" and name != "head" else _in_16_bits
+        functions[f"{name} forward"], functions[f"{name} dX"] = make(x, w), make(dy, w.t())
     load(functions, 0.5)
     ms = turns(functions, 10)
-    layer = sum(t for name, t in ms.items() if not name.startswith("head"))
+    layer = layers * sum(t for name, t in ms.items() if not name.startswith("head"))
     head = sum(t for name, t in ms.items() if name.startswith("head")) * labelled / rows
     work = flops(shape, layers, tokens, labelled, [])
-    rate = (work["base GEMM"] + work["head"]) / (layers * layer + head) / 1e9
-    return {"hot_tflops": round(rate, 1), "hot_ms": {name: round(t, 3) for name, t in ms.items()}}
+    return {
+        "hot_tflops": round((work["base GEMM"] + work["head"]) / (layer + head) / 1e9, 1),
+        "hot_parts": {"base GEMM": round(work["base GEMM"] / layer / 1e9, 4), "head": round(work["head"] / head / 1e9, 4)},
+        "hot_ms": {name: round(t, 3) for name, t in ms.items()},
+    }
+
+
+def _in_16_bits(x: Any, w: Any) -> Callable[[], Any]:
+    """x `[T, K]` times w `[N, K]` transposed, as a function."""
+    import torch
+
+    y = x.new_empty(x.shape[0], w.shape[0])
+    return lambda: torch.mm(x, w.t(), out=y)
+
+
+def _in_fp8(x: Any, w: Any) -> Callable[[], Any]:
+    """The same in e4m3, with a scale a row of either, as `compute: fp8` multiplies."""
+    import torch
+
+    from halfbyte.kernels.gemm import scaled
+
+    x8, w8 = (t.contiguous().to(torch.float8_e4m3fn) for t in (x, w))
+    of_x, of_w = (torch.ones(s, dtype=torch.float32, device=x.device) for s in ((x.shape[0], 1), (1, w.shape[0])))
+    y = x.new_empty(x.shape[0], w.shape[0])
+    return lambda: scaled(x8, w8.t(), of_x, of_w, y)

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.autograd import DeviceType
 
 from .test_tables import ROOT, bench
 
@@ -36,60 +35,6 @@ def test_operations_of_a_step() -> None:
     bytes_ = shapes.moved(shape, 32, 8192, 41_943_040, recompute=False)
     more = shapes.moved(shape, 32, 8192, 41_943_040, recompute=True)
     assert all(more[name] >= value for name, value in bytes_.items()) and more["decode"] == 1.5 * bytes_["decode"]
-
-
-@pytest.mark.parametrize(
-    ("kernel", "op", "inputs", "part"),
-    [
-        ("nvjet_hsh_192x192_64x4_2x1_v_bz_TNT", "aten::mm", [[8192, 4096], [4096, 6144]], "base GEMM"),
-        ("nvjet_hsh_64x8_64x16_1x4_h_bz_splitK_TNN", "aten::mm", [[8192, 4096], [4096, 48]], "LoRA products"),
-        ("void cutlass::Kernel2<...>", "aten::addmm", [[16, 4096], [16, 8192], [8192, 4096]], "LoRA products"),
-        ("nvjet_hsh_256x128_64x4_1x2_h_bz_TNT", "aten::mm", [[2048, 4096], [4096, 128256]], "head"),
-        ("nvjet_qqtst_128x256", "aten::_scaled_mm", [[8192, 4096], [4096, 6144], [], []], "base GEMM"),
-        ("nvjet_hsh_192x192", "", [], "GEMM of unknown shape"),
-        ("_add_norm", "", [], "norm"),
-        ("_norm_gather", "", [], "rotary"),
-        ("_augmented", "", [], "decode"),
-        ("_gradient", "", [], "loss"),
-        ("_step", "", [], "optimizer"),
-        ("triton_tem_fused_flex_attention_0", "", [], "attention"),
-        ("void at::native::reduce_kernel<512, 1, NormTwoOps<float>>", "", [], "optimizer"),
-        ("pytorch_flash::flash_bwd_dq_dk_dv_loop", "", [], "attention"),
-        ("_rotate", "", [], "rotary"),
-        ("indexSelectLargeIndex", "", [], "embedding"),
-        ("Memset (Device)", "aten::zero_", [], "copies, memsets"),
-        ("vectorized_elementwise_kernel", "aten::add", [], "other"),
-    ],
-)
-def test_the_part_of_a_kernel(kernel: str, op: str, inputs: list[list[int]], part: str) -> None:
-    assert bench("roofline").part_of(kernel, op, inputs, 128256) == part
-
-
-def test_a_roofline_counts_every_kernel_once(tmp_path: Path) -> None:
-    roofline = bench("roofline")
-
-    def event(kind: DeviceType, name: str, start: int, end: int, kernels: tuple[object, ...] = (), shapes: object = ()) -> object:
-        span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
-        return SimpleNamespace(device_type=kind, name=name, time_range=span, kernels=kernels, input_shapes=shapes)
-
-    product = SimpleNamespace(name="gemm", duration=100)
-    events = [
-        event(DeviceType.CPU, "aten::mm", 0, 5, (product,), [[8192, 4096], [4096, 6144]]),
-        event(DeviceType.CUDA, "gemm", 10, 110),
-        event(DeviceType.CUDA, "_add_norm", 100, 150),
-        event(DeviceType.CUDA, "_add_norm", 200, 250),
-    ]
-    parts, busy = roofline.sort_kernels(events, 128256)
-    assert busy == pytest.approx(0.19)
-    assert roofline._summary(parts["base GEMM"])["ms"] == pytest.approx(0.1)
-    assert roofline._summary(parts["norm"])["launches"] == 2
-    line = {
-        **{"size": "8b", "rows": 4, "tokens": 2048, "recompute": "none", "offload": False, "compute": "bf16", "layers": 2},
-        **{"step_ms": 0.4, "busy_ms": 0.19, "sm_mhz": 1500, "hot_tflops": 700.0, "limit_ms": {"base GEMM": 0.08}},
-        "parts": {part: roofline._summary(names) for part, names in parts.items()},
-    }
-    (tmp_path / "r.jsonl").write_text(json.dumps(line) + "\n")
-    assert "| norm | 0.1 | 25.0% | 1.0 | 0 | 0.1 |" in roofline.markdown(tmp_path / "r.jsonl")
 
 
 def test_a_case_is_its_command_line() -> None:
