@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import fits_plans
 from planned import BESIDE
 from reporting import read
 
 
+def latest(results: Path) -> list[dict[str, Any]]:
+    """The lines of the last call that ran each: `all` as a whole, others by card, row and head."""
+    rows = read(results)
+    last: dict[tuple[Any, ...], int] = {}
+    for row in rows:
+        last[_line(row)] = max(last.get(_line(row), 0), row.get("call", 1))
+    return [row for row in rows if row.get("call", 1) == last[_line(row)]]
+
+
+def _line(row: dict[str, Any]) -> tuple[Any, ...]:
+    if row["what"] in ("all", "verdict", "rates", "note"):
+        return (row["what"],)
+    own = (row["card"], row["head"]) if row["what"] == "longest" else (row["card"], row["head"], row["rows"], row["tokens"])
+    return row["what"], *own
+
+
 def cards(results: Path) -> str:
     """Our plans by card, beside Unsloth's best setting that fits."""
-    return fits_plans.table(read(results), read(results.with_name(results.name.replace("-fits", "-peer-fits"))), BESIDE)
+    return fits_plans.table(latest(results), read(results.with_name(results.name.replace("-fits", "-peer-fits"))), BESIDE)
 
 
 def predicted(results: Path) -> str:
     """Plan and truth of everything that ran, by group."""
     text = ["| group | lines | peak: predicted over measured, worst under and over | tokens/s: measured over predicted |"]
     text.append("| --- | ---: | ---: | ---: |")
-    rows = [r for r in read(results) if "peak_GiB" in r]
+    rows = [r for r in latest(results) if "peak_GiB" in r]
     for group in dict.fromkeys(r["what"] for r in rows):
         some = [r for r in rows if r["what"] == group]
         peaks = [r["predicted_GiB"] / r["peak_GiB"] - 1 for r in some]
@@ -35,7 +52,7 @@ def _range(errors: list[float], digits: int) -> str:
 def far(results: Path) -> str:
     """The leanest plan, the longest rows, all layers of a large model."""
     text = ["| | allocated, GiB | reserved | driver | host memory, GiB | tokens/s |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
-    for r in read(results):
+    for r in latest(results):
         if r["what"] not in ("leanest", "70b", "longest"):
             continue
         head = "16-bit head" if r["head"] == "16bit" else "packed head"

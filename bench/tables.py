@@ -50,8 +50,9 @@ def name_of(row: dict[str, Any]) -> str:
     fp8 = ", fp8" if row.get("compute") == "fp8" else ""
     fused = ", fused AdamW" if row.get("optimizer") == "ours-fused" else ""
     layers = f", {row['layers']} layers" if row.get("layers") else ""
-    graphs = ", graphs" if row.get("graphs") else ""
-    return f"{row['impl']}{fp8}{fused}{layers}{graphs}"
+    graphs = ", CUDA graphs" if row.get("graphs") else ""
+    size = f", {row['size'].upper()} shape" if row.get("group") == "graphs" else ""
+    return f"{row['impl']}{size}{fp8}{fused}{layers}{graphs}"
 
 
 def kernels(results: Path) -> str:
@@ -76,14 +77,16 @@ def throughput(results: Path) -> str:
     """Every run in its order; then ours against each peer, launches and first steps."""
     rows = read(results)
     red = [r for r in rows if r.get("group") == "gate" and r.get("gate") != "green"]
-    text = ["| measured | implementation | tokens/s | trained tokens/s | peak, reserved, driver GiB | of the limit | launches |"]
-    text += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    text = [
+        "| measured | implementation | call | tokens/s | trained tokens/s | peak, reserved, driver GiB | of the limit | launches |"
+    ]
+    text += ["| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for row in rows:
         if row.get("group") in ROLES and row.get("gate") == "green":
             memory = ", ".join(f"{row[k]:.1f}" for k in ("peak_GiB", "reserved_GiB", "driver_GiB") if k in row)
             share = f"{row['share']:.1%}" if "share" in row else "-"
             figures = f"{row['tokens_per_s']:,} | {row['trained_tokens_per_s']:,} | {memory} | {share} | {row.get('launches', 0):,}"
-            text.append(f"| {ROLES[row['group']]} | {name_of(row)} | {figures} |")
+            text.append(f"| {ROLES[row['group']]} | {name_of(row)} | {row.get('call', 1)} | {figures} |")
     sections = [text, ratios(rows), deep(rows), launched(rows), first_steps(rows)]
     if red:
         kinds = ", ".join(f"{r.get('compute')} with recompute {r.get('recompute')}" for r in red)
@@ -93,19 +96,27 @@ def throughput(results: Path) -> str:
 
 def ratios(rows: list[dict[str, Any]]) -> list[str]:
     """Ours (mean of its runs) over each other implementation of a group in the same call on a machine (`call`, where a file holds
-    several); `optimizer` stands against ours of `nocheckpoint`."""
+    several); `optimizer` stands against ours of `nocheckpoint`, `fp8` without a peer against the peers there; graphs against
+    launches."""
     speeds: dict[tuple[str, int], dict[str, list[float]]] = {}
     for row in rows:
-        if row.get("group") in ROLES and row.get("gate") == "green" and row["group"] != "70b":
+        if row.get("group") in ROLES and row.get("gate") == "green" and row["group"] not in ("70b", "graphs"):
             speeds.setdefault((row["group"], row.get("call", 0)), {}).setdefault(row["impl"], []).append(
                 row["trained_tokens_per_s"]
             )
-    text = ["| measured | ours against | ratio |", "| --- | --- | ---: |"]
-    for (group, call), found in speeds.items():
+    text = ["| measured | ours against | call | ratio |", "| --- | --- | ---: | ---: |"]
+    for (group, call), own in speeds.items():
+        found = speeds.get(("nocheckpoint", call), {}) | own if group == "fp8" else own
         mine = found.get("halfbyte") or (speeds.get(("nocheckpoint", call), {}).get("halfbyte") if group == "optimizer" else None)
         for impl, other in found.items():
             if mine and impl != "halfbyte":
-                text.append(f"| {ROLES[group]} | {impl} | {mean(mine) / mean(other):.3f} |")
+                text.append(f"| {ROLES[group]} | {impl} | {call} | {mean(mine) / mean(other):.3f} |")
+    for size in ("8b", "1b"):
+        ways = {bool(row.get("graphs")): row for row in rows if row.get("group") == "graphs" and row["size"] == size}
+        if len(ways) == 2 and all(row["gate"] == "green" for row in ways.values()):
+            faster = ways[True]["trained_tokens_per_s"] / ways[False]["trained_tokens_per_s"]
+            measured = f"{ROLES['graphs']}, {size.upper()} shape, CUDA graphs"
+            text.append(f"| {measured} | halfbyte, launches | {ways[True].get('call', 1)} | {faster:.3f} |")
     return text if len(text) > 2 else []
 
 
