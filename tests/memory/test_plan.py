@@ -213,6 +213,19 @@ def test_speeds_of_cards_and_of_none() -> None:
     assert "tokens/s" in run.table() and "longest row that fits" in run.table()
 
 
+def test_graphs_take_the_hosts_time_away_where_there_is_room() -> None:
+    """SmolLM2's layers compute for less time than a host needs to launch them; an 8B's do not."""
+
+    def seconds(config: dict[str, Any], graphs: str, card: str = "rtx4090", *more: str) -> float:
+        found = plan(recipe_of(f"train.graphs={graphs}", "train.batch=1", *more), card, config=config).seconds
+        assert found is not None
+        return found
+
+    assert seconds(SMOLLM2, "auto") == seconds(SMOLLM2, "on") < 0.7 * seconds(SMOLLM2, "off")
+    assert seconds(SMOLLM2, "auto", "rtx4090", "adapter.dropout=0.1") == seconds(SMOLLM2, "off", "rtx4090", "adapter.dropout=0.1")
+    assert seconds(QWEN3_8B, "auto") == pytest.approx(seconds(QWEN3_8B, "off"), rel=0.02)
+
+
 def test_lengths_of_documents_decide_the_seconds_and_no_byte() -> None:
     """Attention is timed by the sum of squares; what runs beside it stays as it is."""
     one = ("data.tokens=16384", "memory.microbatch=1", "memory.recompute=off", "memory.offload=off", "optim.paged=never")

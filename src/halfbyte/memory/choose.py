@@ -95,13 +95,23 @@ class Chooser:
         counted = [replace(rung, bytes=sum(p.bytes for p in self.parts(rung)), seconds=self.seconds(rung)) for rung in rungs]
         return min(counted, key=lambda rung: rung.bytes)
 
-    def seconds(self, rung: Rung) -> float:
-        """Predicted for a step of fused layers."""
+    def predicted(self, rung: Rung) -> float:
+        """Seconds of a step as it will run: by CUDA graphs, where they may be used and there is room for what they hold."""
+        graphs, parts = self.recipe.train.graphs, self.parts(rung)
+        if self.layer is None or graphs == "off" or rung.offload or self.layer.dropout:
+            return rung.seconds
+        spare = self.budget.bytes - sum(p.bytes for p in parts)
+        if graphs == "auto" and spare < sum(p.bytes for p in parts if p.grows):
+            return rung.seconds
+        return min(rung.seconds, self.seconds(rung, graphs=True))
+
+    def seconds(self, rung: Rung, graphs: bool = False) -> float:
+        """Predicted for a step of fused layers; graphs: see `search.seconds`."""
         assert self.layer is not None
         task = self._task(rung.microbatch)
         w = Work(self.layer, task.tokens, self.dtype.itemsize, rung.decoded)
         keeps = rung.keeps(self.s.layers)
-        return search.seconds(task, w, self.rates, keeps, rung.paged, rung.chunks, rung.embedding_away)
+        return search.seconds(task, w, self.rates, keeps, rung.paged, rung.chunks, rung.embedding_away, graphs)
 
     def _ladder(self, rungs: list[Rung]) -> list[Rung]:
         """A few dozen: all near the budget, else every so many bytes."""

@@ -202,7 +202,7 @@ def json_schema() -> dict[str, Any]:
 def _plan(chooser: Chooser, rungs: list[Rung], rung: Rung) -> Plan:
     s, recipe, budget = chooser.s, chooser.recipe, chooser.budget
     found = tuple(chooser.parts(rung))
-    fits, seconds = rung.bytes <= budget.bytes, rung.seconds
+    fits, seconds = rung.bytes <= budget.bytes, chooser.predicted(rung)
     known = seconds > 0 and bool(chooser.rates.source)
     steps = chooser.lengths.steps if chooser.lengths else recipe.train.max_steps
     leanest = min(rungs, key=lambda r: r.bytes)

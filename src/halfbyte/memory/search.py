@@ -120,9 +120,16 @@ def options(task: Task, w: Work, rates: Rates) -> list[Option]:
 
 
 def seconds(
-    task: Task, w: Work, rates: Rates, keeps: Sequence[Keep], paged: bool, chunks: float, embedding_away: bool = False
+    task: Task,
+    w: Work,
+    rates: Rates,
+    keeps: Sequence[Keep],
+    paged: bool,
+    chunks: float,
+    embedding_away: bool = False,
+    graphs: bool = False,
 ) -> float:
-    """Predicted for a step with what each layer keeps."""
+    """Predicted for a step with what each layer keeps. graphs: layers run as CUDA graphs, which the host launches at once."""
     cost = _cost(task, w, rates)
     times: dict[int, tuple[float, float, float]] = {}  # by identity, since a rung has two of them, many times
     for keep in {id(keep): keep for keep in keeps}.values():
@@ -131,7 +138,7 @@ def seconds(
     backward, copies, launches = ([times[id(keep)][i] for keep in keeps] for i in range(3))
     beside = _beside(task, w, rates, chunks, embedding_away)
     whole = bus.seconds(cost.forward, backward, copies, beside)
-    whole = max(whole, sum(launches) + beside) + 2 * BESIDE * sum(copies)
+    whole = max(whole, 0.0 if graphs else sum(launches) + beside) + 2 * BESIDE * sum(copies)
     return task.microbatches * whole + speed.optimizer_cost(task.numbers, task.bits, paged, rates)
 
 
