@@ -22,6 +22,9 @@ CASES: dict[str, list[Case]] = {
     "full-on-gpu": [Case("halfbyte", recompute="full")],
     "short": _turns("unsloth", "peft-bnb-liger", rows=1, recompute="full"),
     "graphs": [Case("halfbyte", size, rows=1, recompute="full", graphs=on) for size in ("8b", "1b") for on in (False, True)],
+    "deterministic": [
+        Case("halfbyte", rows=m, tokens=n, deterministic=on) for m, n in ((4, 2048), (1, 8192)) for on in (False, True)
+    ],
     "fp8": [Case("halfbyte", compute="fp8", held=held) for held in (False, True)] + [Case("unsloth")],
     "held": [Case("halfbyte", compute=compute, held=True) for compute in ("fp8", "bf16")],
     "16bit": _turns("halfbyte-bf16"),

@@ -25,6 +25,7 @@ class Case:
     """What is run. layers: 0 means all. recompute: none or full; offload: layer inputs go to the host. packed: real examples.
 
     held: decoded weights stay, where memory is no matter. graphs: our layers run as CUDA graphs.
+    deterministic: as `train.deterministic` has it, ours alone.
     """
 
     impl: str
@@ -39,6 +40,7 @@ class Case:
     packed: bool = False
     held: bool = False
     graphs: bool = False
+    deterministic: bool = False
 
     @property
     def dense(self) -> bool:
@@ -143,7 +145,10 @@ def ours(case: Case, where: Path, batches: list[Rows], device: str, products: An
     from halfbyte.optim import flat as flat_buffers
     from halfbyte.optim.adamw import AdamW
     from halfbyte.optim.config import OptimConfig
+    from halfbyte.train.determinism import deterministic
 
+    if case.deterministic:  # for the rest of this process
+        deterministic(True).__enter__()
     kind = "none" if case.dense else "nf4"
     base = huggingface.load(str(where), FormatConfig(kind=kind), torch.bfloat16, device)  # type: ignore[arg-type]
     adapter = lora.attach(base.model, AdapterConfig(rank=RANK, alpha=RANK, targets="all-linear"), seed=0)

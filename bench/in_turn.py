@@ -41,6 +41,7 @@ SHOWN = (
         "offload",
         "held",
         "graphs",
+        "deterministic",
         "compute",
         "optimizer",
         "cache",

@@ -223,7 +223,7 @@ def main() -> None:
     parser.add_argument("--data")
     parser.add_argument("--out", type=Path, default=Path("bench/results/roofline.jsonl"))
     for field in fields(Case):
-        if field.name in ("offload", "packed", "held", "graphs"):
+        if field.type == "bool":
             parser.add_argument(f"--{field.name}", action="store_true")
         else:
             default = "halfbyte" if field.name == "impl" else field.default

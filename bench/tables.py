@@ -36,6 +36,7 @@ ROLES = {
     "full-on-gpu": "4 x 2,048, full recompute",
     "short": "1 x 2,048, full recompute",
     "graphs": "1 x 2,048, full recompute",
+    "deterministic": "no recompute",
     "fp8": "4 x 2,048, `compute: fp8`",
     "held": "4 x 2,048, decoded weights held",
     "16bit": "4 x 2,048, 16-bit weights",
@@ -45,6 +46,9 @@ ROLES = {
     "70b": "70B shape, 4 x 2,048",
 }
 
+WAYS = ("graphs", "deterministic")
+"""Groups that compare ours with and without."""
+
 
 def name_of(row: dict[str, Any]) -> str:
     fp8 = ", fp8" if row.get("compute") == "fp8" else ""
@@ -52,7 +56,9 @@ def name_of(row: dict[str, Any]) -> str:
     layers = f", {row['layers']} layers" if row.get("layers") else ""
     graphs = ", CUDA graphs" if row.get("graphs") else ""
     size = f", {row['size'].upper()} shape" if row.get("group") == "graphs" else ""
-    return f"{row['impl']}{size}{fp8}{fused}{layers}{graphs}"
+    strict = ", deterministic" if row.get("deterministic") else ""
+    shape = f", {row['rows']} x {row['tokens']:,}" if row.get("group") == "deterministic" else ""
+    return f"{row['impl']}{size}{shape}{fp8}{fused}{layers}{graphs}{strict}"
 
 
 def kernels(results: Path) -> str:
@@ -96,11 +102,11 @@ def throughput(results: Path) -> str:
 
 def ratios(rows: list[dict[str, Any]]) -> list[str]:
     """Ours (mean of its runs) over each other implementation of a group in the same call on a machine (`call`, where a file holds
-    several); `optimizer` stands against ours of `nocheckpoint`, `fp8` without a peer against the peers there; graphs against
-    launches."""
+    several); `optimizer` stands against ours of `nocheckpoint`, `fp8` without a peer against the peers there; our own ways
+    against ours without."""
     speeds: dict[tuple[str, int], dict[str, list[float]]] = {}
     for row in rows:
-        if row.get("group") in ROLES and row.get("gate") == "green" and row["group"] not in ("70b", "graphs"):
+        if row.get("group") in ROLES and row.get("gate") == "green" and row["group"] not in ("70b", *WAYS):
             speeds.setdefault((row["group"], row.get("call", 0)), {}).setdefault(row["impl"], []).append(
                 row["trained_tokens_per_s"]
             )
@@ -111,12 +117,14 @@ def ratios(rows: list[dict[str, Any]]) -> list[str]:
         for impl, other in found.items():
             if mine and impl != "halfbyte":
                 text.append(f"| {ROLES[group]} | {impl} | {call} | {mean(mine) / mean(other):.3f} |")
-    for size in ("8b", "1b"):
-        ways = {bool(row.get("graphs")): row for row in rows if row.get("group") == "graphs" and row["size"] == size}
-        if len(ways) == 2 and all(row["gate"] == "green" for row in ways.values()):
-            faster = ways[True]["trained_tokens_per_s"] / ways[False]["trained_tokens_per_s"]
-            measured = f"{ROLES['graphs']}, {size.upper()} shape, CUDA graphs"
-            text.append(f"| {measured} | halfbyte, launches | {ways[True].get('call', 1)} | {faster:.3f} |")
+    for way in WAYS:
+        some = [row for row in rows if row.get("group") == way and row.get("gate") == "green"]
+        for row in (row for row in some if row.get(way)):
+            same = ("size", "rows", "tokens", "call")
+            other = next((r for r in some if not r.get(way) and all(r.get(key) == row.get(key) for key in same)), None)
+            if other is not None:
+                ratio = row["trained_tokens_per_s"] / other["trained_tokens_per_s"]
+                text.append(f"| {ROLES[way]} | {name_of(other)} | {row.get('call', 1)} | {ratio:.3f} with {way} |")
     return text if len(text) > 2 else []
 
 

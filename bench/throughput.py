@@ -67,6 +67,7 @@ def gate(args: argparse.Namespace) -> None:
                 "offload": case.offload,
                 "held": case.held,
                 "graphs": case.graphs,
+                "deterministic": case.deterministic,
             }
             | found
         )
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which `all` starts no further case")
     parser.add_argument("--first", action="store_true", help="only the first step")
     for field in fields(Case):
-        if field.name in ("offload", "packed", "held", "graphs"):
+        if field.type == "bool":
             parser.add_argument(f"--{field.name}", action="store_true")
         else:
             default = "halfbyte" if field.name == "impl" else field.default
