@@ -24,6 +24,14 @@ ALIGNED = 4096
 log = logging.getLogger("halfbyte")
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on `device`. A small tensor of the host goes by way of pinned memory, so that the host need not wait: a copy from
+    any other begins when the device has done everything before it, and the host is held up until then."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class Arena:
     """Tensors in one block of host memory, not initialised; pinned for `device` where that is a CUDA device. Raises MemoryError.
 

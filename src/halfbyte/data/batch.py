@@ -29,13 +29,6 @@ class MicroBatch:
     cu_seqlens: torch.Tensor
     weights: torch.Tensor | None = None
 
-    def to(self, device: torch.device | str) -> MicroBatch:
-        """The same on another device."""
-        parts = (self.input_ids, self.labels, self.position_ids, self.cu_seqlens)
-        ids, labels, positions, bounds = (part.to(device, non_blocking=True) for part in parts)
-        weights = None if self.weights is None else self.weights.to(device, non_blocking=True)
-        return MicroBatch(ids, labels, positions, bounds, weights)
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from halfbyte.kernels.cross_entropy import CHUNK_BYTES, IGNORE, PLAIN, Extras, Head, Method, cross_entropy
 from halfbyte.objectives.config import LossConfig
+from halfbyte.pinned import to_device
 
 DEFAULT = LossConfig()
 
@@ -31,7 +32,7 @@ def sums(
     chunks: how many times smaller than usual the chunks of logits are (below 1: larger).
     """
     labelled = int((labels != IGNORE).sum()) if labels.device.type == "cpu" else None
-    on_device = labels.to(hidden.device, non_blocking=True)
+    on_device = to_device(labels, hidden.device)
     size = int(CHUNK_BYTES[hidden.device.type] / chunks)
     return cross_entropy(hidden, on_device, head, labelled=labelled, extras=extras, chunk_bytes=size, method=method)
 

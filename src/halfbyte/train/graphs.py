@@ -27,6 +27,7 @@ from halfbyte.kernels.attention import Documents, Wanted
 from halfbyte.layers import forward
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused.layer import Fused
+from halfbyte.pinned import to_device
 from halfbyte.shortage import is_shortage
 from halfbyte.train.choices import Choice
 
@@ -107,8 +108,7 @@ class Recorded:
         """The next row into its place."""
         self.ids.copy_(ids, non_blocking=True)
         self.positions.copy_(positions, non_blocking=True)
-        # From pinned memory, since a copy from any other may make the host wait for the device.
-        self.documents.cu_seqlens.copy_(bounds.pin_memory() if ids.is_cuda else bounds, non_blocking=True)
+        self.documents.cu_seqlens.copy_(to_device(bounds, ids.device), non_blocking=True)
 
 
 class _Replay(torch.autograd.Function):

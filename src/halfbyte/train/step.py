@@ -17,6 +17,7 @@ from torch import Tensor
 from halfbyte.errors import TrainingError
 from halfbyte.objectives import sft
 from halfbyte.optim.schedule import learning_rate
+from halfbyte.pinned import to_device
 from halfbyte.train.state import Batch, Microbatch, Parts, State
 
 TOLERATED = 3
@@ -54,7 +55,7 @@ def mixed(parts: Parts) -> AbstractContextManager[object]:
 def forward(parts: Parts, part: Microbatch) -> Tensor:
     """Hidden states `[1, S, H]` after the final norm."""
     parts.watch.mark("forward")
-    ids, positions = (tensor.to(parts.device, non_blocking=True) for tensor in (part.input_ids, part.position_ids))
+    ids, positions = (to_device(tensor, parts.device) for tensor in (part.input_ids, part.position_ids))
     hidden = parts.forward(ids, positions, part.cu_seqlens)
     return hidden if parts.autocast is None else hidden.to(parts.autocast)
 

@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from halfbyte.pinned import to_device
+
 Wanted = Literal["auto", "cudnn", "flash", "flex", "sdpa"]
 Value = TypeVar("Value")
 
@@ -46,9 +48,7 @@ class Documents:
         boundaries = tuple(dict.fromkeys(cu_seqlens.tolist()))
         longest = max((b - a for a, b in itertools.pairwise(boundaries)), default=0)
         starts = torch.tensor(boundaries, dtype=torch.int32)
-        # From pinned memory, since a copy from any other may make the host wait for the device.
-        starts = starts.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else starts.to(device)
-        return cls(starts, boundaries, longest, wanted)
+        return cls(to_device(starts, device), boundaries, longest, wanted)
 
     @cached_property
     def lengths(self) -> tuple[int, ...] | None:
