@@ -130,27 +130,31 @@ def seconds(
     graphs: bool = False,
 ) -> float:
     """Predicted for a step with what each layer keeps. graphs: layers run as CUDA graphs, which the host launches at once."""
+    return _step(task, w, rates, _microbatch(task, w, rates, keeps, chunks, graphs), paged, embedding_away)
+
+
+def _step(task: Task, w: Work, rates: Rates, microbatch: float, paged: bool, embedding_away: bool) -> float:
+    """The same from the seconds of layers and loss in one microbatch."""
+    table = speed.embedding_cost(task.tokens, task.hidden, w.c, rates) if embedding_away else 0.0
+    return task.microbatches * (microbatch + table) + speed.optimizer_cost(task.numbers, task.bits, paged, rates)
+
+
+def _microbatch(task: Task, w: Work, rates: Rates, keeps: Sequence[Keep], chunks: float, graphs: bool = False) -> float:
+    """Of layers and loss."""
     cost = _cost(task, w, rates)
     times: dict[int, tuple[float, float, float]] = {}  # by identity, since a rung has two of them, many times
     for keep in {id(keep): keep for keep in keeps}.values():
         copy, host = sum(tape.away(w, keep)) / rates.bus, sum(speed.host_seconds(w.layer, keep, task.tokens, rates))
         times[id(keep)] = cost.backward + cost.recompute(keep), copy, host
     backward, copies, launches = ([times[id(keep)][i] for keep in keeps] for i in range(3))
-    beside = _beside(task, w, rates, chunks, embedding_away)
-    whole = bus.seconds(cost.forward, backward, copies, beside)
-    whole = max(whole, 0.0 if graphs else sum(launches) + beside) + 2 * BESIDE * sum(copies)
-    return task.microbatches * whole + speed.optimizer_cost(task.numbers, task.bits, paged, rates)
+    loss = speed.ends_cost(task.tokens, task.hidden, task.vocabulary, w.c, rates, chunks)
+    whole = bus.seconds(cost.forward, backward, copies, loss)
+    return max(whole, 0.0 if graphs else sum(launches) + loss) + 2 * BESIDE * sum(copies)
 
 
 def _cost(task: Task, w: Work, rates: Rates) -> speed.Cost:
     """Of one layer."""
     return speed.layer_cost(w.layer, task.tokens, task.document, w.c, rates, w.held)
-
-
-def _beside(task: Task, w: Work, rates: Rates, chunks: float, embedding_away: bool) -> float:
-    """Of a microbatch outside the layers."""
-    ends = speed.ends_cost(task.tokens, task.hidden, task.vocabulary, w.c, rates, chunks)
-    return ends + (speed.embedding_cost(task.tokens, task.hidden, w.c, rates) if embedding_away else 0.0)
 
 
 def rungs(task: Task, w: Work, rates: Rates) -> list[Rung]:
@@ -168,6 +172,7 @@ def _with(task: Task, w: Work, rates: Rates) -> Iterator[Rung]:
     for chunks in task.logits:
         ends = Ends(task.tokens * task.hidden * w.c, task.logits[chunks], task.tables)
         bytes_, times, waits = _pairs(task, choices, cost, ends, rates)
+        known: dict[int, tuple[Rung, float]] = {}
         for paged, away in itertools.product(task.moments, task.embedding):
             # All that is pinned shares one limit.
             left = np.inf if task.host is None else task.host - task.pinned[paged] - away * task.table
@@ -175,28 +180,32 @@ def _with(task: Task, w: Work, rates: Rates) -> Iterator[Rung]:
                 continue
             index = np.flatnonzero(waits <= max(left, 0))
             always = task.fixed + task.moments[paged] + task.decoded[w.held] + task.embedding[away]
-            for at in _front(bytes_[index], times[index], task.room - always):
-                a, b, k = np.unravel_index(index[at], (len(choices), len(choices), task.layers + 1))
-                rung = Rung(task.microbatch, False, paged=paged, chunks=chunks, decoded=w.held, embedding_away=away)
-                yield _rung(task, w, rates, rung, (choices[a].stage, choices[b].stage, int(k)), ends, always)
+            for at in index[_front(bytes_[index], times[index], task.room - always)]:
+                if at not in known:
+                    a, b, k = np.unravel_index(at, (len(choices), len(choices), task.layers + 1))
+                    known[at] = _rung(task, w, rates, (choices[a].stage, choices[b].stage, int(k)), chunks, ends)
+                rung, took = known[at]
+                took = _step(task, w, rates, took, paged, away)
+                yield replace(rung, bytes=always + rung.bytes, seconds=took, paged=paged, embedding_away=away)
 
 
-def _rung(task: Task, w: Work, rates: Rates, rung: Rung, mix: tuple[Stage, Stage, int], ends: Ends, always: int) -> Rung:
-    """`rung` with layers as in `mix`, k like A and the others like B, its bytes and seconds. always: bytes that are there all the
-    time."""
+def _rung(task: Task, w: Work, rates: Rates, mix: tuple[Stage, Stage, int], chunks: float, ends: Ends) -> tuple[Rung, float]:
+    """k layers like A and the others like B, with the bytes of layers and ends, and their seconds in one microbatch."""
     a, rest, k = mix
     lean = a if k else rest
-    rung = replace(
-        rung,
+    stages = [lean if is_lean else rest for is_lean in places(task.layers, k, lean.keep, rest.keep)]
+    rung = Rung(
+        task.microbatch,
         recompute=any(s.keep.tile or not all(getattr(s.keep, n) for n in NAMES[1:]) for s in (lean, rest)),
         offload=bool(lean.keep.away or rest.keep.away),
+        chunks=chunks,
+        bytes=timeline.peak(stages, ends).bytes + timeline.gaps((lean, rest)),
         lean=lean.keep.spec(),
         lean_layers=k,
         rest=rest.keep.spec(),
+        decoded=w.held,
     )
-    stages = [lean if is_lean else rest for is_lean in places(task.layers, k, lean.keep, rest.keep)]
-    took = seconds(task, w, rates, [s.keep for s in stages], rung.paged, rung.chunks, rung.embedding_away)
-    return replace(rung, bytes=always + timeline.peak(stages, ends).bytes + timeline.gaps((lean, rest)), seconds=took)
+    return rung, _microbatch(task, w, rates, [s.keep for s in stages], chunks)
 
 
 def _pairs(task: Task, choices: Sequence[Option], cost: speed.Cost, ends: Ends, rates: Rates) -> tuple[Floats, Floats, Floats]:
