@@ -34,7 +34,7 @@ STEPS = 24
 """Rungs that are kept of those that no other beats, and as many around the budget in steps of NEAR bytes."""
 NEAR = 1 << 28
 BINS = 1024
-BESIDE = 0.02
+BESIDE = 0.05
 """Of the time of a copy over the bus, what it takes from the layers that run beside it, however well it is hidden."""
 
 
