@@ -25,8 +25,9 @@ CASES: dict[str, list[Case]] = {
     "deterministic": [
         Case("halfbyte", rows=m, tokens=n, deterministic=on) for m, n in ((4, 2048), (1, 8192)) for on in (False, True)
     ],
-    "fp8": [Case("halfbyte", compute="fp8", held=held) for held in (False, True)] + [Case("unsloth")],
-    "held": [Case("halfbyte", compute=compute, held=True) for compute in ("fp8", "bf16")],
+    "fp8": [Case("halfbyte", compute="fp8"), Case("unsloth"), Case("halfbyte", compute="fp8")],
+    "fp8-held": [Case("halfbyte", compute="fp8", held=True)],
+    "held": [Case("halfbyte", held=True)],
     "16bit": _turns("halfbyte-bf16"),
     "16bit-short": _turns("halfbyte-bf16", rows=1),
     "long": _turns("unsloth", rows=1, tokens=32768, recompute="full", offload=True)[:2],

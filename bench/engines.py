@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ RANK = 16
 KNOWN_TOKENS = 49_000
 """Random tokens are drawn below this: every tokenizer in question has them."""
 BATCHES = 8
+STANDING = ExitStack()
+"""What an engine has entered and leaves open: a context manager that nobody keeps is left at once."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,8 @@ def ours(case: Case, where: Path, batches: list[Rows], device: str, products: An
     from halfbyte.optim.config import OptimConfig
     from halfbyte.train.determinism import deterministic
 
-    if case.deterministic:  # for the rest of this process
-        deterministic(True).__enter__()
+    if case.deterministic:
+        STANDING.enter_context(deterministic(True))
     kind = "none" if case.dense else "nf4"
     base = huggingface.load(str(where), FormatConfig(kind=kind), torch.bfloat16, device)  # type: ignore[arg-type]
     adapter = lora.attach(base.model, AdapterConfig(rank=RANK, alpha=RANK, targets="all-linear"), seed=0)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from emulation import Watched, emulate
-from engines import Case, Engine, Rows, feed, ours, peft, products_of
+from engines import STANDING, Case, Engine, Rows, feed, ours, peft, products_of
 
 E4M3 = 1.25
 """How many times an emulation's error an fp8 path's may be."""
@@ -42,6 +42,7 @@ def gate(case: Case, where: Path, device: str, rows: int = 2, tokens: int = 512)
     start = {name: p.detach().clone() for name, p in learning(engine)}
     got = gradients(engine, before=2 if case.graphs else 0)
     del engine
+    STANDING.close()  # peers run as they come
     _free()
     truth, honest = peers(case, where, start, batches, device)
     return verdict(got, truth, honest, None if watched is None else watched.found)

@@ -52,6 +52,8 @@ def measure(case: Any, root: str, data: str | None, only_first: bool = False) ->
         timed = _steps(machine, watch)
         loss = timed.pop("last")
         line |= timed
+    strict = torch.are_deterministic_algorithms_enabled()
+    assert strict == case.deterministic, "the run was not as deterministic as its line says"
     value = float(loss)
     line |= {"loss": round(value, 4), "gate": "green" if plausible(value, machine.model.config) else "red"}
     if line["gate"] == "green" and not only_first:
