@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from reporting import Report, passed  # noqa: E402
+from reporting import Report, passed, read  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from halfbyte.formats import quantize as formats  # noqa: E402
@@ -276,7 +276,7 @@ def bench_host(report: Callable[..., None]) -> None:
 
 def markdown(results: Path) -> str:
     """Variants down, groups across: microseconds and share of a copy."""
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    rows = read(results)
     text = ["| variant | format | " + " | ".join(GROUPS) + " | a layer |", "| --- | --- |" + " ---: |" * (len(GROUPS) + 1)]
     for variant in VARIANTS:
         for kind in FORMATS:

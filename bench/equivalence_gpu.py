@@ -26,6 +26,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from reporting import read
+
 SEEDS = (0, 1)
 ROWS, TOKENS = 2, 1024
 
@@ -120,7 +122,7 @@ def run(args: argparse.Namespace, spawn: Callable[..., dict[str, Any]] = spawn) 
     for job in alone:
         spawn(args, *job)
     print(markdown(args.out))
-    said, green = verdict([json.loads(line) for line in args.out.read_text().splitlines()], not args.no_deterministic)
+    said, green = verdict(read(args.out), not args.no_deterministic)
     print(said, flush=True)
     return green
 
@@ -169,7 +171,7 @@ def verdict(rows: list[dict[str, Any]], deterministic: bool = True) -> tuple[str
 
 def markdown(results: Path) -> str:
     """Drift of the two paths against the distance of two seeds, and the cost of determinism."""
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    rows = read(results)
     text = ["| compared | largest difference | mean difference | held-out losses |", "| --- | ---: | ---: | --- |"]
     for name, (gaps, _, held) in drifts(rows).items():
         text.append(f"| {name} | {max(gaps):.4f} | {mean(gaps):.4f} | {held} |")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from reporting import read
+
 
 def markdown(results: Path) -> str:
     """GEMM rates by kind and state; the rank products; the bus; the host's calls; what other cuBLASLt algorithms gain."""
-    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    rows = read(results)
     of = {what: [r for r in rows if r["what"] == what] for what in ("gemm", "gemm layer", "skinny", "bus", "call", "algorithms")}
     sections = [_gemms(of["gemm"]), _layers(of["gemm layer"]), _skinny(of["skinny"]), _algorithms(of["algorithms"])]
     sections += [_bus(of["bus"]), _calls(of["call"])]

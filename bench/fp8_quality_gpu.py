@@ -26,6 +26,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from reporting import read
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -163,7 +165,7 @@ def everything(options: argparse.Namespace) -> int:
 
 def verdict(results: Path) -> tuple[str, bool]:
     """Markdown, and whether the bound holds with every run there."""
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    lines = read(results)
     seeds = next((line["seeds"] for line in lines if "seeds" in line), SEEDS)
     rows = {(r["compute"], r["seed"]): r for r in lines if "after" in r}
     pairs = [(rows["bf16", seed], rows["fp8", seed]) for seed in seeds if ("bf16", seed) in rows and ("fp8", seed) in rows]

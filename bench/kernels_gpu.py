@@ -10,7 +10,6 @@ Shapes are those of an 8B Llama 3; every ratio compares two things measured in t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from gputime import turns  # noqa: E402
-from reporting import Report, passed  # noqa: E402
+from reporting import Report, passed, read  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from halfbyte.formats.packed import Format, Packed  # noqa: E402
@@ -138,7 +137,7 @@ def bench_rest(report: Callable[..., None]) -> None:
 
 def markdown(results: Path) -> str:
     """Two tables: decoding beside a copy of the same bytes, and a decoder layer's linear layers beside bf16 weights."""
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    rows = read(results)
     text = ["| decoded | weight | shape | us | GB/s | of a copy |", "| --- | --- | --- | ---: | ---: | ---: |"]
     for row in rows:
         if row["what"] == "dequantize":

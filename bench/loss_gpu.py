@@ -11,7 +11,6 @@ gradient); every ratio compares things measured in turn in one run. Peak is of t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,7 +22,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from gputime import turns  # noqa: E402
-from reporting import Report, passed  # noqa: E402
+from reporting import Report, passed, read  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from halfbyte.formats.packed import Format  # noqa: E402
@@ -199,7 +198,7 @@ def bench_bits(report: Callable[..., None]) -> None:
 
 def markdown(results: Path) -> str:
     """Times over the bare products, and the memory, case by case."""
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    rows = read(results)
     text = ["| case | | ms | of the bare products | TFLOP/s | MiB |", "| --- | --- | ---: | ---: | ---: | ---: |"]
     for row in rows:
         if row["what"] == "loss":

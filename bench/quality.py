@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from reporting import read
+
 METHODS = ("full", "lora16", "nf4", "fp4", "peft-bnb")
 SEEDS = (0, 1, 2)
 STEPS, ROWS, TOKENS = 200, 2, 1024
@@ -196,7 +198,7 @@ def table(args: argparse.Namespace) -> None:
 
 def markdown(results: Path) -> str:
     """Means over seeds, gap to 16-bit LoRA, and whether nf4's gap is at most the peer's plus two standard errors."""
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    rows = read(results)
     after = {m: {r["seed"]: r["after"] for r in rows if r["method"] == m and "after" in r} for m in METHODS}
     before = {m: statistics.mean(r["before"] for r in rows if r["method"] == m and "after" in r) for m in METHODS if after[m]}
     base = after["lora16"]

@@ -27,6 +27,7 @@ from typing import Any
 
 from engines import Case
 from kernel_trace import Kernel, Product, busy, by_product, kernels, named_products, profiled, steady
+from reporting import read
 from shapes import SIZES, flops, hot_rate, moved
 
 # The first that matches a kernel's name, lower case: our own kernels by their whole name, the libraries' by a part of it. GEMMs are
@@ -176,7 +177,7 @@ def _summary(names: dict[str, float]) -> dict[str, Any]:
 
 def markdown(results: Path) -> str:
     """A table for every line: time by part, its share, launches a layer, its limit, and what is lost over it."""
-    return "\n\n".join(table(json.loads(line)) for line in results.read_text().splitlines())
+    return "\n\n".join(table(line) for line in read(results))
 
 
 def table(line: dict[str, Any]) -> str:

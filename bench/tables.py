@@ -7,7 +7,6 @@ A result that is not there yet gives the line "Not measured yet.".
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -38,6 +37,7 @@ ROLES = {
     "graphs": "1 x 2,048, full recompute",
     "deterministic": "no recompute",
     "fp8": "4 x 2,048, `compute: fp8`",
+    "fp8-held": "4 x 2,048, `compute: fp8`, decoded weights held",
     "held": "4 x 2,048, decoded weights held",
     "16bit": "4 x 2,048, 16-bit weights",
     "16bit-short": "1 x 2,048, 16-bit weights",
@@ -102,7 +102,7 @@ def throughput(results: Path) -> str:
 
 def ratios(rows: list[dict[str, Any]]) -> list[str]:
     """Ours (mean of its runs) over each other implementation of a group in the same call on a machine (`call`, where a file holds
-    several); `optimizer` stands against ours of `nocheckpoint`, `fp8` without a peer against the peers there; our own ways
+    several); `optimizer` stands against ours of `nocheckpoint`, fp8 without a peer against the peers there; our own ways
     against ours without."""
     speeds: dict[tuple[str, int], dict[str, list[float]]] = {}
     for row in rows:
@@ -112,7 +112,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[str]:
             )
     text = ["| measured | ours against | call | ratio |", "| --- | --- | ---: | ---: |"]
     for (group, call), own in speeds.items():
-        found = speeds.get(("nocheckpoint", call), {}) | own if group == "fp8" else own
+        found = speeds.get(("nocheckpoint", call), {}) | own if group.startswith("fp8") else own
         mine = found.get("halfbyte") or (speeds.get(("nocheckpoint", call), {}).get("halfbyte") if group == "optimizer" else None)
         for impl, other in found.items():
             if mine and impl != "halfbyte":
@@ -245,7 +245,7 @@ def multiplied(results: Path) -> str:
 
 def decoded(results: Path) -> str:
     """The four groups of a layer decoded by what runs: microseconds and the share of a copy's rate, one by one and in a graph."""
-    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    rows = read(results)
     text = [
         "| decoded with adapter | scales | us | of a copy | in a graph, us | of a copy |",
         "| --- | --- | ---: | ---: | ---: | ---: |",

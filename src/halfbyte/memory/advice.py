@@ -32,7 +32,7 @@ class Change:
 
     @property
     def bytes(self) -> int:
-        return sum(p.bytes for p in self.chooser.parts(self.rung))
+        return self.chooser.bytes_of(self.rung)
 
 
 def advice(chooser: Chooser, rung: Rung, room: int) -> list[str]:

@@ -65,6 +65,10 @@ class Chooser:
         """The bytes of a rung."""
         return count(self.s, self.recipe, rung, self.dtype, self.budget.kind, self.layer)
 
+    def bytes_of(self, rung: Rung) -> int:
+        """All of them."""
+        return sum(p.bytes for p in self.parts(rung))
+
     def rows(self) -> list[int]:
         """Microbatches that the recipe allows, the largest first."""
         batch, tokens = self.recipe.train.batch, self.recipe.data.tokens
@@ -78,8 +82,7 @@ class Chooser:
         if self.layer is None:
             paged, embedding = self.paging()[0], self.embedding()[0]
             never = lambda m, recompute: False  # noqa: E731
-            measure = lambda rung: sum(p.bytes for p in self.parts(rung))  # noqa: E731
-            return ways(self.rows(), self.recipe.memory.recompute, never, paged, embedding, measure)
+            return ways(self.rows(), self.recipe.memory.recompute, never, paged, embedding, self.bytes_of)
         w = Work(self.layer, 0, self.dtype.itemsize)
         found: list[Rung] = []
         for m in self.rows():
@@ -92,16 +95,15 @@ class Chooser:
         """The leanest there is: the search takes what is faster where it counts as many bytes, which are a bound."""
         rungs = [least, replace(least, chunks=CHUNKED)]
         rungs += [replace(rung, rest=rung.lean, lean_layers=0) for rung in rungs if rung.lean_layers]
-        counted = [replace(rung, bytes=sum(p.bytes for p in self.parts(rung)), seconds=self.seconds(rung)) for rung in rungs]
+        counted = [replace(rung, bytes=self.bytes_of(rung), seconds=self.seconds(rung)) for rung in rungs]
         return min(counted, key=lambda rung: rung.bytes)
 
     def predicted(self, rung: Rung) -> float:
         """Seconds of a step as it will run: by CUDA graphs, where they may be used and there is room for what they hold."""
-        graphs, parts = self.recipe.train.graphs, self.parts(rung)
+        graphs = self.recipe.train.graphs
         if self.layer is None or graphs == "off" or rung.offload or self.layer.dropout:
             return rung.seconds
-        spare = self.budget.bytes - sum(p.bytes for p in parts)
-        if graphs == "auto" and spare < sum(p.bytes for p in parts if p.grows):
+        if graphs == "auto" and self.budget.bytes - rung.bytes < sum(p.bytes for p in self.parts(rung) if p.grows):
             return rung.seconds
         return min(rung.seconds, self.seconds(rung, graphs=True))
 

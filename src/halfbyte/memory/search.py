@@ -233,11 +233,11 @@ def _pairs(task: Task, choices: Sequence[Option], cost: speed.Cost, ends: Ends, 
         return x[None, :, None]
 
     held = k * a(here) + rest * b(here)
-    flying = 2 * np.maximum(np.where(k > 0, a(away), 0), np.where(rest > 0, b(away), 0))
+    some, others = k > 0, rest > 0
+    flying = 2 * np.maximum(np.where(some, a(away), 0), np.where(others, b(away), 0))
     where = [s.keep.away for s in stages]
     which = np.array([where.index(one) for one in where])
     spread = a(which) != b(which)
-    some, others = k > 0, rest > 0
     tall_a = np.where(spread, held, k * a(here)) - a(here) + np.maximum(a(forward), a(backward))
     tall_b = held - b(here) + np.maximum(b(forward), b(backward))
     layers = np.maximum(np.where(some, tall_a, 0), np.where(others, tall_b, 0)) + flying
