@@ -41,7 +41,16 @@ def predicted(results: Path) -> str:
         peaks = [r["predicted_GiB"] / r["peak_GiB"] - 1 for r in some]
         rates = [r["tokens_per_s"] / r["predicted_tokens_per_s"] - 1 for r in some]
         text.append(f"| {group} | {len(some)} | {_range(peaks, 2)} | {_range(rates, 1)} |")
+    some = grid(results)
+    rates = [r["tokens_per_s"] / r["predicted_tokens_per_s"] - 1 for r in some]
+    text.append(f"| grid | {len(some)} | {_range([r['error'] for r in some], 2)} | {_range(rates, 1)} |")
     return "\n".join(text)
+
+
+def grid(results: Path) -> list[dict[str, Any]]:
+    """What `memory_gpu.py` measured beside it, with the counts as they are: after its first call."""
+    rows = read(results.with_name(results.name.replace("-fits", "-memory")))
+    return [row for row in rows if "error" in row and "size" in row and row.get("call", 1) > 1]
 
 
 def _range(errors: list[float], digits: int) -> str:

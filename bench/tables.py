@@ -129,7 +129,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def deep(rows: list[dict[str, Any]]) -> list[str]:
-    """A 70B model from two and four layers: the rest of the step, and 80 times what a layer adds."""
+    """A 70B model from two and four layers: the rest of the step, and 80 times what a layer adds; four beside the peer's."""
     steps: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         if row.get("group") == "70b" and row.get("gate") == "green":
@@ -141,6 +141,11 @@ def deep(rows: list[dict[str, Any]]) -> list[str]:
             seconds = found[2]["step_s"] + 78 * layer
             speed = found[4]["rows"] * found[4]["tokens"] / seconds
             text.append(f"70B, extrapolated from 2 and 4 layers to 80: {impl} {layer * 1e3:.1f} ms a layer, {speed:,.0f} tokens/s.")
+    ours = steps.get("halfbyte", {}).get(4)
+    for impl, found in steps.items():
+        if ours and impl != "halfbyte" and found.get(4, {}).get("call") == ours["call"]:
+            times = ours["trained_tokens_per_s"] / found[4]["trained_tokens_per_s"]
+            text.append(f"70B, 4 layers: ours against {impl} {times:.3f} (call {ours['call']}).")
     return text
 
 

@@ -22,6 +22,7 @@ from halfbyte.memory.choose import Chooser
 from halfbyte.memory.gpus import CARDS
 from halfbyte.memory.lengths import Lengths
 from halfbyte.memory.measure import peak_rss, ram, rss
+from halfbyte.memory.parts import parts
 from halfbyte.memory.plan import Plan, json_schema, plan, rates_of
 from halfbyte.memory.rungs import Rung
 from halfbyte.memory.shapes import shapes, skeleton
@@ -41,6 +42,15 @@ def test_products_in_fp8_are_counted_and_timed_as_such() -> None:
     held = {p.compute: next(part.bytes for part in p.parts if part.name == "decoded weights") for p in (wide, narrow)}
     assert narrow.rung.decoded and 1.0 < held["fp8"] / held["bf16"] < 1.04
     assert wide.seconds is not None and narrow.seconds is not None and 1.3 < wide.seconds / narrow.seconds < 1.6
+
+
+def test_held_out_rows_are_scored_in_16_bits_which_a_plan_in_fp8_counts() -> None:
+    """Short rows: a weight of gate and up in bf16 is more than all that a step in fp8 needs besides."""
+    short, long = recipe_of("data.tokens=256"), recipe_of("data.tokens=8192")
+    narrow = {part.name: part.bytes for part in parts(QWEN3_8B, short, recompute=True, compute="fp8")}
+    assert narrow["decode scratch"] == 2 * (2 * 12288 + 32) * (4096 + 32) and "backward" not in narrow
+    for recipe, compute in ((short, "bf16"), (long, "fp8")):
+        assert "scored" not in {part.name for part in parts(QWEN3_8B, recipe, recompute=True, compute=compute)}
 
 
 def test_a_card_without_fp8_is_refused() -> None:

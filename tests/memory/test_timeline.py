@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from halfbyte.layers.fused.keep import INPUTS, keeping
 from halfbyte.memory.tape import LIBRARY, SCRATCH, Passage
 from halfbyte.memory.timeline import Ends, Stage, moments, peak
@@ -48,5 +50,7 @@ def test_layers_that_stay_start_the_copies_of_those_below() -> None:
 def test_the_largest_moment_names_its_parts() -> None:
     top = peak([HERE, HERE], ENDS)
     assert (top.name, top.bytes, top.kept, top.scratch, top.library) == ("backward", 147, 17, 20, 40)
+    scored = peak([replace(HERE, scored=Passage(200, {SCRATCH: 120})), HERE], ENDS)
+    assert (scored.name, scored.bytes, scored.kept, scored.scratch) == ("scored", 5 + 2 + 200, 5 + 2, 120)
     loud = peak([HERE, HERE], Ends(hidden=5, logits=500, tables=2))
     assert (loud.name, loud.bytes) == ("loss", 22 + 10 + 505)

@@ -13,6 +13,7 @@ import torch
 from halfbyte.data.config import DataConfig
 from halfbyte.data.prepare import prepare as prepare_data
 from halfbyte.errors import RecipeError
+from halfbyte.kernels.products import Float8
 from halfbyte.layers import swap
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused import prepare
@@ -128,6 +129,25 @@ def test_determinism_is_for_the_length_of_a_run(monkeypatch: pytest.MonkeyPatch)
     with deterministic(True):
         assert os.environ[VARIABLE] == ":16:8"
     assert os.environ[VARIABLE] == ":16:8"
+
+
+@pytest.mark.cpu
+def test_a_run_in_fp8_is_scored_in_16_bits(files: Path, tmp_path: Path, fused_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `halfbyte eval` scores its adapter: before the first step both runs are the same model."""
+
+    def of(kind: str, output: Path) -> list[float]:
+        lines = [json.loads(line) for line in (output / metrics.METRICS).read_text().splitlines()]
+        return [line["loss"] for line in lines if line["kind"] == kind]
+
+    told: list[str] = []
+    plain, narrow = tmp_path / "fp32", tmp_path / "fp8"
+    run(files, plain)
+    monkeypatch.setattr(fusing, "Augmented", Float8)  # a CPU is refused `compute: fp8`
+    run(files, narrow, told=told)
+    assert any(line.startswith("layers: fused (2 of 2)") for line in told)
+    assert of("eval", narrow)[0] == pytest.approx(of("eval", plain)[0], rel=1e-6)
+    trained, expected = of("train", narrow)[0], of("train", plain)[0]
+    assert trained == pytest.approx(expected, rel=1e-2) and trained != pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.cpu

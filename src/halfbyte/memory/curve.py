@@ -66,7 +66,7 @@ def made(moments: Sequence[tuple[float, Mapping[str, int]]], always: Mapping[str
 def planned(chooser: Chooser, rung: Rung, decoded: int = 0) -> Curve:
     """Of a rung. decoded: bytes of decoded weights that modules hold on a CPU, where no rung says so."""
     parts = chooser.parts(rung)
-    hidden = set(NOBODYS) if chooser.budget.kind == "cuda" else set()
+    hidden = {"scored"} | (set(NOBODYS) if chooser.budget.kind == "cuda" else set())
     # Held weights answer the fixed prompts too.
     hidden |= {"answers"} if decoded else set()
     always = {p.name: p.bytes for p in parts if p.name not in (*PASSING, *hidden)}

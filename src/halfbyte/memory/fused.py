@@ -100,6 +100,10 @@ class Layer:
         qkv, out, inputs, down = (replace(group, held=False, padded_to=LEAST) for group in self.groups)
         return replace(self, qkv=qkv, out=out, inputs=inputs, down=down, float8=True)
 
+    def in_16_bits(self) -> Layer:
+        """The same layer while it is scored: fp8's groups, decoded at every product."""
+        return replace(self, float8=False)
+
     @property
     def hidden(self) -> int:
         return self.qkv.k

@@ -205,6 +205,7 @@ def fused_activations(s: Shapes, layer: fused.Layer, tokens: int, rung: Rung, dt
         "loss": _logits(s, tokens, dtype.itemsize, "cuda", rung.chunks)[1] + ", the last hidden state and its gradient",
         "forward": "one layer while it runs",
         "backward": "one layer and its gradients while it runs backwards",
+        "scored": "one layer while held-out rows are scored, with products in 16 bits",
     }
     where = f"what {s.layers} fused layers keep for backward" + (", less what waits in host memory" if host else "")
     passing = top.bytes - top.kept - top.scratch - top.library

@@ -242,6 +242,8 @@ def _pairs(task: Task, choices: Sequence[Option], cost: speed.Cost, ends: Ends, 
     tall_b = held - b(here) + np.maximum(b(forward), b(backward))
     layers = np.maximum(np.where(some, tall_a, 0), np.where(others, tall_b, 0)) + flying
     top = np.maximum(layers + ends.hidden + ends.tables, held + flying + ends.loss + ends.tables)
+    scored = np.array([0 if s.scored is None else s.scored.peak for s in stages], dtype=np.float64)
+    top = np.maximum(top, np.maximum(a(scored), b(scored)) + ends.hidden + ends.tables)
     apart = np.array([timeline.gaps((s,)) for s in stages], dtype=np.float64)
     top = top + np.maximum(np.where(some, a(apart), 0), np.where(others, b(apart), 0))
     sent = (k * a(away) + rest * b(away)) / rates.bus

@@ -6,7 +6,7 @@ Letters: T tokens of a microbatch, c bytes of a number.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from halfbyte.layers.fused.host import UNDER_WAY
 from halfbyte.layers.fused.keep import Keep
@@ -17,7 +17,8 @@ from halfbyte.pinned import ALIGNED
 
 @dataclass(frozen=True)
 class Stage:
-    """One layer with a `Keep`. here, away: bytes that it keeps on the device, and in host memory; host: those as pinned."""
+    """One layer with a `Keep`. here, away: bytes that it keeps on the device, and in host memory; host: those as pinned. scored: in
+    fp8, its forward with products in 16 bits (`train.fusing.exact`), when no layer keeps anything."""
 
     keep: Keep
     here: int
@@ -25,6 +26,7 @@ class Stage:
     host: int
     forward: Passage
     backward: Passage
+    scored: Passage | None = None
 
 
 def stage(w: Work, keep: Keep) -> Stage:
@@ -32,7 +34,8 @@ def stage(w: Work, keep: Keep) -> Stage:
     sent = tape.away(w, keep)
     kept = sum(tape.kept(w, keep).values())
     host = sum(-(-size // ALIGNED) * ALIGNED for size in sent)
-    return Stage(keep, kept - sum(sent), sum(sent), host, tape.forward(w, keep), tape.backward(w, keep))
+    scored = tape.forward(replace(w, layer=w.layer.in_16_bits(), held=False), keep) if w.layer.float8 else None
+    return Stage(keep, kept - sum(sent), sum(sent), host, tape.forward(w, keep), tape.backward(w, keep), scored)
 
 
 @dataclass(frozen=True)
@@ -92,5 +95,7 @@ def gaps(layers: Iterable[Stage]) -> int:
 
 
 def peak(layers: Sequence[Stage], ends: Ends) -> Moment:
-    """The largest."""
-    return max(moments(layers, ends), key=lambda m: m.bytes)
+    """The largest, of a step or between two of them."""
+    scored = max((one.scored for one in layers if one.scored is not None), key=lambda passage: passage.peak, default=None)
+    between = [] if scored is None else [_moment("scored", ends.hidden, scored, ends.tables)]
+    return max([*moments(layers, ends), *between], key=lambda m: m.bytes)

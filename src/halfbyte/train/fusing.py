@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from halfbyte.errors import RecipeError
@@ -94,6 +95,19 @@ def attached(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
             layer.gradient_checkpointing = recompute
 
 
+@contextmanager
+def exact(model: nn.Module) -> Iterator[None]:
+    """While inside, fused layers multiply in the compute dtype, `compute: fp8` too: so an adapter is scored as it will be used."""
+    found = [fused for _, fused in _fused(model)]
+    for fused in found:
+        fused.exact = True
+    try:
+        yield
+    finally:
+        for fused in found:
+            fused.exact = False
+
+
 def _modules(compute: str, offload: Choice, device: torch.device, decoded: Choice, why: str) -> dict[str, Choice]:
     """The choices where no layer runs fused; an error where something was asked for that only they have."""
     if offload == Choice("on", ASKED):
@@ -130,7 +144,7 @@ def forget(model: PreTrainedModel) -> None:
     host.forget()
 
 
-def _fused(model: PreTrainedModel) -> list[tuple[DecoderLayer, Fused]]:
+def _fused(model: nn.Module) -> list[tuple[DecoderLayer, Fused]]:
     return [(m, m.fused) for m in model.modules() if isinstance(m, DecoderLayer) and isinstance(m.fused, Fused)]
 
 

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from halfbyte.formats.packed import Packed
 from halfbyte.kernels.attention import Documents
-from halfbyte.kernels.products import Products
+from halfbyte.kernels.products import Augmented, Products
 from halfbyte.layers.fused import forward as stages
 from halfbyte.layers.fused import holding
 from halfbyte.layers.fused import parts as reading
@@ -29,7 +29,8 @@ KNOWN = 3
 class Fused:
     """Runs one adopted layer, as its modules are at each call.
 
-    keep: what stays for backward. in_place: gradients go into `parameter.grad` (fp32, allocated).
+    keep: what stays for backward. in_place: gradients go into `parameter.grad` (fp32, allocated). exact: products are made in the
+    activations' dtype for now, whatever `products` are.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Fused:
         room: Room,
     ) -> None:
         self.keep, self.products, self.in_place, self.dtype = keep, products, in_place, dtype
-        self.room = room
+        self.room, self.exact = room, False
         self._layer = layer
         self.parts = reading.read(layer, structure, dtype, products.padded_to)
         found = self.parts
@@ -62,7 +63,8 @@ class Fused:
         x = hidden.reshape(-1, hidden.shape[-1])
         rotation = None if self.parts.structure.rotation == "none" else call["position_embeddings"]
         cos, sin = self.room.tables(x.shape[0], rotation)
-        made = Call(self.parts, self.keep, documents, cos, sin, self._mask, self.products, self.in_place, self.room)
+        products = Augmented(self.products.padded_to) if self.exact and self.products.error else self.products
+        made = Call(self.parts, self.keep, documents, cos, sin, self._mask, products, self.in_place, self.room)
         return self._apply(x, made).view(hidden.shape)
 
     def _apply(self, x: Tensor, call: Call) -> Tensor:
