@@ -17,6 +17,7 @@ from halfbyte.kernels.products import Augmented, Float8
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused.layer import Fused
 from halfbyte.layers.fused.prepare import prepare, remove
+from halfbyte.train.fusing import exact
 from layers.families import NF4, gradients_of, hidden_of, learned, pair
 
 NONE = pytest.param(None, id="none")
@@ -49,6 +50,22 @@ def test_held_in_e4m3_the_same_bits_as_without() -> None:
         assert fused.decoded_bytes == 0
     got_hidden, _ = gradients_of(model, adapter)
     assert torch.equal(got_hidden, hidden) and not any(g.float8_held for g in _groups(model))
+    remove(model)
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+@pytest.mark.parametrize("fmt", [pytest.param(NF4, id="nf4"), NONE])
+def test_products_in_fp8_give_way_to_those_of_the_compute_dtype(fmt: Format | None, decoded: bool) -> None:
+    model, _ = _model("llama", fmt)
+    with torch.no_grad():
+        prepare(model, products=Augmented(Float8.padded_to))
+        expected = hidden_of(model)
+        prepare(model, products=Float8(), decoded=decoded)
+        before = hidden_of(model)
+        with pytest.raises(KeyError), exact(model):
+            assert torch.equal(hidden_of(model), expected) and not torch.equal(before, expected)
+            raise KeyError
+        assert torch.equal(hidden_of(model), before)
     remove(model)
 
 
