@@ -33,6 +33,11 @@ class Products(Protocol):
     padded_to: int
     holds: bool
 
+    @property
+    def exact(self) -> Products:
+        """The same products in the dtype of the activations, over the same groups."""
+        ...
+
     def rows(self, group: Group, tokens: int, back: bool = False) -> Rows | None:
         """Where the kernel in front may write the quantised X (or, `back`, dY); None when nobody wants it."""
         ...
@@ -97,6 +102,10 @@ class Augmented:
     def __init__(self, padded_to: int = PADDED_TO) -> None:
         self.padded_to = padded_to
 
+    @property
+    def exact(self) -> Products:
+        return self
+
     def rows(self, group: Group, tokens: int, back: bool = False) -> Rows | None:
         return None
 
@@ -157,7 +166,7 @@ class Float8:
     holds = False
 
     def __init__(self) -> None:
-        self._other = Augmented()
+        self.exact: Products = Augmented(self.padded_to)
 
     def rows(self, group: Group, tokens: int, back: bool = False) -> Rows | None:
         return Rows(tokens, group.rows if back else group.width, group.rank, group.device) if _fits(group) else None
@@ -173,7 +182,7 @@ class Float8:
         residual: Tensor | None = None,
     ) -> Tensor | None:
         if not _fits(group):
-            return self._other.project(group, x, out, bias, mask, residual=residual)
+            return self.exact.project(group, x, out, bias, mask, residual=residual)
         weight, a = fp8.forward_weight(group, x.dtype)
         xa = _project_small(group, x, a, mask) if group.rank else None
         rows = _quantized(x[:, : group.width], xa, rows)
@@ -182,7 +191,7 @@ class Float8:
 
     def project_back(self, group: Group, dy: Tensor, out: Tensor | None, mask: Dropout | None, rows: Rows | None = None) -> None:
         if not _fits(group):
-            self._other.project_back(group, dy, out, mask)
+            self.exact.project_back(group, dy, out, mask)
             return
         n = group.rows
         weight, sb = fp8.backward_weight(group, dy.dtype)

@@ -21,8 +21,8 @@ from halfbyte.memory.tape import LIBRARY, SCRATCH, Work
 PHASES = {"forward": 1.0, "loss": 0.25, "backward": 1.4, "update": 0.25}
 """In their order, with their widths."""
 DECODED = "decoded weights"
-PASSING = ("activations", "forward", "loss", "backward", SCRATCH, LIBRARY)
-"""Parts that come and go in a step; the others are there all the time."""
+PASSING = ("activations", "forward", "loss", "backward", "scored", SCRATCH, LIBRARY)
+"""Parts that come and go in a step, or between two; the others are there all the time."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def made(moments: Sequence[tuple[float, Mapping[str, int]]], always: Mapping[str
 def planned(chooser: Chooser, rung: Rung, decoded: int = 0) -> Curve:
     """Of a rung. decoded: bytes of decoded weights that modules hold on a CPU, where no rung says so."""
     parts = chooser.parts(rung)
-    hidden = {"scored"} | (set(NOBODYS) if chooser.budget.kind == "cuda" else set())
+    hidden = set(NOBODYS) if chooser.budget.kind == "cuda" else set()
     # Held weights answer the fixed prompts too.
     hidden |= {"answers"} if decoded else set()
     always = {p.name: p.bytes for p in parts if p.name not in (*PASSING, *hidden)}

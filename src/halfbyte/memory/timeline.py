@@ -5,11 +5,12 @@ Letters: T tokens of a microbatch, c bytes of a number.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from halfbyte.layers.fused.host import UNDER_WAY
-from halfbyte.layers.fused.keep import Keep
+from halfbyte.layers.fused.keep import Keep, keeping
 from halfbyte.memory import tape
 from halfbyte.memory.tape import LIBRARY, SCRATCH, Passage, Work
 from halfbyte.pinned import ALIGNED
@@ -34,8 +35,14 @@ def stage(w: Work, keep: Keep) -> Stage:
     sent = tape.away(w, keep)
     kept = sum(tape.kept(w, keep).values())
     host = sum(-(-size // ALIGNED) * ALIGNED for size in sent)
-    scored = tape.forward(replace(w, layer=w.layer.in_16_bits(), held=False), keep) if w.layer.float8 else None
+    scored = _scored(w, keep.tile) if w.layer.float8 else None
     return Stage(keep, kept - sum(sent), sum(sent), host, tape.forward(w, keep), tape.backward(w, keep), scored)
+
+
+@functools.lru_cache(maxsize=64)
+def _scored(w: Work, tile: int) -> Passage:
+    """The same for whatever a layer would keep."""
+    return tape.forward(replace(w, layer=w.layer.in_16_bits(), held=False), keeping((), tile=tile))
 
 
 @dataclass(frozen=True)

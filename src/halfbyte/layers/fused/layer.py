@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from halfbyte.formats.packed import Packed
 from halfbyte.kernels.attention import Documents
-from halfbyte.kernels.products import Augmented, Products
+from halfbyte.kernels.products import Products
 from halfbyte.layers.fused import forward as stages
 from halfbyte.layers.fused import holding
 from halfbyte.layers.fused import parts as reading
@@ -63,7 +63,7 @@ class Fused:
         x = hidden.reshape(-1, hidden.shape[-1])
         rotation = None if self.parts.structure.rotation == "none" else call["position_embeddings"]
         cos, sin = self.room.tables(x.shape[0], rotation)
-        products = Augmented(self.products.padded_to) if self.exact and self.products.error else self.products
+        products = self.products.exact if self.exact else self.products
         made = Call(self.parts, self.keep, documents, cos, sin, self._mask, products, self.in_place, self.room)
         return self._apply(x, made).view(hidden.shape)
 

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.kernels.attention import Documents
-from halfbyte.kernels.products import Augmented
 from halfbyte.layers import probe
 from halfbyte.layers.decoder import DecoderLayer
-from halfbyte.layers.fused.forward import Room
-from halfbyte.layers.fused.keep import INPUTS
 from halfbyte.layers.fused.layer import Fused
 from halfbyte.layers.structure import NotUnderstood
 
@@ -53,20 +50,20 @@ def prove(layer: DecoderLayer, fused: Fused, captured: dict[str, Any]) -> None:
 
 def _prove(layer: DecoderLayer, fused: Fused, call: dict[str, Any], hidden: Tensor, grad: Tensor) -> None:
     before = layer.fused, layer.gradient_checkpointing
-    exact = fused.products.error == 0
+    products = fused.products
     try:
         layer.fused, layer.gradient_checkpointing = None, False
         honest = _run(layer, hidden, call, grad)
         truth = _truth(layer, hidden, call, grad)
-        plain = Augmented(fused.products.padded_to)
-        layer.fused = fused if exact else Fused(layer, layer.structure, fused.dtype, INPUTS, plain, False, Room())
+        layer.fused, fused.exact = fused, True
         _compare(_run(layer, hidden, call, grad), honest, truth, hidden, FLOOR.get(hidden.dtype, FLOOR_16))
-        if not exact:
-            layer.fused = fused
+        if products.exact is not products:
+            fused.exact = False
             got = _run(layer, hidden, call, grad)
             # Four products follow each other; what they cannot say in fp8 is no fault of the layer.
-            _compare({name: got[name] for name in NARROW}, honest, truth, hidden, FLOOR_16 + 4 * fused.products.error)
+            _compare({name: got[name] for name in NARROW}, honest, truth, hidden, FLOOR_16 + 4 * products.error)
     finally:
+        fused.exact = False
         layer.fused, layer.gradient_checkpointing = before
 
 
