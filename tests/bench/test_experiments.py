@@ -36,8 +36,11 @@ def test_memory_is_flat_where_its_end_is_no_higher_than_its_third_tenth() -> Non
 
 
 def test_the_verdict_on_fp8_knows_which_seeds_were_asked_for(tmp_path: Path) -> None:
-    def verdict(seeds: list[int] | None, *after: tuple[str, int, float]) -> tuple[str, bool]:
-        rows = [{"compute": c, "seed": s, "before": 3.0, "after": x, "after_in_bf16": x, "rows": [[x, 1]]} for c, s, x in after]
+    def verdict(seeds: list[int] | None, *after: tuple[str, int, float], used: float = 1.0) -> tuple[str, bool]:
+        """used: the loss of an adapter in bf16, over that in fp8."""
+        rows = [
+            {"compute": c, "seed": s, "before": 3.0, "after": x, "after_in_bf16": used * x, "rows": [[x, 1]]} for c, s, x in after
+        ]
         header = [] if seeds is None else [{"seeds": seeds}]
         (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*header, *rows]))
         text, kept = bench("fp8_quality_gpu").verdict(tmp_path / "q.jsonl")
@@ -50,6 +53,9 @@ def test_the_verdict_on_fp8_knows_which_seeds_were_asked_for(tmp_path: Path) -> 
     assert verdict(None, *zero)[0].startswith("2 pairs are missing")
     text, kept = verdict([0, 1], *zero, ("bf16", 1, 2.0), ("fp8", 1, 2.036))
     assert not kept and text.startswith("fp8 +1.00% +- 0.80% (bound +0.5%: MISSED)")
+    text, kept = verdict([0], ("bf16", 0, 2.0), ("fp8", 0, 2.02), used=2.004 / 2.02)
+    assert not kept and "(bound +0.5%: MISSED); its adapter with products in bf16 +0.20% (kept)" in text
+    assert not verdict([0], *zero, used=1.01)[1], "the bound stands on both"
 
 
 @pytest.mark.slow

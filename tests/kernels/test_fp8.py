@@ -28,8 +28,8 @@ def test_check(name: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", checks_fp8.CHECKS)
 def test_cuda(name: str) -> None:
-    if fp8.can_compute(torch.device("cuda")) is not None:
-        pytest.skip("no fp8 products here")
+    if (reason := fp8.can_compute(torch.device("cuda"))) is not None:
+        pytest.skip(f"this GPU has no fp8 products: {reason}")
     checks_fp8.CHECKS[name]("cuda")
 
 
