@@ -115,13 +115,13 @@ def test_activations_are_near_what_autograd_keeps(family: str) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "tokens", "recompute", "measured"),
-    [(4, 2048, False, 33.615), (4, 2048, True, 9.282), (1, 2048, True, 6.997), (1, 16384, True, 12.192 + 0.239)],
+    [(4, 2048, False, 33.690), (4, 2048, True, 9.248), (1, 2048, True, 6.990), (1, 16384, True, 12.121 + 0.239)],
 )
 def test_8b_steps_on_an_h200(rows: int, tokens: int, recompute: bool, measured: float) -> None:
     """Llama 3 8B, r = 16, 32-bit AdamW: GiB allocated at the peak (bench/memory_gpu.py; the last with 8-bit moments, whose saving
     is added). The context is not in it."""
     found = parts(LLAMA_8B, recipe_of(data={"train": "a.jsonl", "tokens": tokens}), microbatch=rows, recompute=recompute)
-    assert -0.002 < sum(p.bytes for p in found if p.name != "context") / 2**30 / measured - 1 < 0.006
+    assert -0.0005 < sum(p.bytes for p in found if p.name != "context") / 2**30 / measured - 1 < 0.001
 
 
 def test_recompute_and_microbatch_move_what_they_should() -> None:

@@ -212,6 +212,21 @@ def agree(model: Any, layer: DecoderLayer, call: dict[str, Any], work: tape.Work
             assert abs(said[name] / found - 1) < (0.04 if keep.tile else 0.015), (keep, name, found, said[name])
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("keep", [EVERYTHING, INPUTS, TILED[0]], ids=Keep.spec)
+def test_a_layer_that_only_scores_keeps_nothing(keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it keeps in a step."""
+    model, layer, call, work = layer_of("llama", {"rank": 8, "targets": "all-linear"})
+    only_sizes(monkeypatch)
+    set_keep(model, keep)
+    x = call.pop("hidden_states").detach().clone()
+    there = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers(), x)}
+    with torch.no_grad(), Live(there) as live:
+        layer(x, **call)
+    said = tape.forward(work, keeping((), tile=keep.tile)).peak
+    assert abs(said / (live.peak + x.nbytes) - 1) < (0.04 if keep.tile else 0.015)
+
+
 CASES = [
     ("llama", {"fmt": "nf4"}),
     ("llama", {"fmt": "int4"}),
@@ -241,5 +256,5 @@ def test_the_workspace_of_attention_is_that_of_the_heads_that_run_together(token
     layer = fused.Layer(qkv, out, inputs, down, 32, 8, 128, "none", False, False, False, True, False, False)
     query, keys = 128 * heads, 32 * heads
     copies = 0 if heads == 32 else 2 * (query + 2 * keys + 2 * query) + 2 * (query + 2 * keys)
-    most = tape.backward(tape.Work(layer, tokens, 2), keeping((), tile=2048)).at_peak
+    most = tape.backward(tape.Work(layer, tokens, 2), keeping((), tile=512)).at_peak
     assert most[tape.LIBRARY] == tokens * (4 * (query + heads) + 2 * 2 * query + copies)

@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +17,10 @@ import torch
 
 from halfbyte.errors import Interrupted, TrainingError
 from halfbyte.optim.scaling import LossScale
-from halfbyte.train import metrics, saving
+from halfbyte.train import loop, metrics, saving
 from halfbyte.train.signals import Stop, guard
 from halfbyte.train.state import Parts, State
-from train import rig
+from train import rig, trials
 
 pytestmark = pytest.mark.cpu
 
@@ -263,3 +265,23 @@ def test_gradients_accumulate_in_the_flat_buffer(tmp_path: Path) -> None:
     for parameter in parts.model.parameters():
         assert parameter.grad is not None
         assert start <= parameter.grad.data_ptr() < end
+
+
+def test_the_hidden_state_is_gone_when_layers_run_backwards(tmp_path: Path) -> None:
+    """In rows of a hundred thousand tokens it is a GiB that the plan does not count."""
+    parts = trials.fused(tmp_path, 32, trials.KEEPING)
+    made: list[weakref.ref[torch.Tensor]] = []
+    there: list[bool] = []
+
+    def forward(*inputs: torch.Tensor) -> torch.Tensor:
+        hidden = parts.forward(*inputs)
+        made.append(weakref.ref(hidden))
+        return hidden
+
+    def mark(name: str) -> None:
+        if name in ("loss", "backward"):
+            there.append(made[-1]() is not None)
+
+    watched = replace(parts, forward=forward, watch=SimpleNamespace(mark=mark))  # type: ignore[arg-type]
+    assert loop.gradient(watched, State(step=0), Stop()) is not None
+    assert there == [True, False] * len(made) and len(made) == 2

@@ -67,6 +67,28 @@ def test_a_step_goes_down_as_far_as_it_must(tmp_path: Path) -> None:
     assert "what layers keep waits in host memory" in caught.value.message
 
 
+def live() -> int:
+    """Bytes of all tensors that the garbage collector knows."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.cpu
+def test_a_step_that_begins_anew_has_left_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever in forward, loss or backward memory was short: what the next try finds is what there was before the step."""
+    trial = Trial(fused(tmp_path, 32, rungs(Rung(4, True), Rung(2, True), Rung(1, True, chunks=8))))
+    gc.unfreeze()
+    _, _, count = trial.step()
+    left: list[int] = []
+    monkeypatch.setattr(trial.parts.report, "tell", lambda text: left.append(live()))
+    before = live()
+    for n in range(1, count, count // 24):
+        trial.step([n])
+    assert len(left) >= 12, len(left)
+    assert max(left) <= before, (max(left), before)
+
+
 OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 512.00 MiB. GPU 0 has")
 
 

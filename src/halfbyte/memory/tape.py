@@ -133,25 +133,26 @@ def forward(w: Work, keep: Keep) -> Passage:
     """From the layer's input, which is there, to its output."""
     tape, one = Tape(), w.layer
     tape.new("x", w.tokens * w.c * one.hidden)
-    _fill(tape, w, keep)
+    _fill(tape, w, keep, forget=True)
     if keep.tile:
         _normed_mlp(tape, w)
         tape.new("whole", w.tokens * w.c * one.hidden)
         part = replace(w, tokens=min(keep.tile, w.tokens))
+        tape.new("xa of tiles", (w.tokens - part.tokens) * w.c * one.down.r)
         _mlp_inputs(tape, part)
         _down(tape, part)
         tape.free("out", "inputs", "mlp_raw")
         tape.rename("whole", "out")
         tape.new("xa_down", w.tokens * w.c * one.down.r)
+        tape.free("xa of tiles")
     else:
         _down(tape, w)
     stays = kept(w, keep)
     for name in [n for n in tape.now if n not in stays and n != "out"]:
         tape.free(name)
     # XA that stands behind a dropped buffer is copied.
-    for name in ("xa_qkv", "xa_inputs"):
-        if name in stays:
-            tape.new(name, stays[name])
+    if "xa_inputs" in stays:
+        tape.new("xa_inputs", stays["xa_inputs"])
     return Passage(tape.peak, tape.at_peak, stays)
 
 
@@ -164,6 +165,9 @@ def backward(w: Work, keep: Keep, want_x: bool = True) -> Passage:
     if one.plain and not one.after_mlp and one.before_attention:
         _rows(tape, w, "rows of grad", one.down, back=True)
     _fill(tape, w, keep)
+    if keep.tile and not keep.normed and not one.parallel and "normed" in tape.now:
+        tape.new("xa_qkv", wide * one.qkv.r)
+        tape.free("normed")
     if keep.tile:
         _mlp_in_tiles(tape, w, keep)
     else:
@@ -171,7 +175,10 @@ def backward(w: Work, keep: Keep, want_x: bool = True) -> Passage:
     if one.parallel:
         tape.new("d_out", wide * (one.hidden + one.out.r))
     else:
-        tape.new("d_mid", wide * (one.hidden + one.out.r))
+        if one.out.r == one.down.r:
+            tape.rename("grad", "d_mid")
+        else:
+            tape.new("d_mid", wide * (one.hidden + one.out.r))
         if one.plain and one.two_norms:
             _rows(tape, w, "rows of d_mid", one.out, back=True)
         tape.free("mid", "normed_mlp", "d_source")
@@ -234,8 +241,8 @@ def _learn(tape: Tape, w: Work, group: Group, contiguous: bool) -> None:
         tape.passing("masked", w.tokens * w.c * group.k * (2 if contiguous else 3))
 
 
-def _fill(tape: Tape, w: Work, keep: Keep) -> None:
-    """What is missing of everything that backward reads."""
+def _fill(tape: Tape, w: Work, keep: Keep, forget: bool = False) -> None:
+    """What is missing of everything that backward reads. forget: what is not kept goes as soon as it can."""
     one, wide, there = w.layer, w.tokens * w.c, tape.now
     if "qkv" not in there:
         if "normed" not in there and one.before_attention:
@@ -250,8 +257,17 @@ def _fill(tape: Tape, w: Work, keep: Keep) -> None:
     if "attended" not in there:
         tape.new("attended", wide * one.query)
         tape.new("log sums", w.tokens * FLOAT * one.heads if w.flash else 0)
+    if forget:
+        if not keep.qkv:
+            tape.free("qkv", "q", "k")
+        elif not keep.here("normed"):
+            tape.new("xa_qkv", wide * one.qkv.r)
+        if not keep.normed and not one.parallel:
+            tape.free("normed")
     if "mid" not in there:
         _mid(tape, w, keep)
+    if forget and not keep.attended:
+        tape.free("attended", "log sums")
     if "inputs" not in there and not keep.tile:
         _mlp_inputs(tape, w)
 

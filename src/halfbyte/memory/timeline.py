@@ -88,10 +88,10 @@ def moments(layers: Sequence[Stage], ends: Ends) -> Iterator[Moment]:
     for i in range(len(layers) - 1, -1, -1):
         held -= layers[i].here
         ahead = next((size for size in reversed(below[:i]) if size), 0)
-        yield _moment("backward", held + ahead, layers[i].backward, ends.hidden)
+        yield _moment("backward", held + ahead, layers[i].backward)
 
 
-def _moment(name: str, held: int, passage: Passage, more: int) -> Moment:
+def _moment(name: str, held: int, passage: Passage, more: int = 0) -> Moment:
     return Moment(name, held + passage.peak + more, held + more, passage.at_peak.get(SCRATCH, 0), passage.at_peak.get(LIBRARY, 0))
 
 

@@ -140,7 +140,7 @@ def decoded_bytes(model: PreTrainedModel) -> int:
 def forget(model: PreTrainedModel) -> None:
     """Drops what layers hold of a step that did not end."""
     for _, fused in _fused(model):
-        fused.room.buffer = None
+        fused.room.buffer = fused.room.rows = None
     host.forget()
 
 

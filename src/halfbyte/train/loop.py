@@ -94,8 +94,8 @@ def gradient(parts: Parts, state: State, stop: Stop) -> tuple[Tensor, Batch] | N
             drop(parts)
             return None
         with mixed(parts):
-            hidden = forward(parts, part)
-            loss = objective(parts, hidden, part, batch)
+            # Nobody holds the hidden state: it must not be there while layers run backwards.
+            loss = objective(parts, forward(parts, part), part, batch)
         share = backward(parts, loss)
         total = share if total is None else total + share
     assert total is not None

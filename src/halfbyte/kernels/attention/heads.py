@@ -67,4 +67,5 @@ def in_parts(run: Backward, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: 
         grads = run(ours_of[0], ours_of[1], k[:, kv].contiguous(), v[:, kv].contiguous(), ours_of[2], part)
         for target, grad in zip((dq[:, ours], dk[:, kv], dv[:, kv]), grads, strict=True):
             target.copy_(grad)
+        del grads, grad, ours_of  # or they are there while the next part runs
     return dq, dk, dv

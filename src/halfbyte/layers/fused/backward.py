@@ -24,12 +24,17 @@ def backward(call: Call, a: Activations, grad: Tensor, gradients: Gradients, wan
     """
     p, norms = call.parts, call.parts.structure.norms
     stages.fill(call, a)
+    if call.keep.tile and a.normed is not None and not call.keep.normed and not norms.parallel:
+        # In rows so long that the MLP runs in tiles a norm costs nothing, and what it made is a tenth of what is there.
+        stages.part_with_normed(a)
+    own = call.room.buffer_of(grad, p.out)
     d_source = _mlp_in_tiles(call, a, grad, gradients) if call.keep.tile else _mlp(call, a, grad, gradients)
     if norms.parallel:
         d_out, rows = _branch(call, grad, p.after_attention, a.attended_raw, a.attended_rstd, a.attended_mean, p.out)
         d_normed = _attention(call, a, d_out, gradients, want_x, rows)
         return _parallel_input(call, a, grad, d_source, d_normed) if want_x and d_normed is not None else None
-    d_mid = buffer(p.out, grad, p.out.rows)
+    # The gradient of the residual in the middle is written over that of the output, where its buffer is one of ours.
+    d_mid = buffer(p.out, grad, p.out.rows) if own is None else own
     # With nothing between the sum and the branch, its gradient is the branch's, and quantised where it is made.
     plain = p.after_attention is None and p.structure.residual_multiplier == 1.0
     rows = _quantised(call, p.before_mlp, p.out, grad) if plain else None

@@ -67,12 +67,18 @@ class Room:
         self.buffer, self.rows = buffer, rows
         return buffer[:, :width]
 
+    def buffer_of(self, grad: Tensor, p: Projection) -> Tensor | None:
+        """The `[T, N + R]` that was left and that `grad` `[T, N]` stands in: nobody else has it."""
+        found, shape = self.buffer, (grad.shape[0], p.rows + p.rank)
+        if found is None or found.shape != shape or found.data_ptr() != grad.data_ptr() or found.stride() != grad.stride():
+            return None
+        return found
+
     def take(self, grad: Tensor, p: Projection) -> tuple[Tensor, Rows | None]:
         """`[T, N + R]` that begins with `grad` `[T, N]`: the buffer it stands in, with its `rows`, or a copy."""
-        found, rows = self.buffer, self.rows
+        found, rows = self.buffer_of(grad, p), self.rows
         self.buffer = self.rows = None
-        shape = (grad.shape[0], p.rows + p.rank)
-        if found is not None and found.shape == shape and found.data_ptr() == grad.data_ptr() and found.stride() == grad.stride():
+        if found is not None:
             return found, rows
         out = buffer(p, grad, p.rows)
         out[:, : p.rows].copy_(grad)
@@ -120,14 +126,17 @@ class Activations:
 
 
 def forward(call: Call, x: Tensor) -> tuple[Tensor, Activations]:
-    """x `[T, H]` through the layer; and everything that was computed on the way."""
+    """x `[T, H]` through the layer; and what `keep` keeps of all that was computed on the way, x among it."""
     a = Activations(x=x)
-    fill(call, a)
-    return (_down_in_tiles(call, a) if call.keep.tile else down(call, a)), a
+    fill(call, a, forget=True)
+    out = _down_in_tiles(call, a) if call.keep.tile else down(call, a)
+    _forget_the_rest(call.keep, a)
+    return out, a
 
 
-def fill(call: Call, a: Activations) -> None:
-    """Computes what is missing of everything that backward reads, from the input on."""
+def fill(call: Call, a: Activations, forget: bool = False) -> None:
+    """Computes what is missing of everything that backward reads, from the input on. forget: what is not kept goes again as soon as
+    nothing here reads it any more. The norms' numbers a row are small and stay, and so does XA of what is not computed again."""
     if a.qkv is None:
         projected(call, a)
     if a.attended is None:
@@ -136,29 +145,41 @@ def fill(call: Call, a: Activations) -> None:
         a.method = attention.method(q, k, v, call.documents, scale_of(s), s.window, s.cap)
         out, a.residuals = a.method.forward(q, k, v, call.documents, scale_of(s), s.window, s.cap)
         a.attended = out.flatten(1)
+        del q, k, v, out
+    if forget:
+        _forget_qkv(call, a)
     if a.mid is None:
         _mid(call, a)
+    if forget and not call.keep.attended:
+        a.attended, a.residuals = None, ()
     if a.inputs is None and not call.keep.tile:
         mlp_inputs(call, a)
 
 
-def drop(keep: Keep, a: Activations) -> None:
-    """Forgets what is not kept. The norms' numbers a row are small and stay, and so does XA of what is not computed again."""
-    stays = keep.here("normed")
-    a.xa_qkv = _outliving(a.xa_qkv, stays) if keep.qkv else None
-    a.xa_inputs = _outliving(a.xa_inputs, stays) if keep.inputs else None
-    if not keep.mid:
-        a.xa_out = None
-    if not keep.normed:
-        a.normed = a.normed_mlp = None
+def _forget_qkv(call: Call, a: Activations) -> None:
+    """What attention has read, and its input where the MLP has one of its own."""
+    keep = call.keep
+    a.xa_qkv = _outliving(a.xa_qkv, keep.here("normed")) if keep.qkv else None
     if not keep.qkv:
         a.qkv = a.q = a.k = None
-    if not keep.attended:
-        a.attended, a.residuals = None, ()
+    if not keep.normed and not call.parts.structure.norms.parallel:
+        a.normed = None
+
+
+def _forget_the_rest(keep: Keep, a: Activations) -> None:
+    a.xa_inputs = _outliving(a.xa_inputs, keep.here("normed")) if keep.inputs else None
+    if not keep.normed:
+        a.normed = a.normed_mlp = None
     if not keep.mid:
-        a.mid = a.attended_raw = None
+        a.mid = a.attended_raw = a.xa_out = None
     if not keep.inputs:
         a.inputs = a.mlp_raw = None
+
+
+def part_with_normed(a: Activations) -> None:
+    """Forgets the norm of the layer's input, not the XA that may stand behind it; `normed` makes it again."""
+    a.xa_qkv = _outliving(a.xa_qkv, False)
+    a.normed = None
 
 
 def buffer(p: Projection, like: Tensor, width: int) -> Tensor:

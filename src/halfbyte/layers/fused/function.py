@@ -14,7 +14,7 @@ from torch import Tensor
 from halfbyte.errors import ModelError
 from halfbyte.layers.fused import host
 from halfbyte.layers.fused.backward import backward
-from halfbyte.layers.fused.forward import Activations, Call, drop, forward
+from halfbyte.layers.fused.forward import Activations, Call, forward
 from halfbyte.layers.fused.gradients import Gradients
 
 MOVABLE = {
@@ -35,7 +35,6 @@ class Layer(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, call: Call, learning: int, *tensors: Tensor) -> Tensor:
         """tensors: the `learning` parameters that learn, then stored weights."""
         out, a = forward(call, x)
-        drop(call.keep, a)
         ctx.away = None
         if call.keep.away:
             fields = [field for name, these in MOVABLE.items() if name in call.keep.away for field in these]

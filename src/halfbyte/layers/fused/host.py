@@ -122,7 +122,10 @@ def send(tensors: Sequence[Tensor]) -> Away:
 
 
 def ahead(device: torch.device) -> None:
-    """Starts the copies in of what was sent last, called in the backward of a layer that itself has nothing away."""
+    """Starts the copies in of what was sent last, called in the backward of a layer that itself has nothing away. What was sent
+    before that is let go of too: the loss has given its copies their time, and it may be long until it is called back."""
     lane = _LANES.get(device)
     if lane is not None and lane.away:
+        for one in lane.away[-UNDER_WAY:]:
+            one.let_go()
         lane.away[-1].call_back()

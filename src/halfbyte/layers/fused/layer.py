@@ -18,7 +18,7 @@ from halfbyte.layers.fused import holding
 from halfbyte.layers.fused import parts as reading
 from halfbyte.layers.fused.forward import Call, Room
 from halfbyte.layers.fused.function import Layer
-from halfbyte.layers.fused.keep import Keep
+from halfbyte.layers.fused.keep import Keep, keeping
 from halfbyte.layers.fused.watch import Watch
 from halfbyte.layers.structure import Structure
 
@@ -69,7 +69,8 @@ class Fused:
 
     def _apply(self, x: Tensor, call: Call) -> Tensor:
         if not torch.is_grad_enabled():
-            return stages.forward(call, x)[0]
+            # No backward comes: nothing is kept, whatever a step keeps.
+            return stages.forward(replace(call, keep=keeping((), tile=call.keep.tile)), x)[0]
         out: Tensor = Layer.apply(x, call, len(self._learning), *self._learning, *self._stored)  # type: ignore[no-untyped-call]
         return out
 
