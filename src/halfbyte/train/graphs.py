@@ -6,7 +6,8 @@ token ids, positions and boundaries are copied to where they were recorded, and 
 that a few graphs serve every row. Weights, adapters and the flat gradients never move. The numbers are those of the launches.
 
 `auto` runs the first rows as launches and then as graphs, compares the fastest of `ROUNDS` on the device, and says what it found.
-Cost: what layers allocate in a step stays theirs between steps, so the loss and the update no longer share it.
+Cost: what layers allocate in a step stays theirs between steps, so the loss and the update no longer share it; and libraries have
+workspaces of their own on the stream that records.
 
 Letters: T tokens of the microbatch, D documents.
 """
@@ -27,6 +28,7 @@ from halfbyte.kernels.attention import Documents, Wanted
 from halfbyte.layers import forward
 from halfbyte.layers.decoder import DecoderLayer
 from halfbyte.layers.fused.layer import Fused
+from halfbyte.memory.parts import WORKSPACES
 from halfbyte.pinned import to_device
 from halfbyte.shortage import is_shortage
 from halfbyte.train.choices import Choice
@@ -136,7 +138,7 @@ class Graphs:
     """Hidden states of packed rows for training, as launches or as graphs; launches for everything else.
 
     choice: what was asked for. tell: what was found. on: None until that is known. room: bytes that the plan leaves. needs: bytes
-    that a step takes and gives back, as measured so far.
+    that a step takes and gives back, as measured so far, and workspaces.
     """
 
     model: PreTrainedModel
@@ -295,7 +297,7 @@ def of(
         return Graphs(model, wanted, None, tell, told, on=False)
 
     def needs() -> int:
-        return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device) + WORKSPACES
 
     told = Choice("on", "asked for") if asked == "on" else Choice("auto", "the first steps show whether they are faster")
     return Graphs(model, wanted, CudaRecorder(device), tell, told, room, needs)
