@@ -52,7 +52,7 @@ BOUND = 7.9
 """GiB: the peak of Unsloth's full recompute, 4 x 2,048."""
 PROMISED = 1.01
 """The truth is no more than so many times the prediction."""
-LONGEST = ((8, "nf4", 32), (16, "16bit", 16), (24, "16bit", 6), (80, "16bit", 2))
+LONGEST = ((8, "nf4", 32), (16, "16bit", 16), (24, "16bit", 6), (80, "16bit", 8))
 """Card in GiB, `format.head`, layers that are run."""
 CAPS_OF_ALL = (5.5, 7.0)
 """GiB, for 8 of 32 layers: they leave the layers a quarter of what cards of about 11 and 17 GiB leave 32."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import fits_plans
-from planned import BESIDE
+from planned import BESIDE, Case
 from reporting import read
 
 
@@ -20,7 +21,7 @@ def latest(results: Path) -> list[dict[str, Any]]:
 
 
 def _line(row: dict[str, Any]) -> tuple[Any, ...]:
-    if row["what"] in ("all", "verdict", "rates", "note"):
+    if row["what"] in ("all", "verdict", "rates", "note", "left out"):
         return (row["what"],)
     own = (row["card"], row["head"]) if row["what"] == "longest" else (row["card"], row["head"], row["rows"], row["tokens"])
     return row["what"], *own
@@ -48,9 +49,11 @@ def predicted(results: Path) -> str:
 
 
 def grid(results: Path) -> list[dict[str, Any]]:
-    """What `memory_gpu.py` measured beside it, with the counts as they are: after its first call."""
+    """What `memory_gpu.py` measured beside it, with the counts as they are: of each case the last call's line, after the first."""
     rows = read(results.with_name(results.name.replace("-fits", "-memory")))
-    return [row for row in rows if "error" in row and "size" in row and row.get("call", 1) > 1]
+    ran = [row for row in rows if "error" in row and "size" in row and row.get("call", 1) > 1]
+    own = [field.name for field in fields(Case)]
+    return list({tuple(row.get(name) for name in own): row for row in sorted(ran, key=lambda row: row["call"])}.values())
 
 
 def _range(errors: list[float], digits: int) -> str:

@@ -1,11 +1,11 @@
 """Memory that runs short on a CUDA GPU: a step whose allocations fail one by one, and a run under a cap that falls on it.
 
-    python bench/survive_gpu.py --out DIR       # about 50 s; writes DIR/survive_gpu.jsonl
+    python bench/survive_gpu.py --out DIR [--stride 11]      # about 180 s, 50 with 11; writes DIR/survive_gpu.jsonl
 
-Gate: every 11th allocation of a fused step on this GPU fails once, and the step ends where an undisturbed one does (to rounding:
-attention adds in the order in which threads finish), whether less is kept or fewer rows run at once; the optimizer's step
-allocates nothing, paged or not. Then `halfbyte.train` on a random Llama of 0.1 billion parameters, twice: undisturbed, and with the
-allocator allowed three fifths of what it used, from the third step on. Reported: what the run says, its loss beside the
+Gate: every allocation of a fused step on this GPU (or every so many-th) fails once, and the step ends where an undisturbed one does
+(to rounding: attention adds in the order in which threads finish), whether less is kept or fewer rows run at once; the optimizer's
+step allocates nothing, paged or not. Then `halfbyte.train` on a random Llama of 0.1 billion parameters, twice: undisturbed, and
+with the allocator allowed three fifths of what it used, from the third step on. Reported: what the run says, its loss beside the
 undisturbed one's, speed before and after, and the cost of looking at the allocator's counters in each step.
 """
 
@@ -47,14 +47,15 @@ LARGER = {
 }
 
 
-def gate(folder: Path, report: Report) -> bool:
-    """Allocations that fail one by one."""
+def gate(folder: Path, stride: int, report: Report) -> bool:
+    """Allocations that fail one by one, every so many-th."""
     good = True
     for name, steps in (("less is kept", trials.KEEPING), ("fewer rows", trials.SMALLER)):
-        started, seen, reason = time.monotonic(), set(), ""
+        started, seen, tried, reason = time.monotonic(), set(), 0, ""
         try:
             trial = trials.Trial(trials.fused(folder / name, 32, steps, 0.2, DEVICE))
-            seen = trial.every(11, trials.near)
+            seen = trial.every(stride, trials.near)
+            tried = trial.tried
             for paged in (False, True):
                 if paged:
                     trial.parts.optimizer.page()
@@ -62,7 +63,8 @@ def gate(folder: Path, report: Report) -> bool:
         except AssertionError as error:
             reason = str(error)[:400] or "a step ended elsewhere"
         seconds = round(time.monotonic() - started, 1)
-        report(what="gate", check=f"allocations fail, {name}", ok=not reason, rungs=len(seen), seconds=seconds, reason=reason)
+        report(what="gate", check=f"allocations fail, {name}", ok=not reason, stride=stride, tried=tried, rungs=len(seen),
+               seconds=seconds, reason=reason)  # fmt: skip
         good = good and not reason
     return good
 
@@ -141,6 +143,7 @@ def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--stride", type=int, default=1, help="of the allocations of a step, every so many-th fails")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     logging.disable(logging.INFO)
@@ -149,7 +152,7 @@ def main() -> int:
         folder = Path(name)
         os.environ["HALFBYTE_CACHE"] = str(folder / "cache")
         report(what="machine", gpu=torch.cuda.get_device_name(), torch=torch.__version__)
-        if not gate(folder, report):
+        if not gate(folder, args.stride, report):
             return 1
         watching(report)
         save_tiny(folder / "model", **LARGER)

@@ -108,9 +108,10 @@ SMALLER = rungs(Rung(4, False), Rung(2, False), Rung(1, False), Rung(1, True, ch
 
 @dataclass
 class Trial:
-    """One optimizer step of a run, tried again and again from the same start."""
+    """One optimizer step of a run, tried again and again from the same start. tried: allocations that failed, one at a time."""
 
     parts: Parts
+    tried: int = 0
 
     def __post_init__(self) -> None:
         self.parts.model.train()
@@ -148,6 +149,7 @@ class Trial:
             assert len(state.shortages) <= 1
             seen |= {json.dumps(s["rung"]) for s in state.shortages}
             check(found, expected)
+            self.tried += 1
         return seen
 
 
