@@ -102,6 +102,25 @@ def test_all_that_waits_in_host_memory_shares_one_limit(gib: float) -> None:
     assert _pinned(settled(made)) <= gib * GIB
 
 
+def test_the_leanest_way_keeps_to_the_limit_too() -> None:
+    """Of a row so long that nothing fits, what all layers would send is 24 GiB."""
+    found = plan(recipe_of("memory.host=16GiB", "train.batch=1", "data.tokens=98304"), "16GiB", config=QWEN3_8B)
+    assert not found.fits and 14 * GIB < _pinned(found) <= 16 * GIB
+
+
+@pytest.mark.parametrize(
+    ("card", "overrides"),
+    [("8GiB", ("memory.host=4GiB", "format.head=nf4")), ("16GiB", ()), ("24GiB", ()), ("24GiB", ("memory.offload=off",))],
+    ids=str,
+)
+def test_the_longest_row_that_a_plan_tells_is_one_that_it_takes(card: str, overrides: tuple[str, ...]) -> None:
+    longest = plan(recipe_of(*overrides), card, config=QWEN3_8B).longest
+    assert longest is not None
+    for more, fits in ((0, True), (4096, False)):
+        row = (f"data.tokens={longest + more}", "train.batch=1", *overrides)
+        assert plan(recipe_of(*row), card, config=QWEN3_8B).fits == fits
+
+
 def test_host_memory_of_this_machine_is_shared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose.machine, "ram", lambda: choose.machine.Device("CPU", 4 * GIB, 8 * GIB))
     made = chooser(recipe_of(), "7GiB", config=QWEN3_8B)

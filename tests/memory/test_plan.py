@@ -16,14 +16,15 @@ from halfbyte.config import Recipe
 from halfbyte.errors import MemoryPlanError, RecipeError
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, OFFLOADED, Keep, keeping
 from halfbyte.machine import Device
+from halfbyte.memory import budget as budgets
 from halfbyte.memory import speed
-from halfbyte.memory.budget import GIB, Budget, budget
+from halfbyte.memory.budget import GIB, Budget, budget, budget_here
 from halfbyte.memory.choose import Chooser
 from halfbyte.memory.gpus import CARDS
 from halfbyte.memory.lengths import Lengths
 from halfbyte.memory.measure import peak_rss, ram, rss
 from halfbyte.memory.parts import parts
-from halfbyte.memory.plan import Plan, json_schema, plan, rates_of
+from halfbyte.memory.plan import Plan, compute_of, json_schema, plan, rates_of
 from halfbyte.memory.rungs import Rung
 from halfbyte.memory.shapes import shapes, skeleton
 from halfbyte.recipe import recipe_from
@@ -284,7 +285,7 @@ def test_json_is_what_the_schema_says() -> None:
     part = schema["$defs"]["Part"]["properties"]
     again = json.loads(json.dumps(found))
     assert all(set(p) == set(part) for p in again["parts"])
-    assert again["version"] == 5 and again["lengths"] is None and again["tokens_per_second"] is None
+    assert again["version"] == 6 and again["lengths"] is None and again["tokens_per_second"] is None
 
 
 def test_table_is_readable_without_colour() -> None:
@@ -341,6 +342,36 @@ def test_this_machine() -> None:
     # The kernel counts pages in batches a thread, so the two readings may be a little apart.
     assert 0 < rss() <= peak_rss() + (4 << 20) < here.total
     assert budget("auto").here
+
+
+def test_a_cap_in_a_recipe_is_one_on_the_runs_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is looked at all the same: what is free of it, of host memory, and its kernels."""
+    gpu = Budget("cuda", "NVIDIA H200", 100 * GIB, 140 * GIB, True, "free now")
+    monkeypatch.setattr(budgets, "_of_this_machine", lambda: gpu)
+    capped = budget_here("16GiB")
+    assert capped.here and capped.name == gpu.name and capped.bytes == budget("16GiB").bytes and "memory.gpu: 16GiB" in capped.note
+    assert budget_here("rtx3060").bytes == budget("rtx3060").bytes and budget_here("rtx3060").here
+    assert budget_here("200GiB") == budget_here() == gpu
+    cpu = Budget("cpu", "CPU", 20 * GIB, 24 * GIB, True, "available RAM")
+    monkeypatch.setattr(budgets, "_of_this_machine", lambda: cpu)
+    assert budget_here("8GiB").kind == "cpu" and 7.7 * GIB < budget_here("8GiB").bytes < 8 * GIB
+    with pytest.raises(RecipeError, match=r"memory\.gpu is rtx3060, and this machine has no GPU"):
+        budget_here("rtx3060")
+
+
+def test_no_speed_is_told_of_layers_as_modules() -> None:
+    found = plan(recipe_of("adapter.kind=none", "format=none"), "13GiB", config=SMOLLM2)
+    assert found.neighbours and all(one.gain is None for one in found.neighbours)
+    assert "speed" not in found.table()
+
+
+@pytest.mark.parametrize(("supported", "compute"), [(True, "bf16"), (False, "fp16")])
+def test_the_card_that_is_here_says_whether_it_has_bf16(supported: bool, compute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported and not including_emulation)
+    here = Budget("cuda", "Tesla T4", 14 * GIB, 15 * GIB, True, "")
+    assert compute_of(recipe_of(), here) == compute == compute_of(recipe_of(), budget("14GiB"))
+    assert compute_of(recipe_of(), budget("t4")) == "fp16"
 
 
 def test_unknown_model_type() -> None:

@@ -6,7 +6,7 @@ Why a reserve: allocators round up and fragment; a plan that uses the last byte 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from halfbyte.errors import RecipeError
@@ -69,6 +69,27 @@ def budget(asked: str = "auto") -> Budget:
     if name.isdigit():
         hint = f"a size has a unit: {name}GiB"
     raise RecipeError(f"`{asked}` is neither a size nor a card that the plan knows", hint=hint, code="memory.gpu")
+
+
+def budget_here(asked: str = "auto") -> Budget:
+    """The budget of a run on this machine's device: what is free, and no more than `memory.gpu` where that is a size or a card.
+
+    On a machine without a GPU a size caps what is free of its RAM. Raises RecipeError (`memory.gpu`) for what is not understood,
+    and for a card where there is none.
+    """
+    here = _of_this_machine()
+    if asked == "auto":
+        return here
+    given = budget(asked)
+    if here.kind == "cpu":
+        if given.name in CARDS:
+            message = f"memory.gpu is {asked}, and this machine has no GPU that torch can use"
+            hint = "leave it out to run on the CPU, or give a size such as 8GiB to cap its RAM"
+            raise RecipeError(message, hint=hint, code="memory.gpu")
+        given = replace(given, bytes=int(given.total * (1 - RESERVE)), note=f"{RESERVE:.0%} of it stay free")
+    if given.bytes >= here.bytes:
+        return here
+    return replace(here, bytes=given.bytes, note=f"memory.gpu: {asked}, {given.note}")
 
 
 def _card(name: str) -> str | None:

@@ -6,6 +6,8 @@ few (`rungs.ways`): all kept or all recomputed, by rows at once.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,14 +17,14 @@ from halfbyte import machine
 from halfbyte.config import Recipe
 from halfbyte.errors import RecipeError
 from halfbyte.kernels.dispatch import twin
-from halfbyte.layers.fused.keep import keeping
+from halfbyte.layers.fused.keep import NAMES
 from halfbyte.memory import paging, search, timeline
 from halfbyte.memory.budget import Budget, host_size
 from halfbyte.memory.fused import Layer
 from halfbyte.memory.lengths import Lengths
 from halfbyte.memory.part import Part
 from halfbyte.memory.parts import DTYPES, count, ends, fused_layer, learning, outside, weights
-from halfbyte.memory.rungs import CHUNKED, LARGE, Rung, places, ways
+from halfbyte.memory.rungs import CHUNKED, LARGE, Rung, ways
 from halfbyte.memory.shapes import Shapes
 from halfbyte.memory.speed import Rates
 from halfbyte.memory.tape import Work
@@ -93,10 +95,31 @@ class Chooser:
 
     def _leaner(self, least: Rung) -> Rung:
         """The leanest there is: the search takes what is faster where it counts as many bytes, which are a bound."""
-        rungs = [least, replace(least, chunks=CHUNKED)]
-        rungs += [replace(rung, rest=rung.lean, lean_layers=0) for rung in rungs if rung.lean_layers]
-        counted = [replace(rung, bytes=self.bytes_of(rung), seconds=self.seconds(rung)) for rung in rungs]
-        return min(counted, key=lambda rung: rung.bytes)
+        found = [replace(rung, bytes=self.bytes_of(rung)) for rung in (least, *self._leanest())]
+        best = min(found, key=lambda rung: rung.bytes)
+        return replace(best, seconds=self.seconds(best))
+
+    def _leanest(self) -> Iterator[Rung]:
+        """As few rows at once as there may be, as little kept of each layer as the recipe allows, the loss in small chunks; and as
+        many layers as host memory has room for send what they keep there."""
+        task = self._task(self.rows()[-1])
+        assert self.layer is not None
+        w = Work(self.layer, task.tokens, self.dtype.itemsize)
+        allowed = list(search.keeps(task))
+        for tile in sorted({keep.tile for keep in allowed}):
+            tiled = [keep for keep in allowed if keep.tile == tile]
+            fewest = min(len(keep.kept()) for keep in tiled)
+            lean = [keep for keep in tiled if len(keep.kept()) == fewest]
+            here, sent = min(lean, key=lambda keep: len(keep.away)), max(lean, key=lambda keep: len(keep.away))
+            size = timeline.stage(w, sent).host
+            for paged, away in itertools.product(task.moments, task.embedding):
+                room = size * task.layers if task.host is None else task.host - task.pinned[paged] - away * task.table
+                if room < 0:
+                    continue
+                some = min(task.layers, room // size) if size else 0
+                again = bool(tile) or not set(NAMES[1:]) <= set(here.kept())
+                rung = Rung(task.microbatch, again, some > 0, paged, max(task.logits), embedding_away=away)
+                yield replace(rung, lean=sent.spec() if some else here.spec(), lean_layers=some, rest=here.spec())
 
     def predicted(self, rung: Rung) -> float:
         """Seconds of a step as it will run: by CUDA graphs, where they may be used and there is room for what they hold."""
@@ -229,7 +252,7 @@ class Chooser:
         )
 
     def longest(self) -> int | None:
-        """Tokens of the longest row that trains one at a time, in multiples of STEP; None where layers run as modules."""
+        """Tokens of the longest row that trains, in multiples of STEP; None where layers run as modules."""
         if self.layer is None:
             return None
         low, high = 0, 1 << 12
@@ -239,25 +262,9 @@ class Chooser:
         return low * STEP
 
     def _trains(self, tokens: int) -> bool:
-        task = self._task(1, tokens)
-        assert self.layer is not None
-        w = Work(self.layer, tokens, self.dtype.itemsize)
-        lean = [keeping((), tile=search.TILES[-1]), keeping(())]
-        if task.offload != "off":
-            lean += [replace(keep, away=("x",)) for keep in lean]
-        room = task.room - task.fixed - min(task.moments.values()) - min(task.embedding.values())
-        end = ends(self.s, tokens, self.layer.head_size, self.dtype, CHUNKED)
-        for keep in lean:
-            one = timeline.stage(w, keep)
-            stages = [one] * task.layers
-            if one.host and task.host is not None and (self.budget.here or self.recipe.memory.host != "auto"):
-                # As many as host memory has room for; the others keep their input on the device.
-                left = task.host - max(task.pinned.values()) - (task.table if min(task.embedding.values()) == 0 else 0)
-                here, away = timeline.stage(w, replace(keep, away=())), max(0, min(task.layers, left // one.host))
-                stages = [one if is_away else here for is_away in places(task.layers, away, one.keep, here.keep)]
-            if timeline.peak(stages, end).bytes <= room:
-                return True
-        return False
+        data = self.recipe.data.model_copy(update={"tokens": tokens})
+        other = replace(self, recipe=self.recipe.model_copy(update={"data": data}))
+        return any(other.bytes_of(rung) <= self.budget.bytes for rung in other._leanest())
 
     def reason(self, rungs: list[Rung], rung: Rung, fits: bool) -> str:
         """Why this one."""

@@ -13,7 +13,8 @@ class MemoryConfig(Section):
     """What the plan may use, and what it may trade for it."""
 
     gpu: str = "auto"
-    """Memory budget: auto (what the device has free), a size such as 24GiB, or a card such as rtx4090."""
+    """Memory budget: auto (what the device has free), a size such as 24GiB, or a card such as rtx4090. A run takes no more than
+    that, and no more than is free on its own device; `halfbyte plan` takes it for another machine."""
     recompute: Literal["auto", "on", "off"] = "auto"
     """Compute activations again in backward instead of keeping them: on (gate and up of every layer at least), off (nothing but
     norms), or auto: of each layer what the fastest plan that fits does not keep."""

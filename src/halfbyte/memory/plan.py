@@ -33,7 +33,7 @@ from halfbyte.memory.speed import Rates
 
 __all__ = ["ASKED", "Neighbour", "Parameters", "Plan", "chooser", "compute_of", "json_schema", "plan", "settled"]
 
-VERSION = 5
+VERSION = 6
 MORE = 2 << 30
 """Bytes less and more for which a plan tells what would be chosen."""
 
@@ -50,11 +50,11 @@ class Parameters:
 @dataclass(frozen=True)
 class Neighbour:
     """What would be chosen with `bytes` more or, negative, less. need: bytes that it takes. gain: tokens/s against the plan's, 0.05
-    for 5 % more. words: the rung's."""
+    for 5 % more, null where layers run as modules, whose speed is not predicted. words: the rung's."""
 
     bytes: int
     need: int
-    gain: float
+    gain: float | None
     words: str
 
 
@@ -189,7 +189,11 @@ def compute_of(recipe: Recipe, budget: Budget) -> str:
     """The compute dtype to plan with: what was asked, else 16 bits as a GPU has them, and fp32, which needs the most, on a CPU."""
     if recipe.compute != "auto":
         return recipe.compute
-    return "fp32" if budget.kind == "cpu" else "fp16" if budget.name.startswith(NO_BF16) else "bf16"
+    if budget.kind == "cpu":
+        return "fp32"
+    if budget.name not in CARDS and torch.cuda.is_available():  # the GPU that is here, or a cap on it
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "fp16" if budget.name.startswith(NO_BF16) else "bf16"
 
 
 def json_schema() -> dict[str, Any]:
@@ -258,6 +262,6 @@ def _neighbours(rungs: Sequence[Rung], rung: Rung, room: int) -> tuple[Neighbour
     for more in (-MORE, MORE):
         other = next((r for r in rungs if r.bytes <= room + more), None)
         if other is not None and other != rung:
-            gain = rung.seconds / other.seconds - 1 if other.seconds and rung.seconds else 0.0
+            gain = rung.seconds / other.seconds - 1 if other.seconds and rung.seconds else None
             found.append(Neighbour(more, other.bytes, gain, other.words()))
     return tuple(found)

@@ -78,7 +78,8 @@ def _outlook(plan: Plan) -> list[str]:
         found.append(f"predicted: {plan.tokens_per_second:,.0f} tokens/s, {plan.seconds:.2f} s a step{run} ({plan.rates})")
     for one in plan.neighbours:
         sign = "less" if one.bytes < 0 else "more"
-        found.append(f"with {size(abs(one.bytes))} {sign}: {one.gain:+.1%} speed at {size(one.need)} ({one.words})")
+        speed = "" if one.gain is None else f"{one.gain:+.1%} speed at "
+        found.append(f"with {size(abs(one.bytes))} {sign}: {speed}{size(one.need)} ({one.words})")
     if plan.longest:
         found.append(f"longest row that fits: {plan.longest:,} tokens")
     return found

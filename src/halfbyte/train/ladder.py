@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from halfbyte.memory.rungs import Rung
 from halfbyte.train import choices as choosing
 from halfbyte.train.choices import KEPT, Choice
 
+TAKEN = ("microbatch", "recompute", "offload", "moments", "embedding")
+"""Choices that a rung stands for."""
 RISING = 3
 """Steps in a row in which the allocator had to give its cache back and ask again, after which memory counts as too short."""
 
@@ -82,18 +84,21 @@ def begin(
 ) -> tuple[Rung, dict[str, Choice]]:
     """The rung that a run begins on, and the choices that it stands for.
 
-    kept: choices of a checkpoint. fallen: the shortages it has seen, whose last rung is taken. What the recipe asks for, it gets.
+    plan: one that fits. kept: choices of a checkpoint. fallen: the shortages it has seen, whose last rung is taken. What the recipe
+    asks for, it gets; what a checkpoint holds, only while it fits.
     """
     if fallen:
-        rung = _standing(plan, recipe, Rung(**fallen[-1]["rung"]))
-        why = f"memory ran short at step {fallen[-1]['step']}{KEPT}"
-        told = dict.fromkeys(("microbatch", "recompute", "offload", "moments", "embedding"), why)
+        last = Rung(**fallen[-1]["rung"])
+        rung = _standing(plan, recipe, last)
+        why = KEPT if rung == last else "; the fastest way of the plan that fits and needs no more"
+        told = dict.fromkeys(TAKEN, f"memory ran short at step {fallen[-1]['step']}{why}")
     else:
         rows = choosing.settle("microbatch", recipe.memory.microbatch, kept, lambda: Choice(plan.microbatch, plan.reason))
         again = choosing.settle("recompute", recipe.memory.recompute, kept, lambda: Choice(_on(plan.rung.recompute), plan.reason))
         rung = _nearest(plan, rows.value, again.value == "on")
-        told = {"microbatch": rows.reason, "recompute": again.reason, "offload": plan.offload, "moments": plan.paging}
-        told["embedding"] = plan.embedding
+        told = {"offload": plan.offload, "moments": plan.paging, "embedding": plan.embedding}
+        told["microbatch"] = rows.reason if rung.microbatch == rows.value else plan.reason
+        told["recompute"] = again.reason if rung.recompute == (again.value == "on") else plan.reason
     values = {
         "microbatch": rung.microbatch,
         "recompute": _on(rung.recompute),
@@ -105,17 +110,16 @@ def begin(
 
 
 def _nearest(plan: Plan, rows: int, recompute: bool) -> Rung:
-    """The plan's own rung, or the fastest that fits of those with what a checkpoint or the recipe has settled before the plan."""
-    if plan.rung.microbatch == rows and plan.rung.recompute == recompute:
-        return plan.rung
-    alike = [r for r in plan.rungs if r.microbatch == rows and r.recompute == recompute]
-    alike = alike or [r for r in plan.rungs if r.microbatch == rows]
-    fits = [r for r in alike if r.bytes <= plan.budget.bytes]
-    return (fits or alike[-1:] or [replace(plan.rung, microbatch=rows)])[0]
+    """The plan's own rung, or the fastest that fits of those with what a checkpoint has settled before the plan: rows and
+    recompute, or rows alone. What does not fit any more is not taken."""
+    alike = [r for r in plan.rungs if r.microbatch == rows and r.bytes <= plan.budget.bytes]
+    both = [r for r in alike if r.recompute == recompute]
+    return plan.rung if plan.rung in both else next(iter(both or alike), plan.rung)
 
 
 def _standing(plan: Plan, recipe: Recipe, rung: Rung) -> Rung:
-    """The rung that a run has fallen to, if the recipe still allows it; else the fastest of the plan that needs no more."""
+    """The rung that a run has fallen to, if it still fits and the recipe still allows it; else the fastest of the plan that needs
+    no more, or the leanest."""
     memory, paging = recipe.memory, recipe.optim.paged
     asked = [
         memory.microbatch in ("auto", rung.microbatch),
@@ -124,9 +128,10 @@ def _standing(plan: Plan, recipe: Recipe, rung: Rung) -> Rung:
         paging == "auto" or (paging == "always") == rung.paged,
         memory.embedding == "auto" or (memory.embedding == "host") == rung.embedding_away,
     ]
-    if all(asked):
+    room = min(rung.bytes, plan.budget.bytes)
+    if all(asked) and rung.bytes <= room:
         return rung
-    return next((r for r in plan.rungs if r.bytes <= rung.bytes), plan.rungs[-1])
+    return next((r for r in plan.rungs if r.bytes <= room), plan.rungs[-1])
 
 
 def _place(away: bool) -> str:

@@ -35,6 +35,7 @@ from halfbyte.generate.chat import answers
 from halfbyte.layers import decoded, embedding, forward, head, recompute
 from halfbyte.memory import measure, segments
 from halfbyte.memory import plan as planning
+from halfbyte.memory.budget import budget_here
 from halfbyte.memory.plan import Plan
 from halfbyte.memory.rungs import Rung
 from halfbyte.memory.watch import Watch
@@ -136,7 +137,7 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None, memory_time
     compute = choosing.DTYPES[chosen["compute"].value]
     prepared = _data(recipe, report)
     planned = recipe.model_copy(update={"compute": chosen["compute"].value})
-    chooser = planning.chooser(planned, lengths=lengths(prepared, recipe))
+    chooser = planning.chooser(planned, budget_here(recipe.memory.gpu), lengths=lengths(prepared, recipe))
     plan = planning.settled(chooser).require()
     fallen = stored.documents["trainer"].get("shortages", []) if stored is not None else []
     rung, standing = ladder.begin(plan, recipe, kept, fallen)

@@ -36,6 +36,10 @@ class Keep:
         assert not wrong, f"what waits in host memory is kept: {wrong}"
         assert not (self.tile and self.inputs), "an MLP in tiles keeps no gate and up"
 
+    def kept(self) -> list[str]:
+        """What is kept, by name, here or in host memory."""
+        return [name for name in NAMES if getattr(self, name)]
+
     @property
     def offload(self) -> bool:
         """Whether anything waits in host memory."""
@@ -51,8 +55,7 @@ class Keep:
 
     def spec(self) -> str:
         """In words that `from_spec` reads: `x> qkv> mid`; `>` marks what waits in host memory, `x` is left out where it stays."""
-        names = [name for name in NAMES if getattr(self, name)]
-        words = [f"{name}>" if name in self.away else name for name in (["x"] if "x" in self.away else []) + names]
+        words = [f"{name}>" if name in self.away else name for name in (["x"] if "x" in self.away else []) + self.kept()]
         return " ".join(words + ([f"tile={self.tile}"] if self.tile else [])) or "nothing"
 
     @classmethod
