@@ -18,6 +18,7 @@ import torch
 from halfbyte.errors import Interrupted, TrainingError
 from halfbyte.optim.scaling import LossScale
 from halfbyte.train import loop, metrics, saving
+from halfbyte.train.report import Report
 from halfbyte.train.signals import Stop, guard
 from halfbyte.train.state import Parts, State
 from train import rig, trials
@@ -207,6 +208,25 @@ def test_an_fp16_overflow_skips_the_step_and_is_no_anomaly(tmp_path: Path) -> No
     assert (state.skipped, state.non_finite) == (1, 0)
     assert not (tmp_path / "anomalies.jsonl").exists()
     assert float(scale.scale) == 2.0**15
+
+
+def test_a_held_out_loss_that_is_not_finite_is_told_and_never_the_best(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    parts = rig.build(tmp_path, steps=4, eval_every=1)
+    parts.report.on_event = told.append  # type: ignore[attr-defined]
+
+    def forward(*inputs: torch.Tensor) -> torch.Tensor:
+        hidden = parts.forward(*inputs)
+        return hidden if torch.is_grad_enabled() else hidden * float("nan")
+
+    state = rig.run(replace(parts, forward=forward))
+    assert state.step == 4 and state.best_loss is None and state.stale == 4
+    scores = [event for event in told if event["kind"] == "eval"]
+    assert len(scores) == 5 and all(s["loss"] is s["perplexity"] is None and s["accuracy"] is not None for s in scores)
+    assert sum("the held-out loss of held-out is not finite" in event.get("text", "") for event in told) == 5
+    assert isinstance(parts.report, Report)
+    metrics.plot(parts.report.metrics.read(), tmp_path / "loss.png", "title")
+    assert (tmp_path / "checkpoints" / "step-00000004").is_dir()
 
 
 def test_signals_set_a_flag_and_are_put_back() -> None:

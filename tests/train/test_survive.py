@@ -7,7 +7,7 @@ import json
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from halfbyte import shortage
 from halfbyte.errors import Interrupted, MemoryPlanError
 from halfbyte.machine import Device
 from halfbyte.memory.rungs import Rung, below, ways
+from halfbyte.optim import adamw
 from halfbyte.pinned import Arena
 from halfbyte.train import survive
 from halfbyte.train.state import Parts, State
@@ -156,6 +157,39 @@ def test_when_nothing_fits_the_run_is_saved_and_goes_on_later(tmp_path: Path) ->
     again = rig.build(tmp_path / "short", steps=5, save_every=0)
     rig.run(again)
     assert_same(whole, again)
+
+
+@pytest.mark.cpu
+def test_a_half_applied_update_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It never finds its memory in its second half: the run goes on from the checkpoint before it, as if nothing had been."""
+    monkeypatch.setattr(adamw, "_spans", lambda values, bits: [slice(0, 2560), slice(2560, 5120), slice(5120, len(values))])
+    whole = rig.build(tmp_path / "whole", steps=5)
+    rig.run(whole)
+    parts, calls, applied = rig.build(tmp_path / "short", steps=5), [0], adamw.adamw.step
+
+    def short(*inputs: Any) -> None:
+        calls[0] += 1
+        if calls[0] > 3 * 3 + 2:  # in the fourth step, behind two of its three spans
+            raise OUT
+        applied(*inputs)
+
+    monkeypatch.setattr(adamw.adamw, "step", short)
+    with pytest.raises(MemoryPlanError, match="half applied and not saved: the run resumes from step 3, of which"):
+        rig.run(parts)
+    monkeypatch.setattr(adamw.adamw, "step", applied)
+    again = rig.build(tmp_path / "short", steps=5)
+    assert rig.run(again).step == 5
+    assert_same(whole, again)
+
+
+@pytest.mark.cpu
+def test_a_rung_that_was_taken_since_the_last_checkpoint_is_saved_too(tmp_path: Path) -> None:
+    parts = with_ladder(rig.build(tmp_path, steps=5, save_every=1), rungs(Rung(2, False), Rung(2, True)))
+    monitored = short_at(parts, {4})
+    with pytest.raises(Interrupted):
+        rig.run(monitored, StopAfter(4))
+    stored = rig.resume.newest(parts.checkpoints, print)
+    assert stored is not None and stored.step == 1 and len(stored.documents["trainer"]["shortages"]) == 1
 
 
 @pytest.mark.cpu

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -47,7 +46,7 @@ def evaluate(
     answers: list[dict[str, str]] = [{"prompt": prompt} for prompt in prompts or []]
     for name, on in (("base", False), ("adapter", True)) if loaded.adapter else (("base", True),):
         with loaded.adapter.enabled(on) if loaded.adapter else nullcontext():
-            scores[name] = {part: asdict(score) for part, score in evaluate_base(loaded.base, sets, config.tokens).items()}
+            scores[name] = {part: score.document() for part, score in evaluate_base(loaded.base, sets, config.tokens).items()}
             for answer, text in zip(answers, _answers(loaded, prompts or [], max_tokens), strict=True):
                 answer[name] = text
     if as_json:
@@ -63,9 +62,13 @@ def _answers(loaded: Loaded, questions: list[str], max_tokens: int) -> list[str]
 
 
 def _show(scores: dict[str, Any], answers: list[dict[str, str]]) -> None:
+    from halfbyte.train.progress import number
+
     for name, found in scores.items():
         for part, s in found.items():
-            text = f"loss {s['loss']:.4f}  perplexity {s['perplexity']:.2f}  token accuracy {s['accuracy']:.1%}"
+            text = (
+                f"loss {number(s['loss'], '.4f')}  perplexity {number(s['perplexity'], '.2f')}  token accuracy {s['accuracy']:.1%}"
+            )
             print(f"{name:8} {part}: {text}  ({s['tokens']:,} tokens)")
     for answer in answers:
         print(f"\n> {answer['prompt']}")

@@ -36,6 +36,10 @@ class Score:
     accuracy: float
     tokens: int
 
+    def document(self) -> dict[str, Any]:
+        """Plain JSON: null for what is not finite."""
+        return {k: v if math.isfinite(v) else None for k, v in asdict(self).items()}
+
 
 @torch.no_grad()
 def evaluate(parts: Parts, stop: Stop | None = None) -> dict[str, Score] | None:
@@ -99,16 +103,21 @@ def evaluate_base(base: Base, sets: Mapping[str, TokenSet], tokens: int) -> dict
 
 
 def record(parts: Parts, state: State, scores: dict[str, Score]) -> None:
-    """Report the scores, keep them in the state, and note whether the held-out loss (over all sets' tokens) is the best yet."""
-    entry: dict[str, Any] = {"step": state.step, "sets": {name: asdict(score) for name, score in scores.items()}}
+    """Report the scores, keep them in the state, and note whether the held-out loss (over all sets' tokens) is the best yet.
+
+    One that is not finite is told, is never the best, and does not end the run: non-finite steps do.
+    """
+    entry: dict[str, Any] = {"step": state.step, "sets": {name: score.document() for name, score in scores.items()}}
     for name, score in scores.items():
-        parts.report.event({"kind": "eval", "step": state.step, "set": name, **asdict(score)})
+        parts.report.event({"kind": "eval", "step": state.step, "set": name, **score.document()})
+        if not math.isfinite(score.loss):
+            parts.report.tell(f"WARNING: step {state.step}: the held-out loss of {name} is not finite")
     state.evaluations.append(entry)
     if state.step == 0 or not scores:
         return
     tokens = sum(score.tokens for score in scores.values())
     loss = sum(score.loss * score.tokens for score in scores.values()) / max(1, tokens)
-    if state.best_loss is None or loss < state.best_loss:
+    if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
         state.best_loss, state.best_step, state.stale = loss, state.step, 0
     else:
         state.stale += 1

@@ -19,7 +19,7 @@ from halfbyte.memory.rungs import Rung
 from halfbyte.recipe import dump
 from halfbyte.train import loop, metrics
 from halfbyte.train.account import PICTURE, Account, Memory
-from halfbyte.train.progress import clock
+from halfbyte.train.progress import clock, number
 from halfbyte.train.report import Report
 from halfbyte.train.state import Parts, State
 
@@ -31,9 +31,9 @@ class Result:
     """What a run gave. adapter: its directory (of the whole model after full fine-tuning). exported_step: whose weights it holds.
 
     loss_before, loss_after: of the first and the last log line. eval_before, eval_after: scores of every held-out set before
-    the first step and of the exported weights: loss, perplexity, accuracy, tokens. samples: prompt, step, answer. shortages: when
-    memory ran short: step, why, and the rung that was taken. memory_bytes: the peak of the whole run; memory: plan and truth of
-    its steps, by part.
+    the first step and of the exported weights: loss, perplexity (None where not finite), accuracy, tokens. samples: prompt, step,
+    answer. shortages: when memory ran short: step, why, and the rung that was taken. memory_bytes: the peak of the whole run;
+    memory: plan and truth of its steps, by part.
     """
 
     adapter: Path
@@ -42,8 +42,8 @@ class Result:
     exported_step: int
     loss_before: float | None
     loss_after: float | None
-    eval_before: Mapping[str, Mapping[str, float]]
-    eval_after: Mapping[str, Mapping[str, float]]
+    eval_before: Mapping[str, Mapping[str, Any]]
+    eval_after: Mapping[str, Mapping[str, Any]]
     trained_parameters: int
     trained_tokens: int
     skipped: int
@@ -150,9 +150,11 @@ def summary(recipe: Recipe, result: Result, cut: str = "") -> str:
         lines.append(f"  memory ran short {times}; from step {last['step']} on: {Rung(**last['rung']).words()}")
     for name, after in result.eval_after.items():
         before = result.eval_before.get(name)
-        start = f"{before['loss']:.4f} -> " if before else ""
+        start = f"{number(before['loss'], '.4f')} -> " if before else ""
         accuracy = f"{before['accuracy']:.1%} -> " if before else ""
-        lines.append(f"  held-out loss {start}{after['loss']:.4f}, token accuracy {accuracy}{after['accuracy']:.1%}  ({name})")
+        lines.append(
+            f"  held-out loss {start}{number(after['loss'], '.4f')}, token accuracy {accuracy}{after['accuracy']:.1%}  ({name})"
+        )
     lines += _answers(result)
     whole = recipe.adapter.kind == "none"
     lines += [

@@ -1,7 +1,8 @@
 """What makes a run the same run: a checkpoint is resumed only where all of this is equal, so that nothing is mixed silently.
 
 Free to change: where it goes (`output`), how long (`max_steps`, `epochs`, `max_minutes`, `patience`), how often it is watched
-and saved, trackers, and memory settings (`optim.paged` is one), which do not change the mathematics. The base and the data count
+and saved, trackers, and settings of memory and speed (`optim.paged` and `train.graphs` are two), which do not change the
+mathematics. The base and the data count
 by their bytes, not by their names, so moving files is no difference.
 """
 
@@ -15,7 +16,7 @@ from halfbyte.config_base import Section
 
 FREE_TRAIN = (
     *("max_steps", "epochs", "max_minutes", "eval_every", "save_every", "log_every"),
-    *("keep", "best", "patience", "prompts", "sample_tokens"),
+    *("keep", "best", "patience", "prompts", "sample_tokens", "graphs"),
 )
 
 

@@ -30,7 +30,7 @@ from halfbyte.train.step import (
     settle,
     split,
 )
-from halfbyte.train.survive import continuing, rewinding, watch
+from halfbyte.train.survive import continuing, rewinding, watch, whole
 
 
 def train(parts: Parts, state: State, stop: Stop) -> None:
@@ -42,7 +42,7 @@ def train(parts: Parts, state: State, stop: Stop) -> None:
         steps(parts, state, stop, pending)
     except MemoryPlanError:
         read(parts, state, pending)
-        saving.save(parts, state)
+        keep(parts, state)
         raise
     read(parts, state, pending)
     saving.save(parts, state)
@@ -110,8 +110,14 @@ def read(parts: Parts, state: State, pending: list[Outcome]) -> None:
         settle(parts, state, pending)
     except TrainingError:
         state.non_finite = 0
-        saving.save(parts, state)
+        keep(parts, state)
         raise
+
+
+def keep(parts: Parts, state: State) -> None:
+    """Save what an error leaves, unless it came in the middle of an update: then the last checkpoint is where the run goes on."""
+    if whole(parts):
+        saving.save(parts, state)
 
 
 def fetch(parts: Parts, state: State) -> Batch:

@@ -189,8 +189,9 @@ def plot(events: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="train, every log line")
         axes.plot(steps, smooth(losses), color="tab:blue", linewidth=1.8, label="train, running mean")
     for name in sorted({e["set"] for e in events if e["kind"] == "eval"}):
-        held_out = [(e["step"], e["loss"]) for e in events if e["kind"] == "eval" and e["set"] == name]
-        axes.plot(*zip(*held_out, strict=True), marker="o", linewidth=1.5, label=f"held out: {name}")
+        held_out = [(e["step"], e["loss"]) for e in events if e["kind"] == "eval" and e["set"] == name and e["loss"] is not None]
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), marker="o", linewidth=1.5, label=f"held out: {name}")
     axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=title)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:

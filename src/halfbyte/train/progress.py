@@ -75,8 +75,8 @@ class Display:
         if kind == "train":
             self._train(event)
         elif kind == "eval":
-            loss, perplexity, accuracy = event["loss"], event["perplexity"], event["accuracy"]
-            text = f"step {event['step']}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}, token accuracy {accuracy:.1%}"
+            loss, perplexity = number(event["loss"], ".4f"), number(event["perplexity"], ".2f")
+            text = f"step {event['step']}: held-out loss {loss}, perplexity {perplexity}, token accuracy {event['accuracy']:.1%}"
             self.tell(f"{text} ({event['set']}, {event['tokens']:,} tokens)")
         elif kind == "sample":
             self.tell(f"step {event['step']}: {event['prompt']}\n  > {event['answer'].strip()}")
@@ -100,6 +100,11 @@ def memory(event: dict[str, Any]) -> str:
     named = [("plan", "planned_mib"), ("reserved", "reserved_mib"), ("driver", "driver_mib")]
     others = [f"{name} {event[key] / scale:.{digits}f}" for name, key in named if event.get(key)]
     return f"{event['memory_mib'] / scale:.{digits}f} {unit}" + (f" ({', '.join(others)})" if others else "")
+
+
+def number(value: float | None, spec: str) -> str:
+    """`2.1534`, or `not finite` where a score has none."""
+    return "not finite" if value is None else format(value, spec)
 
 
 def clock(seconds: float) -> str:

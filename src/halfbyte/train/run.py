@@ -89,18 +89,26 @@ def train(recipe: Recipe, *, on_event: OnEvent | None = None, memory_timeline: b
     with lock.hold(output, report.tell), _words(report), deterministic(recipe.train.deterministic):
         resume.sweep(output / CHECKPOINTS, report.tell)
         stored = resume.newest(output / CHECKPOINTS, report.tell)
-        base, adapter, prepared, parts, plan, account = _composed(recipe, report, stored, memory_timeline)
+        try:
+            base, adapter, prepared, parts, plan, account = _composed(recipe, report, stored, memory_timeline)
+        finally:
+            report.display.settled()  # what ends a preparation must not leave its bar, nor the cursor hidden
         state = State() if stored is None else saving.restore(parts, stored)
         if stored is not None:
             report.tell(f"resuming at step {state.step} of {parts.total_steps}, from {CHECKPOINTS}/step-{state.step:08d}")
         else:
             _room(parts)
+        if memory_timeline and parts.total_steps - state.step < accounting.RECORDED:
+            report.tell(
+                f"WARNING: no step is recorded: step {accounting.RECORDED} of what is left would be, and the run ends before"
+            )
         report.open(state, parts.total_steps, recipe.log.to, parts.choices["run"]["value"], recipe.model_dump(mode="json"))
         try:
             room = plan.spare if parts.choices["decoded weights"]["value"] == "on" else 0
             with signals.guard() as stop, decoded.held(base.model, base.compute, limit=room):
                 loop.train(parts, state, stop)
         finally:
+            fusing.forget(base.model)  # host memory that layers have pinned is no other run's otherwise
             report.close()
             finish.plot(parts, account, output, recipe.model.name)
         return finish.hand_over(recipe, base, adapter, prepared, parts, state, account, report)

@@ -43,14 +43,15 @@ def contents(parts: Parts, state: State) -> Contents:
 
 def save(parts: Parts, state: State) -> None:
     """Save, verify, then delete old checkpoints. A full disk is told, survived twice, and ends the run the third time in a row."""
-    if state.saved == state.step:
+    if state.saved == state.step and state.kept_shortages == len(state.shortages):
         return
-    before, state.saved = state.saved, state.step
+    before = state.saved, state.kept_shortages
+    state.saved, state.kept_shortages = state.step, len(state.shortages)
     started = time.monotonic()
     try:
         written = resume.save(parts.checkpoints, contents(parts, state))
     except DiskFull as error:
-        state.saved = before
+        state.saved, state.kept_shortages = before
         state.save_failures += 1
         parts.report.event({"kind": "save-failed", "step": state.step, "reason": error.message})
         if state.save_failures >= TOLERATED:

@@ -112,7 +112,8 @@ class State:
 
     step: optimizer steps done, skipped ones included; also the number of the next batch. window: log values since the last log
     line. evaluated, saved: steps of the last evaluation and checkpoint (-1: none). stale: evaluations since the best one.
-    shortages: when memory ran short: step, why, and the rung taken, which is resumed on.
+    shortages: when memory ran short: step, why, and the rung taken, which is resumed on; kept_shortages: how many of them the last
+    checkpoint holds.
     """
 
     step: int = 0
@@ -132,6 +133,7 @@ class State:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     shortages: list[dict[str, Any]] = field(default_factory=list)
+    kept_shortages: int = 0
 
     def document(self) -> dict[str, Any]:
         """For `trainer.json`."""

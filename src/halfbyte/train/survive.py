@@ -50,6 +50,11 @@ def continuing(parts: Parts, state: State, attempt: Callable[[], T]) -> T:
     raise _nothing_fits(parts, state, why)
 
 
+def whole(parts: Parts) -> bool:
+    """Whether no update is half applied: only then a checkpoint holds one step."""
+    return parts.optimizer.applied == 0
+
+
 def descend(parts: Parts, state: State, why: str) -> None:
     """Empties pools and caches and takes the next smaller rung, which the next attempt settles on; tells it in one line."""
     ladder = parts.ladder
@@ -76,8 +81,10 @@ def watch(parts: Parts, state: State) -> None:
 def _nothing_fits(parts: Parts, state: State, why: str) -> MemoryPlanError:
     rung = parts.ladder.rung
     planned = f", for which {rung.bytes / 2**30:.2f} GiB were planned" if rung.bytes else ""
+    since = f"step {state.saved}, of which there is a checkpoint" if state.saved >= 0 else "its first step, since none is saved yet"
+    saved = "the run is saved" if whole(parts) else f"the update is half applied and not saved: the run resumes from {since}"
     return MemoryPlanError(
-        f"step {state.step + 1}: {why}, and nothing smaller is left to choose than {rung.words()}{planned}; the run is saved",
+        f"step {state.step + 1}: {why}, and nothing smaller is left to choose than {rung.words()}{planned}; {saved}",
         hint=parts.ladder.advice or "end other programs on the device, or shorten data.tokens",
         code="train.out-of-memory",
     )
