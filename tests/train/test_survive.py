@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from halfbyte.memory.rungs import Rung, below, ways
 from halfbyte.optim import adamw
 from halfbyte.pinned import Arena
 from halfbyte.train import survive
+from halfbyte.train.signals import Stop
 from halfbyte.train.state import Parts, State
 from train import rig
 from train.test_loop import StopAfter, assert_same
@@ -184,10 +186,19 @@ def test_a_half_applied_update_is_not_saved(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.cpu
 def test_a_rung_that_was_taken_since_the_last_checkpoint_is_saved_too(tmp_path: Path) -> None:
+    """Stopped in the second step, which had just begun anew on a smaller rung."""
     parts = with_ladder(rig.build(tmp_path, steps=5, save_every=1), rungs(Rung(2, False), Rung(2, True)))
-    monitored = short_at(parts, {4})
+    stop, forwards = Stop(), [0]
+
+    def forward(*inputs: torch.Tensor) -> torch.Tensor:
+        forwards[0] += torch.is_grad_enabled()
+        if forwards[0] == 4 and not stop:
+            stop.signal = signal.SIGTERM
+            raise OUT
+        return parts.forward(*inputs)
+
     with pytest.raises(Interrupted):
-        rig.run(monitored, StopAfter(4))
+        rig.run(replace(parts, forward=forward), stop)
     stored = rig.resume.newest(parts.checkpoints, print)
     assert stored is not None and stored.step == 1 and len(stored.documents["trainer"]["shortages"]) == 1
 
