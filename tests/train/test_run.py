@@ -21,7 +21,7 @@ from halfbyte.formats.config import FormatConfig
 from halfbyte.layers import head
 from halfbyte.layers.linear import Linear4bit
 from halfbyte.recipe import load_recipe, recipe_from
-from halfbyte.train import choices, metrics
+from halfbyte.train import choices, fusing, metrics
 from halfbyte.train.finish import Result
 from halfbyte.train.run import train
 from support import write_jsonl
@@ -38,6 +38,23 @@ def run(files: Path, output: Path, *overrides: str, on_event: Any = None, memory
         "output": str(output),
     }
     return train(recipe_from(data, list(overrides)), on_event=on_event, memory_timeline=memory_timeline)
+
+
+def test_a_short_run_says_that_nothing_is_recorded_and_gives_back_what_was_pinned(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten, events = [], []
+    monkeypatch.setattr(fusing.host, "forget", lambda: forgotten.append(True))
+    run(files, tmp_path / "run", "train.max_steps=2", on_event=events.append, memory_timeline=True)
+    assert forgotten == [True]
+    assert [e["text"] for e in events if "is recorded" in e.get("text", "")] == [
+        "WARNING: no step is recorded: step 3 of what is left would be, and the run ends before"
+    ]
+
+
+def test_graphs_may_change_on_resume(files: Path, tmp_path: Path) -> None:
+    run(files, tmp_path / "run", "train.max_steps=2")
+    assert run(files, tmp_path / "run", "train.max_steps=3", "train.graphs=off").steps == 3
 
 
 def newest(output: Path) -> Contents:
