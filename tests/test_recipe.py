@@ -182,6 +182,15 @@ def test_resolved_recipe_reads_back(tmp_path: Path, kind: str) -> None:
     assert load_recipe(write(tmp_path, dump(recipe))) == recipe
 
 
+@pytest.mark.parametrize("measure", [{"weight": 0.5}, {"count": 3}, {"share": 0.1}], ids=lambda m: next(iter(m)))
+def test_how_much_of_a_source_reads_back(tmp_path: Path, measure: dict[str, float]) -> None:
+    recipe = recipe_from({"model": "m", "data": {"train": ["a.jsonl", {"path": "b.jsonl", **measure}]}})
+    assert load_recipe(write(tmp_path, dump(recipe))) == recipe
+    both = {"weight": 0.5, "count": 3, "share": 0.1} | measure
+    with pytest.raises(RecipeError, match="`weight` and `count` and `share` are two answers to one question"):
+        recipe_from({"model": "m", "data": {"train": [{"path": "b.jsonl", **both}]}})
+
+
 @given(st.text(max_size=60))
 def test_any_text_is_a_recipe_or_an_error(text: str) -> None:
     import tempfile

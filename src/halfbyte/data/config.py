@@ -48,7 +48,9 @@ class SourceConfig(Section):
 
     @model_validator(mode="after")
     def _one_measure(self) -> SourceConfig:
-        given = [name for name in ("weight", "count", "share") if name in self.model_fields_set and getattr(self, name) is not None]
+        # By value: a saved recipe spells out every default, and reads back.
+        fields = type(self).model_fields
+        given = [name for name in ("weight", "count", "share") if getattr(self, name) != fields[name].default]
         if len(given) > 1:
             raise ValueError(f"`{'` and `'.join(given)}` are two answers to one question: keep one of them")
         return self
