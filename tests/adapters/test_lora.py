@@ -126,6 +126,24 @@ def test_what_learns_is_fp32_gets_a_gradient_and_leaves_the_compute_dtype(family
         assert role == ("no_decay" if name.endswith("bias") else "dense" if embedding in name else name[-6:])
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("fmt", [NF4, None])
+def test_biases_below_an_adapter_learn_in_16_bits(fmt: Format | None, family: str, bias: str) -> None:
+    model = _model(family, fmt, torch.bfloat16)
+    before = _logits(model)
+    adapter = lora.attach(model, AdapterConfig(rank=4, bias=bias), 0)
+    biases = {name: p for name, p, _ in adapter.parameters() if name.endswith(".base_layer.bias")}
+    assert torch.equal(_logits(model), before) and biases
+    model(input_ids=IDS, use_cache=False).logits.float().square().mean().backward()
+    for name, p in biases.items():
+        assert p.dtype == torch.float32 and p.grad is not None and p.grad.dtype == torch.float32, name
+    _shake(adapter)
+    assert not torch.equal(_logits(model), before)
+    adapter.remove()
+    assert torch.equal(_logits(model), before)
+
+
 def test_bias_lora_only() -> None:
     adapter = lora.attach(_model("gpt2"), AdapterConfig(targets=["c_fc"], bias="lora_only"), 0)
     names = [name for name, _, role in adapter.parameters() if role == "no_decay"]

@@ -35,16 +35,17 @@ def trainable_in_fp32(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
         originals[name] = parameter.detach()
         dtype = parameter.dtype
         module.register_parameter(leaf, nn.Parameter(parameter.detach().to(torch.float32, copy=True)))
-        if dtype != torch.float32 and not _casts_by_itself(module, leaf):
+        if dtype != torch.float32 and not _casts_by_itself(module, name):
             _make_island(module, dtype)
     return originals
 
 
-def _casts_by_itself(module: nn.Module, leaf: str) -> bool:
+def _casts_by_itself(module: nn.Module, name: str) -> bool:
     """A bias below an adapter, or of a packed layer, is cast to the compute dtype by the grouped product."""
     from halfbyte.layers.linear import Linear4bit
 
-    return leaf == "bias" and isinstance(module, Linear4bit)
+    below_adapter = name.endswith(".base_layer.bias")
+    return below_adapter or (name.endswith("bias") and isinstance(module, Linear4bit))
 
 
 def _make_island(module: nn.Module, dtype: torch.dtype) -> None:
