@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from halfbyte.adapters import lora
 from halfbyte.adapters.config import AdapterConfig
@@ -32,15 +33,45 @@ def loud_base(end=None, *, after=3, **changes):
     return base
 
 
+def greedy(base, prompt, tokens):
+    """The text of the likeliest tokens, each from a pass over all before it."""
+    ids = encode(base, prompt)
+    start = len(ids)
+    with torch.no_grad():
+        for _ in range(tokens):
+            ids.append(base.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+    return base.tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
 def test_greedy_equals_decoding_without_a_cache():
     base = packed_base()
     answer = generate(base, "Once upon a time", max_tokens=12)
-    ids = encode(base, "Once upon a time")
-    with torch.no_grad():
-        for _ in range(answer.tokens):
-            ids.append(base.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
-    assert base.tokenizer.decode(ids[answer.prompt_tokens :], skip_special_tokens=True) == answer.text
+    assert answer.text == greedy(base, "Once upon a time", answer.tokens)
     assert generate(base, "Once upon a time", max_tokens=12).text == answer.text
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+        {"num_beams": 3},
+        {"max_time": 1e-9},
+        {"stop_strings": list("abcdefghijklmnopqrstuvwxyz")},
+        {"return_dict_in_generate": True},
+        {"suppress_tokens": list(range(200))},
+        {"min_new_tokens": 20},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_generation_settings_of_the_model_change_no_answer(setting):
+    base = packed_base()
+    own = GenerationConfig(**setting)
+    base.model.generation_config = own
+    prompt = "Once upon a time, a time, a time"
+    answer = generate(base, prompt, max_tokens=12)
+    assert answer.tokens == 12 and answer.text == greedy(base, prompt, 12)
+    assert base.model.generation_config is own
 
 
 def test_sampling_depends_on_the_seed_alone():

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -114,11 +116,23 @@ def _by_transformers(model: PreTrainedModel, request: Request, streamer: TextStr
         use_cache=True,
     )
     inputs = torch.tensor([request.ids], device=device)
-    out: Tensor = model.generate(  # type: ignore[operator]
-        inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer
-    )
+    with _own_settings_aside(model):
+        out: Tensor = model.generate(  # type: ignore[operator]
+            inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer
+        )
     new: list[int] = out[0, len(request.ids) :].tolist()
     return new
+
+
+@contextmanager
+def _own_settings_aside(model: PreTrainedModel) -> Iterator[None]:
+    """Within it the model brings no generation settings of its own: transformers takes them for all that a call leaves open (a
+    repetition penalty, beams, a time limit), and the answer would not be the one that was asked for."""
+    own, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _say(model: PreTrainedModel, how: str) -> None:
