@@ -284,6 +284,27 @@ def test_what_trl_does_with_long_examples(chosen: dict[str, Any], policy: str) -
     assert imported("trl", **chosen).recipe["data"]["too_long"] == policy
 
 
+def test_older_names_of_keys_are_the_same_settings(here: Path) -> None:
+    (here / "c.yaml").write_text(
+        "model_name_or_path: org/base\ndataset_name: org/set\nmax_seq_length: 4096\nevaluation_strategy: steps\neval_steps: 5\n"
+    )
+    found = convert(["c.yaml"])
+    assert found.recipe["data"]["tokens"] == 4096 and found.recipe["train"]["eval_every"] == 5
+    assert found.recipe["data"]["eval"] == [{"path": "org/set", "split": "test"}]
+    length = line_of(found, "max_seq_length")
+    assert (length.kind, length.to, length.values, length.line) == ("mapped", "data.tokens", (4096,), 3)
+    assert {"data.eval.0.path", "train.eval_every"} < {line.to for line in found.lines if "evaluation_strategy" in line.keys}
+    told = {key for line in found.lines for key in line.keys}
+    assert not told & {"max_length", "eval_strategy"}, "the report has the names that the user wrote"
+    with pytest.raises(RecipeError, match=r"c\.yaml:3: `max_seq_length` must be a whole number"):
+        (here / "c.yaml").write_text((here / "c.yaml").read_text().replace("4096", "1.5"))
+        convert(["c.yaml"])
+    both = imported("trl", max_seq_length=4096, max_length=512)
+    assert both.recipe["data"]["tokens"] == 512 and "`max_length`, which is given too" in line_of(both, "max_seq_length").why
+    factory = imported("llamafactory", dataset="mine", val_size=0.1, evaluation_strategy="steps", eval_steps=7)
+    assert factory.recipe["train"]["eval_every"] == 7
+
+
 def test_trl_as_json_and_as_yaml(here: Path) -> None:
     trainer = {
         "model": "org/base",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -17,7 +17,7 @@ import yaml
 from halfbyte.config import Recipe
 from halfbyte.config_base import Section
 from halfbyte.errors import RecipeError
-from halfbyte.importers import axolotl, llamafactory, trl, unsloth
+from halfbyte.importers import axolotl, llamafactory, trainer_args, trl, unsloth
 from halfbyte.importers.draft import KINDS, Draft, Kind, Line, Table, unknown
 from halfbyte.importers.source import Source, read
 from halfbyte.mistakes import sections_of
@@ -37,12 +37,13 @@ HEADINGS: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Tool:
-    """One tool: its name for people, its table, its hidden defaults, and what no key of it says."""
+    """One tool: its name for people, its table, its hidden defaults, what no key of it says, and older names of its keys."""
 
     name: str
     table: Table
     defaults: dict[str, Any]
     differences: Callable[[Draft], None]
+    older: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,17 @@ def convert(given: list[str], tool: str = "", *, processes: int | None = None, d
 def from_source(source: Source, *, processes: int | None = None, dataset_info: str | None = None) -> Imported:
     """The same for a source that was read already."""
     chosen, data = _tool(source)
+    data, written = _renamed(data, chosen.older)
     draft = Draft(
         tool=chosen.name,
         where=source.where,
         source=chosen.defaults | data,
         given=frozenset(data),
-        places=source.lines,
+        places=source.lines | {new: source.lines[old] for new, old in written.items() if old in source.lines},
         folder=source.folder,
         processes=processes or source.processes or 1,
         extra={"dataset_info": dataset_info} if dataset_info else {},
+        written=written,
     )
     for key in data:
         if key not in chosen.table:
@@ -128,9 +131,10 @@ def _tool(source: Source) -> tuple[Tool, dict[str, Any]]:
     if source.tool == "axolotl":
         return Tool("axolotl", axolotl.TABLE, axolotl.DEFAULTS, axolotl.differences), source.data
     if source.tool == "llamafactory":
-        return Tool("LLaMA-Factory", llamafactory.TABLE, llamafactory.DEFAULTS, llamafactory.differences), source.data
+        older = trainer_args.OLDER
+        return Tool("LLaMA-Factory", llamafactory.TABLE, llamafactory.DEFAULTS, llamafactory.differences, older), source.data
     if source.tool == "trl":
-        return Tool("TRL", trl.TABLE, trl.DEFAULTS, trl.differences), trl.flattened(source.data)
+        return Tool("TRL", trl.TABLE, trl.DEFAULTS, trl.differences, trl.OLDER), trl.flattened(source.data)
     if source.tool == "unsloth":
         sections = any(name in source.data for name in unsloth.SECTIONS)
         return Tool(
@@ -139,11 +143,19 @@ def _tool(source: Source) -> tuple[Tool, dict[str, Any]]:
     raise RecipeError(f"`--from {source.tool}` is none of {', '.join(NAMES)}", code="import.tool")
 
 
+def _renamed(data: dict[str, Any], older: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The keys by their names of today, unless the source has that one too, and the name that it wrote for each renamed one."""
+    written = {new: old for old, new in older.items() if data.get(old) is not None and new not in data}
+    now = {old: new for new, old in written.items()}
+    return {now.get(key, key): value for key, value in data.items()}, written
+
+
 def _told(draft: Draft) -> tuple[Line, ...]:
     """The report: a later value for the same key of ours wins, and defaults that are ours as well are no news."""
     last = {line.to: line for line in draft.lines if line.to}
     lines = [line for line in draft.lines if not line.to or last[line.to] is line or line.kind != "default"]
     lines = [line for line in lines if line.kind != "default" or _ours(line.to) != line.result]
+    lines = [replace(line, keys=tuple(draft.written.get(key, key) for key in line.keys)) for line in lines]
     return tuple(sorted(lines, key=lambda line: KINDS.index(line.kind)))
 
 

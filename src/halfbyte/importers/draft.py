@@ -61,6 +61,7 @@ class Draft:
     """The recipe so far. source: the tool's keys with its hidden defaults filled in. given: keys that the source itself holds.
 
     where: the file, for errors. places: line of each key. folder: the file's directory. processes: training processes.
+    written: the name that the source has for a key, where that is an older one.
     """
 
     tool: str
@@ -71,6 +72,7 @@ class Draft:
     folder: str = "."
     processes: int = 1
     extra: Mapping[str, str] = field(default_factory=dict)
+    written: Mapping[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
 
@@ -99,11 +101,11 @@ class Draft:
 
     def number(self, key: str) -> float:
         """The value of `key` as a number. Raises RecipeError naming file, line and key."""
-        return number(self.get(key), key, self.place(key))
+        return number(self.get(key), self.written.get(key, key), self.place(key))
 
     def whole(self, key: str) -> int:
         """The value of `key` as a whole number."""
-        return whole(self.get(key), key, self.place(key))
+        return whole(self.get(key), self.written.get(key, key), self.place(key))
 
     def sections(self, key: str) -> list[dict[str, Any]]:
         """The value of `key` as a list of sections; empty when it is."""

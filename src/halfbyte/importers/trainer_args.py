@@ -33,6 +33,8 @@ DEFAULTS: dict[str, Any] = {
     "load_best_model_at_end": False,
 }
 
+OLDER = {"evaluation_strategy": "eval_strategy"}
+"""Names that keys had before: the same settings."""
 _SPEED = """
 tf32 gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs torch_compile torch_compile_backend
 torch_compile_mode use_liger_kernel liger_kernel_config use_cache torch_empty_cache_steps auto_find_batch_size bf16_full_eval
@@ -83,7 +85,8 @@ TABLE: Table = {
     "gradient_checkpointing": common.checkpointing,
     "activation_offloading": common.offloading,
     "eval_strategy": common.every("train.eval_every", "eval_strategy", "eval_steps"),
-    **all_of(read_with, "eval_strategy", "eval_steps evaluation_strategy"),
+    "eval_steps": read_with("eval_strategy"),
+    "evaluation_strategy": ignored("an older name of `eval_strategy`, which is given too and wins"),
     "save_strategy": common.every("train.save_every", "save_strategy", "save_steps"),
     "save_steps": read_with("save_strategy"),
     "save_total_limit": common.keep,

@@ -45,6 +45,8 @@ DEFAULTS: dict[str, Any] = {
     "packing_strategy": "bfd",
     "output_dir": "trainer_output",
 }
+OLDER = {**trainer_args.OLDER, "max_seq_length": "max_length"}
+"""Names that keys had before: the same settings."""
 PEFTS = ["q_proj", "v_proj"]
 """What PEFT adapts in most models when no targets are named."""
 
@@ -276,7 +278,8 @@ TABLE: Table = {
     **all_of(ignored, common.LOADER, "dataset_streaming streaming dataset_num_proc shuffle_dataset dataset_kwargs"),
     "dataset_text_field": text_field,
     "max_length": length,
-    **all_of(read_with, "max_length", "truncation_mode packing_strategy max_seq_length"),
+    **all_of(read_with, "max_length", "truncation_mode packing_strategy"),
+    "max_seq_length": ignored("an older name of `max_length`, which is given too and wins"),
     "packing": packing,
     **all_of(
         ignored, "rows are packed full, in training and evaluation alike", "padding_free pad_to_multiple_of eval_packing pad_token"
