@@ -117,6 +117,20 @@ def test_into_the_original_weights_on_request(tmp_path):
     assert report.moved is not None and same.moved is not None and report.moved.kl > 10 * same.moved.kl
 
 
+@pytest.mark.parametrize("trained_part", ["embed_tokens", "lm_head"])
+def test_into_the_original_weights_of_a_tied_base_that_training_untied(trained_part, tmp_path):
+    base = trained(tmp_path, "qwen2", DENSE, model={"tie_word_embeddings": True}, modules_to_save=[trained_part])
+    ours = logits(base.model)
+    merge(tmp_path / "adapter", tmp_path / "out", into="original", dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), ours, rtol=0, atol=2e-4)
+    stored = load_file(tmp_path / "base" / "model.safetensors")["model.embed_tokens.weight"]
+    weights = {"embed_tokens": merged.get_input_embeddings().weight, "lm_head": merged.get_output_embeddings().weight}
+    assert {name: torch.equal(weight, stored) for name, weight in weights.items()} == {
+        name: name != trained_part for name in weights
+    }
+
+
 def test_everything_needed_lies_beside_the_weights(tmp_path):
     template = "{% for m in messages %}<{{ m['content'] }}><|endoftext|>{% endfor %}"
     trained(tmp_path, extras={peft.TEMPLATE: template}, compute=torch.bfloat16)

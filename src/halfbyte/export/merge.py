@@ -172,7 +172,8 @@ def original_tensors(base: Base, frame: PreTrainedModel) -> Callable[[str], Tens
     found = names.match(frame, headers, writer.transposed_weights(frame)).tensors
 
     def read(name: str) -> Tensor:
-        tensor = tensors.read(found[name])
+        # Tied weights are stored once, under the other's name; a trained one of them has parted the two.
+        tensor = tensors.read(found[name] if name in found else found[frame.all_tied_weights_keys[name]])
         assert isinstance(tensor, Tensor)
         return tensor
 
