@@ -65,6 +65,20 @@ def test_chat_with_a_base(place: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
     assert said.code == 0 and "there is no adapter here" in said.err
 
 
+def test_chat_goes_on_after_a_conversation_that_the_template_refuses(
+    place: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = place / "model" / "chat_template.jinja"
+    refuses = "{% if messages | length > 1 %}{{ raise_exception('one message at a time') }}{% endif %}"
+    template.write_text(refuses + "{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n/reset\nthree\n/quit\n"))
+    said = cli("chat", "model", "--max-tokens", "3")
+    assert said.code == 0 and said.err.count("refuses this conversation: one message at a time") == 1
+    assert "/reset starts" in said.err and "defect" not in said.err and len(said.out.splitlines()) >= 2
+    said = cli("chat", "model", "--system", "Be brief.", "--prompt", "one")
+    assert said.code == 1 and "leave --system out" in said.err and "defect" not in said.err
+
+
 def test_eval(trained: Path, cli: Cli) -> None:
     scores = json.loads(cli("eval", "run", "--json").out)
     summary = json.loads((trained / "run" / "summary.json").read_text())

@@ -192,6 +192,33 @@ def test_wrong_arguments_are_named(wrong):
         generate(packed_base(), HELLO, **wrong)
 
 
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+
+
+def test_a_template_that_refuses_a_conversation_is_told_and_the_chat_goes_on():
+    chat = Chat(packed_base(), template=NO_SYSTEM, system="Be brief.", max_tokens=2)
+    with pytest.raises(DataError, match="refuses this conversation: System role not supported") as caught:
+        chat.say("hello")
+    assert caught.value.code == "data.template" and "--system" in caught.value.hint
+    chat.system = None
+    chat.reset()
+    assert chat.say("hello").tokens > 0 and len(chat.messages) == 2
+    broken = "{{ messages[0]['content'] + 1 }}"
+    with pytest.raises(DataError, match="refuses this conversation"):
+        encode(packed_base(), HELLO, broken)
+    with pytest.raises(DataError, match="refuses this conversation"):
+        encode(packed_base(), HELLO, "{% for m in messages %}")
+
+
+def test_a_template_that_wants_a_system_message_answers_where_there_is_one():
+    wants = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message, please') }}{% endif %}" + CHATML
+    answer = generate(packed_base(), [{"role": "system", "content": "Be brief."}, *HELLO], max_tokens=2, template=wants)
+    assert answer.tokens > 0
+    parts_only = "{% for m in messages %}{% for p in m['content'] %}{{ p.type + '|' + p['text'] }}{% endfor %}{% endfor %}"
+    base = packed_base()
+    assert base.tokenizer.decode(encode(base, HELLO, parts_only)) == "text|hello"
+
+
 def test_templates_that_read_parts_and_templates_that_close_no_turn():
     base = packed_base()
     parts = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}<|endoftext|>{% endfor %}"

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from jinja2 import TemplateError
 from torch import nn
 
 from halfbyte.errors import DataError, RecipeError
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from halfbyte.checkpoints.base import Base
 
 Message = dict[str, Any]
+RAISED = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+"""What a template's own code may raise besides jinja's errors."""
 
 
 @dataclass(frozen=True)
@@ -179,16 +182,28 @@ def rendered(base: Base, messages: Sequence[Message], template: str, *, prompt: 
     """A conversation as the template writes it: the text that training saw, and with `prompt` what opens the next answer.
 
     Vision models' templates read the content as a list of parts and would drop plain text, so they get that.
+    Raises DataError (`data.template`) where the template refuses the conversation.
     """
     parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages if isinstance(m["content"], str)]
     forms = [list(messages), parts] if len(parts) == len(messages) else [list(messages)]
-    texts = (
-        str(base.tokenizer.apply_chat_template(form, chat_template=template, add_generation_prompt=prompt, tokenize=False))
-        for form in forms
-    )
-    first = next(texts)
     words = str(messages[-1]["content"]).strip()
-    return first if words in first else next((text for text in texts if words in text), first)
+    texts, refusals = [], []
+    for form in forms:
+        try:
+            text = base.tokenizer.apply_chat_template(form, chat_template=template, add_generation_prompt=prompt, tokenize=False)
+        except (TemplateError, *RAISED) as error:
+            refusals.append(error)
+            continue
+        texts.append(str(text))
+        if words in texts[-1]:
+            return texts[-1]
+    if not texts:
+        raise DataError(
+            f"the chat template of {base.name} refuses this conversation: {refusals[0]}",
+            hint="some take no system message: leave --system out; /reset starts the conversation afresh",
+            code="data.template",
+        ) from refusals[0]
+    return texts[0]
 
 
 def end_tokens(base: Base, template: str | None = None, end_ids: Iterable[int] = ()) -> set[int]:
@@ -215,7 +230,10 @@ def _end_of_turn(base: Base, template: str) -> int | None:
     special = set(base.tokenizer.all_special_ids) | set(base.tokenizer.added_tokens_decoder)
     for after in ([], [asked]):
         messages = [asked, {"role": "assistant", "content": words}, *after]
-        text = rendered(base, messages, template, prompt=False)
+        try:
+            text = rendered(base, messages, template, prompt=False)
+        except DataError:  # it may refuse this one alone: some want a system message
+            continue
         tail: list[int] = base.tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
         if (found := next((token for token in tail if token in special), None)) is not None:
             return found
