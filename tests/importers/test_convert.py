@@ -502,8 +502,43 @@ def test_the_tool_is_found_from_its_keys(here: Path, data: str, tool: str) -> No
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        "{} 2>&1 | tee log.txt",
+        "{} > log.txt",
+        "{} >log.txt 2> err.txt < /dev/null",
+        "{} &> 'my log.txt' &",
+        "{}& echo started",
+        "{};echo done",
+        "{} && echo --lora_r 99 done || exit 1",
+        "cd there && {}",
+        "(cd there; {})",
+        "{} 2> >(tee err.txt)",
+        "{} # --lora_r 99 | what we don't take",
+    ],
+)
+def test_what_a_shell_makes_of_a_command_is_no_value_of_an_option(line: str) -> None:
+    command = (
+        "CUDA_VISIBLE_DEVICES=0 trl sft --model_name_or_path m --dataset_name 'a;b|c>d#e' --lora_r 8 --load_in_4bit --use_peft"
+    )
+    found = convert([line.format(command)])
+    plain = convert([command])
+    assert found.recipe == plain.recipe and found.lines == plain.lines
+    assert plain.recipe["format"]["kind"] == "nf4" and plain.recipe["data"]["train"][0]["path"] == "a;b|c>d#e"
+    assert convert(["trl", "sft", *command.split()[3:-1], "--use_peft", "--output_dir", "a&b"]).recipe["output"] == "a&b"
+
+
+def test_options_after_a_redirection_and_numbers_before_one() -> None:
+    found = convert(["trl sft --model_name_or_path m#1 --dataset_name d 2>&1 --use_peft --lora_r 4 > log --seed 2 >> log"])
+    assert (found.recipe["model"], found.recipe["adapter"]["rank"], found.recipe["train"]["seed"]) == ("m#1", 4, 2)
+
+
+@pytest.mark.parametrize(
     ("given", "told"),
     [
+        ("trl sft --eos_token <|im_end|> --lora_r 8", "nothing belongs to the <"),
+        ("trl sft --eos_token 'x; trl sft --model_name_or_path m", "nothing belongs to the '"),
+        ("trl sft --model_name_or_path $(echo m) --dataset_name d", "shell variable"),
         ("trl sft --model_name_or_path $MODEL", "shell variable"),
         ("trl dpo --model_name_or_path m", "only supervised fine-tuning"),
         ("trl sft --config nope.yaml", "there is no file nope.yaml"),

@@ -24,6 +24,15 @@ TOOLS = ("axolotl", "llamafactory", "trl", "unsloth")
 MAX_BYTES = 1_000_000
 _HINT = "name the tool with --from axolotl, llamafactory, trl or unsloth"
 _PROCESSES = re.compile(r"--(?:num_processes|nproc_per_node|nproc-per-node)[= ](\d+)")
+_QUOTED = r"""\\.|'[^']*'|"(?:\\.|[^"\\])*\""""
+_FILE = rf"""[<>]\([^)]*\)|(?:{_QUOTED}|[^\s|&;<>()'"\\])+"""
+_SHELL = re.compile(
+    rf"(?P<word>{_QUOTED}|\$\([^)]*\)?)|(?P<comment>(?<!\S)\#.*)"
+    rf"|(?P<redirection>(?:(?<!\S)\d+)?(?:&>>?|>&|<&|>>|<<<?|>\||<>|[<>])\s*(?:{_FILE}))"
+    r"|(?P<end>[|&;()]+)|(?P<open>[<>'\"])|(?P<other>.)",
+    re.DOTALL,
+)
+"""What a line of shell is made of, as far as it matters where a command ends."""
 _STAGES = ("dpo", "kto", "grpo", "rloo", "reward", "distillation")
 
 
@@ -116,21 +125,33 @@ def detect(data: dict[str, Any]) -> tuple[str, str]:
 def _command(text: str, where: str, folder: Path) -> Source:
     """The last command of a script that starts one of the tools, or the options alone."""
     joined = text.replace("\\\n", " ")
-    for line in reversed([line for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]):
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError as error:
-            raise RecipeError(
-                f"{where}: not a command line: {error}", hint="are the quotes closed?", code="import.source"
-            ) from error
-        found = _of_tool(words, line, where, folder)
-        if found is not None:
-            return found
+    for line in reversed(joined.splitlines()):
+        for command in reversed(_commands(line, where)):
+            found = _of_tool(shlex.split(command), command, where, folder)
+            if found is not None:
+                return found
     raise RecipeError(
         f"{where}: no command of axolotl, llamafactory-cli, trl or unsloth-cli.py is in it",
         hint="a configuration ends in .yaml or .json; options alone need --from",
         code="import.tool",
     )
+
+
+def _commands(line: str, where: str) -> list[str]:
+    """The commands of a line of shell, without comments and redirections: `cd x && trl sft ... 2>&1 | tee log` has three."""
+    commands = [""]
+    for piece in _SHELL.finditer(line):
+        if piece.lastgroup == "open":
+            raise RecipeError(
+                f"{where}: not a command line: nothing belongs to the {piece.group()} in `{line[piece.start() :][:60]}`",
+                hint="are the quotes closed, and values such as '<|im_end|>' in quotes?",
+                code="import.source",
+            )
+        if piece.lastgroup == "end":
+            commands.append("")
+        elif piece.lastgroup in ("word", "other"):
+            commands[-1] += piece.group()
+    return [command for command in commands if command.strip()]
 
 
 def _of_tool(words: list[str], line: str, where: str, folder: Path) -> Source | None:
