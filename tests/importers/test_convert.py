@@ -325,13 +325,38 @@ def test_trl_as_json_and_as_yaml(here: Path) -> None:
     found = convert(["trainer.json"])
     assert not found.of("refused") and not found.of("unknown")
     assert found.recipe["adapter"] == {
-        "kind": "lora", "rank": 8, "alpha": 8, "dropout": 0.05, "targets": "all-linear", "bias": "none",
-        "rank_pattern": {"q_proj": 4},
+        "kind": "lora", "rank": 8, "alpha": 8, "targets": "all-linear", "bias": "none", "rank_pattern": {"q_proj": 4},
     }  # fmt: skip
+    assert found.recipe["format"] == {"kind": "fp4", "nested": True}
     assert found.recipe["train"]["warmup"] == 7 and found.recipe["data"]["loss_on"] == "assistant"
     (here / "c.yaml").write_text("model_name_or_path: org/base\ndataset_name: org/set\nuse_peft: true\nlearning_rate: 2e-5\n")
     found = convert(["trl sft --config c.yaml --learning_rate 3e-5 --load_in_4bit=true"])
     assert found.recipe["train"]["lr"] == 3e-5 and found.recipe["format"]["kind"] == "nf4"
+
+
+def test_objects_among_trl_s_arguments_bring_their_own_defaults(here: Path) -> None:
+    trainer: dict[str, Any] = {"model": "org/base", "train_dataset": "org/set", "peft_config": {"target_modules": ["q_proj"]}}
+    (here / "trainer.json").write_text(json.dumps(trainer | {"quantization_config": {"load_in_4bit": True}}))
+    found = convert(["trainer.json"])
+    assert found.recipe["adapter"] == {"kind": "lora", "rank": 8, "alpha": 8, "targets": ["q_proj"]}
+    assert found.recipe["format"] == {"kind": "fp4", "nested": False}
+    assert "BitsAndBytesConfig's default" in next(line.why for line in found.lines if line.to == "format.kind")
+    said = trainer | {"peft_config": {"r": 4, "lora_alpha": 2, "lora_dropout": 0.2}}
+    said["quantization_config"] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    (here / "trainer.json").write_text(json.dumps(said))
+    found = convert(["trainer.json"])
+    adapter = {"kind": "lora", "rank": 4, "alpha": 2, "dropout": 0.2, "targets": ["q_proj", "v_proj"]}
+    assert found.recipe["adapter"] == adapter and found.recipe["format"] == {"kind": "nf4", "nested": True}
+
+
+@pytest.mark.cpu
+def test_their_defaults_are_those_of_peft_and_transformers() -> None:
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+    theirs = LoraConfig()
+    assert trl.PEFT_DEFAULTS == {"lora_r": theirs.r, "lora_alpha": theirs.lora_alpha, "lora_dropout": theirs.lora_dropout}
+    assert trl.BNB_DEFAULTS == {"bnb_4bit_quant_type": BitsAndBytesConfig().bnb_4bit_quant_type}
 
 
 def test_unsloth() -> None:

@@ -134,7 +134,7 @@ def _tool(source: Source) -> tuple[Tool, dict[str, Any]]:
         older = trainer_args.OLDER
         return Tool("LLaMA-Factory", llamafactory.TABLE, llamafactory.DEFAULTS, llamafactory.differences, older), source.data
     if source.tool == "trl":
-        return Tool("TRL", trl.TABLE, trl.DEFAULTS, trl.differences, trl.OLDER), trl.flattened(source.data)
+        return Tool("TRL", trl.TABLE, trl.defaults(source.data), trl.differences, trl.OLDER), trl.flattened(source.data)
     if source.tool == "unsloth":
         sections = any(name in source.data for name in unsloth.SECTIONS)
         return Tool(

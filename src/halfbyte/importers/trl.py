@@ -60,7 +60,9 @@ def base(draft: Draft, key: str, value: Any) -> None:
     """How the base is stored."""
     given: list[str] = [k for k in ("load_in_4bit", "bnb_4bit_quant_type") if k in draft.given]
     if is_on(value):
-        draft.put("format.kind", str(draft.get("bnb_4bit_quant_type") or "nf4"), *given)
+        kind = str(draft.get("bnb_4bit_quant_type") or "nf4")
+        hidden = "bnb_4bit_quant_type" in draft.source and "bnb_4bit_quant_type" not in draft.given
+        draft.put("format.kind", kind, *given, why="BitsAndBytesConfig's default" if hidden else "")
         nested = draft.on("use_bnb_nested_quant")
         draft.put("format.nested", nested, *(["use_bnb_nested_quant"] if "use_bnb_nested_quant" in draft.given else []))
     elif draft.on("load_in_8bit"):
@@ -210,6 +212,19 @@ _PEFT_CONFIG = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora
                 "target_parameters": "lora_target_parameters", "task_type": "lora_task_type"}  # fmt: skip
 _BNB = {"load_in_4bit": "load_in_4bit", "load_in_8bit": "load_in_8bit", "bnb_4bit_quant_type": "bnb_4bit_quant_type",
         "bnb_4bit_use_double_quant": "use_bnb_nested_quant"}  # fmt: skip
+
+
+PEFT_DEFAULTS: dict[str, Any] = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
+"""Of PEFT's LoraConfig, where they are others than the command line's."""
+BNB_DEFAULTS: dict[str, Any] = {"bnb_4bit_quant_type": "fp4"}
+"""Of transformers' BitsAndBytesConfig, likewise."""
+
+
+def defaults(source: dict[str, Any]) -> dict[str, Any]:
+    """What TRL takes where the source says nothing: objects of PEFT and transformers bring defaults of their own."""
+    peft = PEFT_DEFAULTS if isinstance(source.get("peft_config"), dict) else {}
+    bnb = BNB_DEFAULTS if isinstance(source.get("quantization_config"), dict) else {}
+    return DEFAULTS | peft | bnb
 
 
 def flattened(source: dict[str, Any]) -> dict[str, Any]:
