@@ -262,18 +262,21 @@ def test_bit_equal_runs_do_not_choose_by_the_clock(monkeypatch: pytest.MonkeyPat
     assert _obstacle(Cudnn(), Row((8, 8))) is None
 
 
-def _obstacle(one: Method, row: Row, dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """As on a Hopper GPU, where no tensor has to be."""
-    fake = torch.empty(row.bounds[-1], row.heads, row.size, dtype=dtype, device="meta")
+class Elsewhere(torch.Tensor):
+    """On a GPU, where no tensor has to be."""
 
-    class Elsewhere(torch.Tensor):
-        device = torch.device("cuda", 0)
+    device = torch.device("cuda", 0)
 
-    q = fake.as_subclass(Elsewhere)
+
+def _obstacle(one: Method, row: Row, dtype: torch.dtype = torch.bfloat16, v_step: int | None = None) -> str | None:
+    """As on a Hopper GPU. v_step: from a token of v to the next, where v is a view of something wider."""
+    tokens, (heads, size) = row.bounds[-1], (row.heads, row.size)
+    q = torch.empty(tokens, heads, size, dtype=dtype, device="meta").as_subclass(Elsewhere)
+    v = q if v_step is None else q.as_strided((tokens, heads, size), (v_step, size, 1)).as_subclass(Elsewhere)
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        return one.obstacle(q, q, row.documents("cpu"), row.window, row.cap)
+        return one.obstacle(q, q, v, row.documents("cpu"), row.window, row.cap)
 
 
 def test_obstacles() -> None:
@@ -289,3 +292,12 @@ def test_obstacles() -> None:
     assert "head size" in str(_obstacle(Flash(), Row((8, 8), size=60))) and "head size" in str(
         _obstacle(Flex(), Row((8, 8), size=96))
     )
+
+
+@pytest.mark.parametrize("one", [Cudnn(), Flex()], ids=lambda one: one.name)
+def test_every_operand_is_within_32_bit_offsets(one: Method) -> None:
+    """A norm of each head makes q and k anew; v stays where it was: with 32 heads and 8 of k and v, ranks 48 behind them."""
+    row = Row((400_000,), heads=8, kv_heads=8, size=128)
+    assert _obstacle(one, row) is None
+    assert _obstacle(one, row, v_step=6192) == "400000 tokens of 6192 numbers overflow 32-bit offsets"
+    assert _obstacle(one, Row((340_000,), heads=8, kv_heads=8, size=128), v_step=6192) is None

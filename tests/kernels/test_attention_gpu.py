@@ -42,8 +42,8 @@ def test_cudnn(row: Row, dtype: torch.dtype) -> None:
 
 def test_cudnn_leaves_documents_of_one_token_to_others() -> None:
     row = Row((1, 1), 4, 2, 64)
-    q, k, *_ = row.inputs("cuda", torch.bfloat16)
-    assert Cudnn().obstacle(q, k, row.documents("cuda"), None, None) == "documents of one token"
+    q, k, v, *_ = row.inputs("cuda", torch.bfloat16)
+    assert Cudnn().obstacle(q, k, v, row.documents("cuda"), None, None) == "documents of one token"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -20,7 +20,7 @@ from halfbyte.kernels.attention.cudnn import Cudnn, deterministic
 from halfbyte.kernels.attention.documents import Documents
 from halfbyte.kernels.attention.flash import Flash, activate, current, installed, overflows
 from halfbyte.kernels.attention.flex import Flex
-from halfbyte.kernels.attention.heads import query_heads
+from halfbyte.kernels.attention.heads import overflow, query_heads
 from halfbyte.kernels.attention.protocol import Method
 from halfbyte.kernels.attention.sdpa import Sdpa
 from halfbyte.shortage import is_shortage
@@ -59,9 +59,10 @@ def method(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, 
     """
     tokens, heads, size = q.shape
     crowded = overflows(tokens, documents.cu_seqlens.shape[0] - 1, query_heads(tokens, heads, k.shape[1]), size)
+    far = overflow(q, k, v) is not None
     window = documents.window(window)
     strict = deterministic()
-    key = (q.dtype, q.device, tokens, heads, k.shape[1], size, documents.equal, crowded, window, cap, documents.wanted, strict)
+    key = (q.dtype, q.device, tokens, heads, k.shape[1], size, documents.equal, crowded, far, window, cap, documents.wanted, strict)
     found = _chosen.get(key)
     if found is None or (not found.settled and _is_due(key)):
         before, found = found, choose(q, k, v, documents, scale, window, cap)
@@ -83,7 +84,7 @@ def _is_due(key: tuple[object, ...]) -> bool:
 def choose(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None, cap: float | None) -> Choice:
     """By the recipe, the rules and a measurement, in this order."""
     every = methods()
-    obstacles = {one.name: one.obstacle(q, k, documents, window, cap) for one in every}
+    obstacles = {one.name: one.obstacle(q, k, v, documents, window, cap) for one in every}
     if documents.wanted != "auto":
         return _asked(every, obstacles, documents.wanted)
     able = [one for one in every if obstacles[one.name] is None]

@@ -25,7 +25,7 @@ class Cudnn:
 
     name: str = "cudnn"
 
-    def obstacle(self, q: Tensor, k: Tensor, documents: Documents, window: int | None, cap: float | None) -> str | None:
+    def obstacle(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, cap: float | None) -> str | None:
         """Why it cannot run, or None."""
         tokens, _, size = q.shape
         if q.device.type != "cuda":
@@ -46,9 +46,7 @@ class Cudnn:
             return "it has no soft cap here"
         if size % 8 or size > 128:
             return f"head size {size} is not a multiple of 8 up to 128"
-        if tokens * max(q.stride(0), k.stride(0)) >= 2**31:
-            return f"{tokens} tokens of {q.stride(0)} numbers overflow 32-bit strides"
-        return None
+        return heads.overflow(q, k, v)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None, cap: float | None

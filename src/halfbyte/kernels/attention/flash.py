@@ -75,7 +75,7 @@ class Flash:
     name: str = "flash"
     version: str | None = None
 
-    def obstacle(self, q: Tensor, k: Tensor, documents: Documents, window: int | None, cap: float | None) -> str | None:
+    def obstacle(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, cap: float | None) -> str | None:
         """Why it cannot run, or None."""
         tokens, heads, size = q.shape
         if q.device.type != "cuda":

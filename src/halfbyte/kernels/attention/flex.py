@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.kernels.attention import heads
 from halfbyte.kernels.attention.documents import Documents
 
 BLOCK = 128
@@ -30,7 +31,7 @@ class Flex:
     name: str = "flex"
     compiled: bool = True
 
-    def obstacle(self, q: Tensor, k: Tensor, documents: Documents, window: int | None, cap: float | None) -> str | None:
+    def obstacle(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, cap: float | None) -> str | None:
         """Why it cannot run, or None."""
         size = q.shape[2]
         if q.device.type != "cuda":
@@ -39,9 +40,7 @@ class Flex:
             return "triton is not installed"
         if size < 16 or size & (size - 1):
             return f"head size {size} is not a power of two from 16 on"
-        if q.shape[0] * max(q.stride(0), k.stride(0)) >= 2**31:
-            return f"{q.shape[0]} tokens of {q.stride(0)} numbers overflow 32-bit offsets"
-        return None
+        return heads.overflow(q, k, v)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None, cap: float | None
@@ -82,9 +81,9 @@ class Flex:
         """out `[T, H, d]`, differentiable by autograd."""
         window = documents.window(window)
         mask = documents.keep(("flex", window), lambda: block_mask(documents.cu_seqlens, q.shape[0], window))
-        heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+        by_heads = (x.transpose(0, 1)[None] for x in (q, k, v))
         function = _function(self.compiled)
-        out = function(*heads, score_mod=_capped(cap), block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        out = function(*by_heads, score_mod=_capped(cap), block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         found: Tensor = out[0].transpose(0, 1)
         return found
 

@@ -55,6 +55,13 @@ def parts(tokens: int, heads: int, kv_heads: int) -> list[Part]:
     return [Part(g * share, end * share, g, end) for g, end in ends]
 
 
+def overflow(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why kernels with 32-bit offsets cannot read them, or None. Of v too: where a norm made q and k anew, v alone is still a view
+    of the wide buffer, and spans many times what they span."""
+    step = max(x.stride(0) for x in (q, k, v))
+    return f"{q.shape[0]} tokens of {step} numbers overflow 32-bit offsets" if q.shape[0] * step >= 2**31 else None
+
+
 def in_parts(run: Backward, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """dq `[T, H, d]`, dk, dv `[T, G, d]`, part by part; where all heads are one part, just as `run` gives them."""
     whole = parts(q.shape[0], q.shape[1], k.shape[1])

@@ -22,7 +22,7 @@ class Method(Protocol):
     def name(self) -> str:
         """As the recipe and the log call it."""
 
-    def obstacle(self, q: Tensor, k: Tensor, documents: Documents, window: int | None, cap: float | None) -> str | None:
+    def obstacle(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, cap: float | None) -> str | None:
         """Why it cannot run on these, or None. Costs no device time."""
 
     def forward(

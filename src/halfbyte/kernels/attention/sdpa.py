@@ -28,7 +28,7 @@ class Sdpa:
 
     name: str = "sdpa"
 
-    def obstacle(self, q: Tensor, k: Tensor, documents: Documents, window: int | None, cap: float | None) -> str | None:
+    def obstacle(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, cap: float | None) -> str | None:
         """None: there is nothing that it cannot do."""
         return None
 
