@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from halfbyte.formats.packed import Format
 from halfbyte.kernels.lora_linear.members import Member
 from halfbyte.kernels.packed_gemv import build
+from halfbyte.kernels.packed_gemv.product import _obstacle
 from kernels import checks_generation as checks
 from kernels import runner
 from kernels.checks import random_packed
@@ -64,6 +66,23 @@ def test_what_the_kernel_cannot_take_is_named() -> None:
     assert "multiple of 64" in obstacle((8, 96), nested)
     assert "blocks of 32" in obstacle((8, 128), Format("nf4", 32))
     assert "blocks of 128" in obstacle((8, 192), Format("int4", 128))
+
+
+class Elsewhere(torch.Tensor):
+    """On a GPU, where no tensor has to be."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_gpus_before_ampere_decode(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's instructions are not theirs, and ptxas would refuse them at the first token."""
+    on_gpu = torch.empty(8, 128, dtype=torch.float16, device="meta").as_subclass(Elsewhere)
+    there = replace(random_packed((8, 128), Format("nf4", 64), "cpu"), codes=on_gpu) if packed else on_gpu
+    for capability, expected in (((7, 0), "7.0"), ((7, 5), "7.5"), ((8, 0), None), ((12, 0), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        why = _obstacle((Member(there, None, None),), torch.float16)
+        assert why == ("" if expected is None else f"a GPU of compute capability {expected}, below 8.0")
 
 
 COMPILED = """

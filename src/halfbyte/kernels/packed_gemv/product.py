@@ -26,6 +26,8 @@ FED_ROWS = 2
 """Rows of x up to which a norm goes into the product, and a product feeds the next."""
 MOST_FED = 256
 """Ranks of a group up to which it is fed."""
+NEEDED = (8, 0)
+"""Compute capability of the kernel's matrix instructions and cache policies: they are given as text, so triton replaces none."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,9 @@ def _obstacle(members: tuple[Member, ...], dtype: torch.dtype) -> str:
         return f"activations of {dtype}"
     if len(kinds) > 1:
         return "weights of several formats in a group"
+    device = _device(members)
+    if device.type == "cuda" and (capability := torch.cuda.get_device_capability(device)) < NEEDED:
+        return "a GPU of compute capability {}.{}, below {}.{}".format(*capability, *NEEDED)
     for member in members:
         weight = member.weight
         if weight.shape[1] % 64:
@@ -155,9 +160,13 @@ def _obstacle(members: tuple[Member, ...], dtype: torch.dtype) -> str:
     return ""
 
 
-def _launch(members: tuple[Member, ...], dtype: torch.dtype, paired: bool) -> Launch:
+def _device(members: tuple[Member, ...]) -> torch.device:
     weight = members[0].weight
-    device = weight.device if isinstance(weight, Tensor) else weight.codes.device
+    return weight.device if isinstance(weight, Tensor) else weight.codes.device
+
+
+def _launch(members: tuple[Member, ...], dtype: torch.dtype, paired: bool) -> Launch:
+    weight, device = members[0].weight, _device(members)
     width = weight.shape[1]
     fmt = weight.format if isinstance(weight, Packed) else None
     kind: Literal["four", "int8", "dense"] = "dense" if fmt is None else "int8" if fmt.kind == "int8" else "four"
