@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from halfbyte.kernels.augmented import Group
-from halfbyte.kernels.gemm import choice, report
+from halfbyte.kernels.gemm import choice, reference, report
 from halfbyte.kernels.gemm.choice import Memory, fastest
 from halfbyte.kernels.gemm.cublaslt import Algorithm, Library, Plan, Problem, Refused, Stored, stored
 from halfbyte.kernels.lora_linear.members import LowRank, Member
@@ -292,3 +293,32 @@ def test_on_a_gpu(tmp_path: Path) -> None:
     command = [sys.executable, str(TESTS / "kernels" / "checks_gemm.py"), "cuda"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("capability", "right"), [((8, 9), True), ((9, 0), False)])
+def test_a_product_of_torch_that_knows_no_strides_gets_packed_rows(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], right: bool
+) -> None:
+    """As torch's kernel for sm_89 does: it takes K and N for the strides. That of sm_90 would be right with them."""
+
+    def blind(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, *_: object, use_fast_accum: bool, out: Tensor) -> None:
+        left, turned, target = (t.as_strided(t.shape, (t.shape[1], 1), t.storage_offset()) for t in (a, b.t(), out))
+        target.copy_((left.float() @ turned.float().T) * scale_a * scale_b)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(reference, "_scaled_mm", blind)
+    reference.strides_count.cache_clear()
+    m, n, k = 5, 7, 16
+    a, b = (torch.randn(rows, k + 16).to(torch.float8_e4m3fn)[:, :k] for rows in (m, n))
+    scale_a, scale_b, c = torch.rand(m, 1) + 0.5, torch.rand(1, n) + 0.5, torch.randn(m, n, dtype=torch.bfloat16)
+    room = torch.full((m, n + 9), torch.nan, dtype=torch.bfloat16)
+    reference.scaled(a, b.t(), scale_a, scale_b, room[:, :n], None, c)
+    expected = ((a.float() @ b.float().T) * scale_a * scale_b).bfloat16() + c
+    assert torch.equal(room[:, :n], expected) is right and bool(room[:, n:].isnan().all()) is right
+    reference.strides_count.cache_clear()
+
+
+def test_packed_rows_are_not_copied() -> None:
+    a, b, out = torch.randn(5, 16), torch.randn(7, 16), torch.empty(5, 7)
+    found = reference.packed(a, b.t(), out)
+    assert [t.data_ptr() for t in found] == [t.data_ptr() for t in (a, b, out)] and found[2] is out

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 NARROW = (torch.bfloat16, torch.float16)
+_scaled_mm = torch.ops.aten._scaled_mm.out
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, c: Tensor | None, beta: float, alpha: float) -> None:
@@ -43,6 +46,21 @@ def _widened(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None, c: Tensor |
 
 def scaled(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: Tensor, bias: Tensor | None, c: Tensor | None) -> None:
     """out = (a b) · scale_a · scale_b + bias + c."""
-    torch.ops.aten._scaled_mm.out(a, b, scale_a, scale_b, bias, None, out.dtype, use_fast_accum=True, out=out)
+    left, right, found = (a, b, out) if strides_count(a.device) else packed(a, b, out)
+    _scaled_mm(left, right, scale_a, scale_b, bias, None, out.dtype, use_fast_accum=True, out=found)
+    if found is not out:
+        out.copy_(found)
     if c is not None:
         out.add_(c)
+
+
+@functools.cache
+def strides_count(device: torch.device) -> bool:
+    """Whether torch's product with a scale a row reads and writes rows by their strides. Its kernel for sm_89 takes K and N for
+    them: rows with room behind them, as ours have, would be read and written at wrong places."""
+    return torch.cuda.get_device_capability(device) != (8, 9)
+
+
+def packed(a: Tensor, b: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a `[M, K]`, b `[K, N]` (transposed) and a place for out `[M, N]` without room behind their rows: themselves or copies."""
+    return a.contiguous(), b.t().contiguous().t(), out if out.is_contiguous() else out.new_empty(out.shape)
