@@ -9,9 +9,11 @@ import torch
 
 from halfbyte.adapters.config import AdapterConfig
 from halfbyte.layers.decoder import DecoderLayer
+from halfbyte.layers.fused import host
+from halfbyte.layers.fused.host import send
 from halfbyte.layers.fused.keep import EVERYTHING, INPUTS, NAMES, OFFLOADED, Keep, keeping
 from halfbyte.layers.fused.prepare import prepare, set_keep
-from layers.families import gradients_of, learned
+from layers.families import NF4, adapted, gradients_of, learned, pair
 
 PLACES = ("keep", "offload", "recompute")
 
@@ -56,6 +58,24 @@ def test_tiles_give_the_same_rows(family: str, dropout: float, tile: int) -> Non
         torch.testing.assert_close(got_hidden, hidden, atol=1e-5, rtol=1e-5)
         for name, grad in expected.items():
             assert (got[name] - grad).abs().max() <= 2e-5 * grad.abs().max(), name
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("adapters", [[2, 3], [1], [0]], ids=str)
+def test_below_the_lowest_adapter_nothing_is_kept_or_sent(adapters: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No backward comes to fetch it: each microbatch would leave its own in host memory. Layers above have a gradient to pass on."""
+    model, _ = pair("llama", NF4, num_hidden_layers=4)
+    targets = rf".*layers\.[{''.join(map(str, adapters))}]\..*_proj"
+    adapter = adapted(model, AdapterConfig(rank=4, targets=targets))
+    assert prepare(model).layers == 4
+    hidden, expected = gradients_of(model, adapter)
+    set_keep(model, OFFLOADED)
+    sent: list[host.Away] = []
+    monkeypatch.setattr(host, "send", lambda tensors: sent.append(send(tensors)) or sent[-1])
+    got_hidden, got = gradients_of(model, adapter)
+    assert len(sent) == 4 - min(adapters)
+    assert torch.equal(got_hidden, hidden) and got.keys() == expected.keys()
+    assert all(torch.equal(got[name], grad) and grad.any() for name, grad in expected.items())
 
 
 def test_each_layer_has_its_own() -> None:

@@ -68,8 +68,8 @@ class Fused:
         return self._apply(x, made).view(hidden.shape)
 
     def _apply(self, x: Tensor, call: Call) -> Tensor:
-        if not torch.is_grad_enabled():
-            # No backward comes: nothing is kept, whatever a step keeps.
+        if not (torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in self._learning))):
+            # No backward comes, as below the lowest adapter: nothing is kept or sent, whatever a step keeps.
             return stages.forward(replace(call, keep=keeping((), tile=call.keep.tile)), x)[0]
         out: Tensor = Layer.apply(x, call, len(self._learning), *self._learning, *self._stored)  # type: ignore[no-untyped-call]
         return out
