@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -189,3 +190,16 @@ def graphed(method: Method, row: Row) -> None:
     for a, b in zip(got, run(method, row, *other), strict=True):
         error = float((a.float() - b.float()).norm() / b.float().norm())
         assert error < 0.01, f"{method.name} in a graph differs by {error:.2g}"
+
+
+def flex_by_definition(
+    q: Tensor, k: Tensor, v: Tensor, *, score_mod: Any, block_mask: Any, scale: float, enable_gqa: bool
+) -> Tensor:
+    """flex_attention from its documentation, differentiable on a CPU."""
+    index = torch.arange(q.shape[2])
+    scores = scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
+    rows, columns = index[:, None], index[None, :]
+    scores = scores if score_mod is None else score_mod(scores, 0, 0, rows, columns)
+    scores = scores.masked_fill(~block_mask.mask_mod(0, 0, rows, columns), float("-inf"))
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    return torch.softmax(scores, -1) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)

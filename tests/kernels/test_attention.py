@@ -17,7 +17,18 @@ from halfbyte.kernels.attention.cudnn import Cudnn
 from halfbyte.kernels.attention.flash import Flash
 from halfbyte.kernels.attention.flex import Flex
 from halfbyte.kernels.attention.sdpa import Sdpa
-from kernels.checks_attention import RAGGED, ROWS, Row, bounded, check, check_no_leak, dense, expected, expected_apart
+from kernels.checks_attention import (
+    RAGGED,
+    ROWS,
+    Row,
+    bounded,
+    check,
+    check_no_leak,
+    dense,
+    expected,
+    expected_apart,
+    flex_by_definition,
+)
 
 CPU = torch.device("cpu")
 
@@ -45,21 +56,10 @@ def test_flex_uncompiled_equals_the_formula(row: Row) -> None:
     bounded(str(row), out, dense(q, k, v, row), truth, 0.0)
 
 
-def _by_definition(q: Tensor, k: Tensor, v: Tensor, *, score_mod: Any, block_mask: Any, scale: float, enable_gqa: bool) -> Tensor:
-    """flex_attention from its documentation, differentiable on a CPU."""
-    index = torch.arange(q.shape[2])
-    scores = scale * q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
-    rows, columns = index[:, None], index[None, :]
-    scores = scores if score_mod is None else score_mod(scores, 0, 0, rows, columns)
-    scores = scores.masked_fill(~block_mask.mask_mod(0, 0, rows, columns), float("-inf"))
-    assert enable_gqa == (q.shape[1] != k.shape[1])
-    return torch.softmax(scores, -1) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-
-
 @pytest.mark.parametrize("lost", [False, True])
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_flex_keeps_its_graph_or_makes_it_again(monkeypatch: pytest.MonkeyPatch, row: Row, lost: bool) -> None:
-    monkeypatch.setattr(flex, "_function", lambda compiled: _by_definition)
+    monkeypatch.setattr(flex, "_function", lambda compiled: flex_by_definition)
     check(Forgetful() if lost else Flex(), row, "cpu", torch.float32)
 
 

@@ -68,6 +68,8 @@ class Launches(TorchDispatchMode):
 
 
 class _Attention:
+    holds_operands = False
+
     def __init__(self, launches: Launches, method: Any) -> None:
         self.forward, self.backward = (launches.of("attention", f) for f in (method.forward, method.backward))
 

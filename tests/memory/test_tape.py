@@ -89,6 +89,8 @@ def only_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.empty(q.shape), torch.empty(k.shape), torch.empty(q.shape[:2]), torch.empty(k.shape[:2])
 
     class Method:
+        holds_operands = False
+
         def forward(self, q: Tensor, *rest: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
             return torch.empty(q.shape), ()
 

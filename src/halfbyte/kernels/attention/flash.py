@@ -75,6 +75,11 @@ class Flash:
     name: str = "flash"
     version: str | None = None
 
+    @property
+    def holds_operands(self) -> bool:
+        """No: the log-sum-exp is its own."""
+        return False
+
     def obstacle(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, cap: float | None) -> str | None:
         """Why it cannot run, or None."""
         tokens, heads, size = q.shape

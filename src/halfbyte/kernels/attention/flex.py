@@ -31,6 +31,11 @@ class Flex:
     name: str = "flex"
     compiled: bool = True
 
+    @property
+    def holds_operands(self) -> bool:
+        """Yes, in the graph."""
+        return True
+
     def obstacle(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, cap: float | None) -> str | None:
         """Why it cannot run, or None."""
         size = q.shape[2]
@@ -49,11 +54,17 @@ class Flex:
         if not self.compiled:
             with torch.no_grad():
                 return self.run(q, k, v, documents, scale, window, cap).contiguous(), ()
-        # With the graph even where no gradient follows: without, it would be compiled once more.
+        residuals = self._graph(q, k, v, documents, scale, window, cap)
+        return residuals[0].detach().contiguous(), residuals
+
+    def _graph(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None, cap: float | None
+    ) -> tuple[Tensor, ...]:
+        """out and leaves that share memory with q, k and v; with the graph even where no gradient follows: without, flex would be
+        compiled once more."""
         with torch.enable_grad():
             leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
-            out = self.run(leaves[0], leaves[1], leaves[2], documents, scale, window, cap)
-        return out.detach().contiguous(), (out, *leaves)
+            return self.run(leaves[0], leaves[1], leaves[2], documents, scale, window, cap), *leaves
 
     def backward(
         self,
@@ -68,9 +79,9 @@ class Flex:
         window: int | None,
         cap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq `[T, H, d]`, dk, dv `[T, G, d]`. Runs the forward again where the graph was lost (recompute, offloading)."""
+        """dq `[T, H, d]`, dk, dv `[T, G, d]`. Runs the forward again where the graph was lost or dropped."""
         if not residuals or residuals[0].grad_fn is None:
-            _, residuals = self.forward(q, k, v, documents, scale, window, cap)
+            residuals = self._graph(q, k, v, documents, scale, window, cap)
         grads = torch.autograd.grad(residuals[0], residuals[1:], dout)
         dq, dk, dv = (g if g.stride(-1) == 1 else g.contiguous() for g in grads)
         return dq, dk, dv

@@ -22,6 +22,11 @@ class Method(Protocol):
     def name(self) -> str:
         """As the recipe and the log call it."""
 
+    @property
+    def holds_operands(self) -> bool:
+        """Whether residuals hold q, k, v and out (autograd's graph does). They may then be dropped, and are where those are to go:
+        backward runs the forward once more. Residuals of the others are small, and needed."""
+
     def obstacle(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, cap: float | None) -> str | None:
         """Why it cannot run on these, or None. Costs no device time."""
 

@@ -28,6 +28,11 @@ class Sdpa:
 
     name: str = "sdpa"
 
+    @property
+    def holds_operands(self) -> bool:
+        """No: the log-sum-exp is its own."""
+        return False
+
     def obstacle(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, window: int | None, cap: float | None) -> str | None:
         """None: there is nothing that it cannot do."""
         return None

@@ -157,8 +157,11 @@ def fill(call: Call, a: Activations, forget: bool = False) -> None:
 
 
 def _forget_qkv(call: Call, a: Activations) -> None:
-    """What attention has read, and its input where the MLP has one of its own."""
+    """What attention has read, and its input where the MLP has one of its own; residuals that would hold what is to go or to wait
+    elsewhere."""
     keep = call.keep
+    if a.method is not None and a.method.holds_operands and not (keep.here("qkv") and keep.here("attended")):
+        a.residuals = ()
     a.xa_qkv = _outliving(a.xa_qkv, keep.here("normed")) if keep.qkv else None
     if not keep.qkv:
         a.qkv = a.q = a.k = None
