@@ -90,6 +90,15 @@ def test_eval(trained: Path, cli: Cli) -> None:
     assert "on what?" in cli("eval", "model").err
 
 
+def test_eval_of_a_run_that_held_nothing_out(trained: Path, cli: Cli) -> None:
+    recipe = trained / "run" / "adapter" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("eval: 0.2", "eval: 0"))
+    said = cli("eval", "run")
+    assert said.code == 1 and "held nothing out" in said.err and "give --data FILE" in said.err and not said.out
+    assert cli("eval", "run", "--prompt", "Hi", "--max-tokens", "2").out.startswith("\n> Hi")
+    assert "perplexity" in cli("eval", "run", "--data", "chats.jsonl").out
+
+
 def test_eval_answers_questions(trained: Path, cli: Cli) -> None:
     asked = ("--prompt", "What is 1 plus 1?", "--prompt", "And 2?", "--max-tokens", "4")
     answers = json.loads(cli("eval", "run", *asked, "--json").out)["answers"]

@@ -42,6 +42,8 @@ def evaluate(
     loaded = load(target, kind, model, compute, other_base=other_base)
     config, seed = _data(loaded, data or [], tokens, loss_on)
     sets = prepare(config, loaded.base.tokenizer, seed, cache_root()).eval
+    if not sets and not prompts:
+        raise RecipeError(f"{target}: the run held nothing out, so there is nothing to evaluate on", hint="give --data FILE")
     scores: dict[str, Any] = {}
     answers: list[dict[str, str]] = [{"prompt": prompt} for prompt in prompts or []]
     for name, on in (("base", False), ("adapter", True)) if loaded.adapter else (("base", True),):
