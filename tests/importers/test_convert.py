@@ -355,8 +355,9 @@ def test_their_defaults_are_those_of_peft_and_transformers() -> None:
     from transformers import BitsAndBytesConfig
 
     theirs = LoraConfig()
-    assert trl.PEFT_DEFAULTS == {"lora_r": theirs.r, "lora_alpha": theirs.lora_alpha, "lora_dropout": theirs.lora_dropout}
-    assert trl.BNB_DEFAULTS == {"bnb_4bit_quant_type": BitsAndBytesConfig().bnb_4bit_quant_type}
+    ours = trl.PEFT_DEFAULTS | trl.BNB_DEFAULTS
+    assert (theirs.r, theirs.lora_alpha, theirs.lora_dropout) == tuple(ours[f"lora_{key}"] for key in ("r", "alpha", "dropout"))
+    assert BitsAndBytesConfig().bnb_4bit_quant_type == ours["bnb_4bit_quant_type"] and len(ours) == 4
 
 
 def test_unsloth() -> None:
@@ -377,6 +378,23 @@ def test_unsloth() -> None:
     assert found.recipe["model"] == "org/m" and "format" not in found.recipe  # nf4 with nested scales, as ours
     assert (found.recipe["train"]["batch"], found.recipe["train"]["epochs"], found.recipe["adapter"]["rank"]) == (12, 2, 8)
     assert "max_steps" not in found.recipe["train"]
+
+
+@pytest.mark.parametrize(
+    ("logging", "trackers"),
+    [
+        ({"enable_wandb": True, "enable_tensorboard": True}, ["wandb", "tensorboard"]),
+        ({"enable_wandb": True, "enable_tensorboard": False}, ["wandb"]),
+        ({"enable_wandb": False, "enable_tensorboard": True}, ["tensorboard"]),
+        ({"report_to": "tensorboard", "enable_wandb": True, "enable_tensorboard": True}, ["tensorboard", "wandb"]),
+        ({}, None),
+    ],
+)
+def test_every_tracker_of_unsloth_is_kept(logging: dict[str, Any], trackers: list[str] | None) -> None:
+    studio = {"model": "org/m", "data": {"dataset": "org/s"}, "training": {"num_epochs": 2}, "lora": {}, "logging": logging}
+    found = from_source(Source("studio", "unsloth", "the test", studio))
+    assert found.recipe.get("log", {}).get("to") == trackers
+    assert not {line.keys for line in found.of("ignored")} & {(key,) for key, value in logging.items() if value}
 
 
 @pytest.mark.parametrize("tool", TABLES)

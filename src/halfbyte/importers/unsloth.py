@@ -11,6 +11,7 @@ from halfbyte.importers import common
 from halfbyte.importers.data import FILES
 from halfbyte.importers.draft import (
     Draft,
+    Rule,
     Table,
     all_of,
     ignored,
@@ -149,6 +150,18 @@ def saves(draft: Draft, key: str, value: Any) -> None:
     draft.put("train.save_every", draft.whole(key), key)
 
 
+def tracker(name: str) -> Rule:
+    """A switch of one tracker, beside those that are on already."""
+
+    def rule(draft: Draft, key: str, value: Any) -> None:
+        if is_on(value):
+            draft.put("log.to", list(dict.fromkeys([*draft.recipe.get("log.to", []), name])), key)
+        else:
+            draft.note("ignored", "off in the source", key)
+
+    return rule
+
+
 TABLE: Table = {
     "model_name": to("model.name", text),
     "load_in_4bit": base,
@@ -188,10 +201,8 @@ TABLE: Table = {
     "load_best_model_at_end": to("train.best", switch),
     "output_dir": to("output", text),
     "per_device_eval_batch_size": ignored(common.SPEED),
-    "enable_wandb": lambda d, k, v: d.put("log.to", ["wandb"], k) if is_on(v) else d.note("ignored", "off in the source", k),
-    "enable_tensorboard": lambda d, k, v: (
-        d.put("log.to", ["tensorboard"], k) if is_on(v) else d.note("ignored", "off in the source", k)
-    ),
+    "enable_wandb": tracker("wandb"),
+    "enable_tensorboard": tracker("tensorboard"),
     **all_of(ignored, common.LOGS, "wandb_project tensorboard_dir"),
     **dict.fromkeys(("save_model", "save_method", "save_gguf", "save_path", "quantization"), merged),
     **all_of(ignored, common.HUB, "push_model push_gguf hub_path"),
