@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -274,6 +277,36 @@ def test_a_death_between_the_two_renames_is_mended(tmp_path):
     assert peft.read(tmp_path / "a").base_name == "tiny-llama"
     with pytest.raises(CheckpointError, match="not empty"), atomic.directory(tmp_path / "a"):
         pass
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = socket.gethostname()
+    gone = [f".[a].tmp-{host}-{dead.pid}", f".[a].tmp-{host}-{2**40}"]
+    kept = [
+        f".[a].tmp-{host}-{os.getppid()}",
+        f".[a].tmp-elsewhere-{dead.pid}",
+        f".[a].tmp-{dead.pid}",
+        f".a.tmp-{host}-{dead.pid}",
+    ]
+    for name in [*gone, *kept]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    with atomic.directory(tmp_path / "[a]") as folder:
+        (folder / "b").write_text("whole")
+        assert sorted(os.listdir(tmp_path)) == sorted([*kept, folder.name])
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "[a]"])
+
+
+def test_a_killed_save_leaves_what_the_next_save_removes(tmp_path):
+    code = "import os, sys; from pathlib import Path; from halfbyte.checkpoints import atomic\n"
+    code += "with atomic.directory(Path(sys.argv[1])) as folder:\n  (folder / 'x').write_text('half'); os.kill(os.getpid(), 9)"
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], check=False)
+    assert killed.returncode == -9 and len(os.listdir(tmp_path)) == 1
+    with atomic.directory(tmp_path / "a"):
+        pass
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def edit(directory, **fields):

@@ -2,19 +2,25 @@
 
 Why: a process can die between any two writes, and half an adapter that loads is worse than none. Files are written into a
 hidden directory beside the target, flushed to disk, and the directory is renamed. Replacing an existing directory takes two
-renames; a death between them leaves the former one as `.NAME.previous`, which `recover` puts back.
+renames; a death between them leaves the former one as `.NAME.previous`, which `recover` puts back. A process that was killed
+while it wrote leaves the hidden directory, as large as what it wrote: the next one that writes there removes it.
 Cost: one fsync a file.
 """
 
 from __future__ import annotations
 
+import glob
+import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from halfbyte.errors import CheckpointError
+
+log = logging.getLogger("halfbyte")
 
 
 @contextmanager
@@ -32,7 +38,8 @@ def directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
             f"{target} is not empty", hint="name a new directory, or remove this one first", code="checkpoint.not-empty"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    _sweep(target)
+    temporary = target.parent / f".{target.name}.tmp-{socket.gethostname()}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -54,6 +61,26 @@ def recover(target: Path) -> bool:
         shutil.rmtree(previous, ignore_errors=True)
         return False
     previous.rename(target)
+    return True
+
+
+def _sweep(target: Path) -> None:
+    """Removes what processes of this host left when they died while writing `target`."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
+        host, _, pid = path.name.removeprefix(f".{target.name}.tmp-").rpartition("-")
+        if host == socket.gethostname() and pid.isdecimal() and not alive(int(pid)):
+            log.info("removed %s, left by a process that died while writing", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this host exists."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
     return True
 
 

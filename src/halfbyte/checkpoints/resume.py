@@ -32,7 +32,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from halfbyte.checkpoints import shards
-from halfbyte.checkpoints.atomic import sync_path
+from halfbyte.checkpoints.atomic import alive, sync_path
 from halfbyte.errors import CheckpointError, TrainingError
 
 VERSION = 1
@@ -278,14 +278,3 @@ def _discard(path: Path) -> None:
     trash = path.with_name(f".trash-{path.name}-{os.getpid()}")
     os.rename(path, trash)
     shutil.rmtree(trash, ignore_errors=True)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of this host exists."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

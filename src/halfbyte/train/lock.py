@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from halfbyte.checkpoints.resume import alive
+from halfbyte.checkpoints.atomic import alive
 from halfbyte.errors import TrainingError
 
 try:
