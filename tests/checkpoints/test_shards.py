@@ -88,6 +88,58 @@ def test_damage_names_the_file(how: str, tmp_path: Path) -> None:
         shards.Shards([file])
 
 
+F32 = {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}
+HEADERS: dict[str, object] = {
+    "a list": [],
+    "a number": 5,
+    "null": None,
+    "metadata of text": {"__metadata__": "x", "a": F32},
+    "metadata of numbers": {"__metadata__": {"format": 1}, "a": F32},
+    "an entry of text": {"a": "x"},
+    "offsets of text": {"a": F32 | {"data_offsets": ["0", "64"]}},
+    "offsets of nothing": {"a": F32 | {"data_offsets": [None, 64]}},
+    "offsets of floats": {"a": F32 | {"data_offsets": [0.0, 64.0]}},
+    "three offsets": {"a": F32 | {"data_offsets": [0, 64, 64]}},
+    "offsets below 0": {"a": F32 | {"data_offsets": [-64, 0]}, "b": F32},
+    "offsets the wrong way": {"a": F32 | {"data_offsets": [64, 0]}},
+    "the same bytes": {"a": F32, "b": F32},
+    "some of the same bytes": {
+        "a": F32 | {"shape": [12], "data_offsets": [0, 48]},
+        "b": F32 | {"shape": [8], "data_offsets": [32, 64]},
+    },
+    "bytes of nobody": {"a": F32 | {"shape": [4], "data_offsets": [48, 64]}},
+    "dtype a list": {"a": F32 | {"dtype": ["F32"]}},
+    "shape below 0": {"a": F32 | {"shape": [-4, -4]}},
+    "shape of truth": {"a": F32 | {"shape": [True, 16]}},
+    "shape a word": {"a": F32 | {"shape": "44"}},
+    "shape past all": {"a": F32 | {"shape": [10**30]}},
+    "shape infinite": b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 64]}}',
+    "a number of many digits": b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 64]}}',
+    "deep": b"[" * 200_000,
+    "not UTF-8": b'{"\xff": 1}',
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_that_is_none_names_the_file(case: str, tmp_path: Path) -> None:
+    def file_of(header: object) -> Path:
+        raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+        (tmp_path / "x.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(64))
+        return tmp_path / "x.safetensors"
+
+    with pytest.raises(CheckpointError, match=r"x\.safetensors is damaged") as caught:
+        shards.Shards([file_of(HEADERS[case])])
+    assert caught.value.code == "checkpoint.damaged" and caught.value.hint
+    assert shards.Shards([file_of({"__metadata__": {"format": "pt"}, "a": F32})]).read("a").shape == (4, 4)
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": {"a": 3}}', '{"weight_map": {"a": ["b"], "c": {}}}', "[" * 200_000, "3"])
+def test_an_index_that_is_none_names_the_file(text: str, tmp_path: Path) -> None:
+    (tmp_path / shards.INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        shards.open_directory(tmp_path)
+
+
 def test_a_directory_with_two_models_or_an_adapter(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text("{}")

@@ -74,14 +74,17 @@ def read_header(path: Path) -> tuple[dict[str, Header], dict[str, str]]:
             raise _damaged(path, f"its header claims {length} bytes, the file has {size}")
         try:
             table = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of thousands of digits
             raise _damaged(path, "its header is not JSON") from error
-    metadata = table.pop("__metadata__", {})
-    headers = {}
+    metadata = (table.pop("__metadata__", None) or {}) if isinstance(table, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise _damaged(path, "its header is not a table of tensors")
+    headers = {name: _entry(path, name, entry) for name, entry in table.items()}
     end = 0
-    for name, entry in table.items():
-        headers[name] = _entry(path, name, entry)
-        end = max(end, entry["data_offsets"][1])
+    for start, stop, name in sorted((*entry["data_offsets"], name) for name, entry in table.items()):
+        if start != end:
+            raise _damaged(path, f"tensor {name} starts at byte {start} of the data, {end} expected")
+        end = stop
     if 8 + length + end != size:
         raise _damaged(path, f"{8 + length + end} bytes expected, {size} found")
     return headers, metadata
@@ -89,9 +92,11 @@ def read_header(path: Path) -> tuple[dict[str, Header], dict[str, str]]:
 
 def _entry(path: Path, name: str, entry: Any) -> Header:
     try:
-        dtype, shape, (start, end) = entry["dtype"], tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"the header entry of {name} is malformed") from error
+    if not isinstance(dtype, str) or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        raise _damaged(path, f"the header entry of {name} is malformed")
     if dtype not in DTYPES:
         raise CheckpointError(f"{path.name}: tensor {name} has dtype {dtype}, which is not supported")
     header = Header(shape, DTYPES[dtype])
@@ -169,8 +174,10 @@ def _indexed(index: Path) -> list[Path]:
     try:
         listed: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
         names = sorted(set(listed.values()))
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise _damaged(index, "it is not an index of shards") from error
+    if not all(isinstance(n, str) for n in names):
+        raise _damaged(index, "it is not an index of shards")
     outside = [n for n in names if Path(n).name != n or not n.endswith(".safetensors")]
     if outside:
         raise UnsafeFileError(f"{index} points at files that are not safetensors of its own directory: {', '.join(outside)}")
