@@ -167,3 +167,9 @@ def test_data_check(cli: Cli, place: Path) -> None:
     assert "bad.jsonl: 2 wrong lines written" in said.err and "1 x a Python dict written as JSON: chats.jsonl:41" in said.err
     found = json.loads(cli("data", "check", "recipe.yaml", "data.train=fixed.jsonl", "--json").out)
     assert not [f for f in found["findings"] if f["error"]] and len((place / "fixed.jsonl").read_text().splitlines()) == 41
+
+
+def test_a_home_of_nobody_is_a_name_that_is_not_there(cli: Cli) -> None:
+    for command in (("chat", "-p", "Hi"), ("eval",), ("merge", "--out", "merged"), ("inspect",)):
+        said = cli(command[0], "~nosuchuser/x", *command[1:])
+        assert said.code == 1 and "~nosuchuser/x" in said.err and "defect" not in said.err, command

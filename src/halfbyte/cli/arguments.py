@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -109,7 +110,7 @@ def adapter_directory(target: str) -> Path | None:
     """The adapter that `target` is (directory or Hub id) or holds (a run's output directory); None for a base model."""
     from halfbyte.checkpoints import hub, peft
 
-    path = Path(target).expanduser()
+    path = Path(os.path.expanduser(target))  # os.path: Path raises for an unknown user
     for folder in (path, path / "adapter"):
         if (folder / peft.CONFIG).is_file():
             return folder
@@ -127,7 +128,7 @@ def load(target: str, kind: str, model: str | None, asked_compute: str, *, other
     on = device()
     folder = adapter_directory(target)
     if folder is None:
-        trained = Path(target).expanduser() / "model"
+        trained = Path(os.path.expanduser(target)) / "model"
         name = str(trained) if (trained / "config.json").is_file() else target
         with Loading() as loading:
             fmt = section(FormatConfig, {"kind": kind})
