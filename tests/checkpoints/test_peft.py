@@ -309,6 +309,46 @@ def test_a_killed_save_leaves_what_the_next_save_removes(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
+MALFORMED = {
+    "target_modules": ["[", 5, {"q_proj": 1}, [5], "("],
+    "exclude_modules": ["[", 5, [None]],
+    "modules_to_save": ["lm_head", 5, ["["], [5]],
+    "layers_pattern": ["[", 5, ["("]],
+    "layers_to_transform": ["1", ["1"], 1.5],
+    "rank_pattern": [{"[": 3}, 5, {"q_proj": "many"}],
+    "alpha_pattern": [{"(": 3}, [1]],
+    "r": ["many", {}],
+    "lora_alpha": [[]],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in MALFORMED.items() for value in values])
+def test_a_malformed_field_names_the_file_and_itself(field, value, tmp_path):
+    base = packed_base()
+    peft.save(trained(base), tmp_path, base)
+    edit(tmp_path, **{field: value})
+    ours = {"r": "rank", "lora_alpha": "alpha|lora_alpha"}.get(field, field)
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json: .*({ours})"):
+        peft.load(tmp_path, packed_base())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("compute", "nope"), ("compute", "nn"), ("compute", None), ("compute", ["float32"]), ("end_ids", None), ("end_ids", ["a"]),
+     ("format", "nf4"), ("base", 5), ("revision", 5), ("sha256", None)],
+)  # fmt: skip
+def test_a_malformed_record_names_the_file_and_the_field(field, value, tmp_path):
+    base = packed_base()
+    peft.save(trained(base), tmp_path, base)
+    raw = json.loads((tmp_path / peft.RECORD).read_text())
+    (tmp_path / peft.RECORD).write_text(json.dumps(raw | {field: value}))
+    with pytest.raises(CheckpointError, match=rf"halfbyte\.json is not a record of halfbyte's: {field} = ") as caught:
+        peft.read(tmp_path)
+    assert caught.value.code == "adapter.record"
+    (tmp_path / peft.RECORD).write_text(json.dumps(raw))
+    assert peft.read(tmp_path).record.compute == "float32"
+
+
 def edit(directory, **fields):
     path = directory / peft.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))

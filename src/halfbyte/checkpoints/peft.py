@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("halfbyte")
 CONFIG, TENSORS, RECORD = "adapter_config.json", "adapter_model.safetensors", "halfbyte.json"
 RECIPE, TEMPLATE = "recipe.yaml", "chat_template.jinja"
+COMPUTES = ("float32", "bfloat16", "float16")
 _PICKLED = ("adapter_model.bin", "adapter_model.pt")
 
 
@@ -211,13 +212,23 @@ def _read_record(path: Path) -> Record:
     wanted = [field.name for field in fields(Record) if field.default is MISSING]
     if missing := [name for name in wanted if name not in raw]:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}", hint="copy the directory again")
-    return Record(**{name: raw[name] for name in wanted}, end_ids=tuple(raw.get("end_ids", ())))
+    kinds = {"revision": str | None, "format": dict}
+    wrong = [name for name in wanted if not isinstance(raw[name], kinds.get(name, str))]
+    wrong += ["compute"] if raw["compute"] not in COMPUTES else []
+    ends = raw.get("end_ids", [])
+    wrong += ["end_ids"] if not isinstance(ends, list) or not all(isinstance(token, int) for token in ends) else []
+    if wrong:
+        told = ", ".join(f"{name} = {raw[name]!r}" for name in dict.fromkeys(wrong))
+        raise CheckpointError(
+            f"{path} is not a record of halfbyte's: {told}", hint="copy the directory again", code="adapter.record"
+        )
+    return Record(**{name: raw[name] for name in wanted}, end_ids=tuple(ends))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}", hint="copy the directory again") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} is not a JSON object")

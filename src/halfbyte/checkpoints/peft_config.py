@@ -77,6 +77,10 @@ def from_peft(raw: dict[str, Any], model: PreTrainedModel, source: str) -> Adapt
     for field in ("r", "lora_alpha", "target_modules"):
         if raw.get(field) in (None, []):
             raise CheckpointError(f"{source}: {field} is missing", hint="copy the directory again")
+    if malformed := _malformed(raw):
+        raise CheckpointError(
+            f"{source}: {'; '.join(malformed)}", hint="is it the adapter_config.json of a LoRA adapter?", code="adapter.config"
+        )
     try:
         return AdapterConfig(
             kind="lora",
@@ -93,6 +97,30 @@ def from_peft(raw: dict[str, Any], model: PreTrainedModel, source: str) -> Adapt
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise CheckpointError(f"{source}: {wrong}", hint="is it the adapter_config.json of a LoRA adapter?") from error
+
+
+def _malformed(raw: dict[str, Any]) -> list[str]:
+    """What is wrong with the fields that name modules: a type that PEFT does not write, or no regular expression."""
+    wrong = []
+    patterns: list[tuple[str, str]] = []
+    for field, one in (("target_modules", True), ("exclude_modules", True), ("layers_pattern", True), ("modules_to_save", False)):
+        value = raw.get(field)
+        names = [value] if one and isinstance(value, str) else value or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            wrong.append(f"{field} must be {'a regular expression or ' if one else ''}a list of names, but is {value!r}")
+        elif isinstance(value, str) or field in ("layers_pattern", "modules_to_save"):
+            patterns += [(field, name) for name in names]
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns += [(field, key) for key in raw.get(field) or {}] if isinstance(raw.get(field), dict) else []
+    layers = raw.get("layers_to_transform")
+    if not all(isinstance(n, int) for n in (layers if isinstance(layers, list) else [layers or 0])):
+        wrong.append(f"layers_to_transform must be a number or a list of numbers, but is {layers!r}")
+    for field, pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            wrong.append(f"{field}: {pattern!r} is not a regular expression: {error}")
+    return wrong
 
 
 def refuse_unbuilt(raw: dict[str, Any], source: str) -> None:
