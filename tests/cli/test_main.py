@@ -95,6 +95,8 @@ def test_init_writes_a_recipe(cli: Cli, tmp_path: Path) -> None:
     assert said.code == 0 and "halfbyte train my.yaml" in said.err
     recipe = load_recipe(tmp_path / "my.yaml")
     assert (recipe.model.name, recipe.data.train[0].path, recipe.format.kind) == ("smollm2-135m", "a b.jsonl", "fp4")
+    assert "halfbyte train my.yaml\n" in said.err
+    assert "halfbyte train 'my own.yaml'\n" in cli("init", "my own.yaml", "--yes").err
     assert "my.yaml exists" in cli("init", "my.yaml", "--yes").err
     assert cli("init", "my.yaml", "--yes", "--force").code == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -148,15 +149,15 @@ def test_an_adapter_whose_base_lies_elsewhere(trained: Path, cli: Cli) -> None:
 
 
 def test_a_fully_trained_model_and_what_the_summary_says_next(place: Path, cli: Cli) -> None:
-    said = cli("train", "recipe.yaml", "format=none", "adapter.kind=none", "train.lr=1e-3")
+    said = cli("train", "recipe.yaml", "format=none", "adapter.kind=none", "train.lr=1e-3", "output=the run's")
     assert said.code == 0, said.err
-    commands = [line.split()[1:] for line in said.err.splitlines() if line.startswith("  halfbyte ")]
+    commands = [shlex.split(line)[1:] for line in said.err.splitlines() if line.startswith("  halfbyte ")]
     assert [command[0] for command in commands] == ["chat", "eval", "quantize"]
     for command in commands:
         extra = ("--prompt", "Hi", "--max-tokens", "2") if command[0] == "chat" else ()
         done = cli(*command, *extra)
         assert done.code == 0, done.err
-    assert cli("chat", "run", "--prompt", "Hi", "--max-tokens", "2").code == 0
+    assert cli("chat", "the run's", "--prompt", "Hi", "--max-tokens", "2").code == 0
 
 
 def test_quantize(place: Path, cli: Cli) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def lines(output: Path) -> list[dict[str, Any]]:
 def test_qlora_leaves_what_the_summary_says(files: Path, tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     prompt = "What is 3 plus 4?"
-    result = run(files, tmp_path / "run", f"train.prompts=['{prompt}']", "log.to=[tensorboard]", on_event=events.append)
+    result = run(files, tmp_path / "a run", f"train.prompts=['{prompt}']", "log.to=[tensorboard]", on_event=events.append)
     (before,), (after,) = result.eval_before.values(), result.eval_after.values()
     assert after["loss"] < before["loss"] - 0.3
     assert after["perplexity"] == pytest.approx(math.exp(after["loss"]))
@@ -79,10 +80,11 @@ def test_qlora_leaves_what_the_summary_says(files: Path, tmp_path: Path) -> None
     assert [s["step"] for s in result.samples] == [0, 3, 6, 8]
     for text in (prompt, str(result.adapter), "halfbyte chat", "halfbyte eval", "halfbyte merge", "held-out loss"):
         assert text in result.summary
-    left = {p.name for p in (tmp_path / "run").iterdir()}
+    assert shlex.join(["halfbyte", "merge", str(result.adapter), "--out", str(tmp_path / "a run" / "merged")]) in result.summary
+    left = {p.name for p in (tmp_path / "a run").iterdir()}
     assert left >= {"adapter", "checkpoints", "metrics.jsonl", "loss.png", "summary.json", "tensorboard"}
-    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 8
+    assert (tmp_path / "a run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "a run" / "summary.json").read_text())["steps"] == 8
     assert {e["kind"] for e in events} >= {"train", "eval", "sample", "message"}
     again = load_recipe(result.adapter / peft.RECIPE)
     assert again.train.lr == 1e-2

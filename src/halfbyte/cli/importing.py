@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,4 +70,5 @@ def _write(found: Imported, out: Path | None, as_json: bool) -> None:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(found.yaml(), encoding="utf-8")
-    say(f"wrote {out}; next:\n  halfbyte data preview {out}\n  halfbyte plan {out}\n  halfbyte train {out}")
+    named = shlex.quote(str(out))
+    say(f"wrote {out}; next:\n  halfbyte data preview {named}\n  halfbyte plan {named}\n  halfbyte train {named}")

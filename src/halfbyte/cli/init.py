@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def init(
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
     load_recipe(file)
-    say(f"wrote {file}; next:\n  halfbyte plan {file}\n  halfbyte data preview {file}\n  halfbyte train {file}")
+    named = shlex.quote(str(file))
+    say(f"wrote {file}; next:\n  halfbyte plan {named}\n  halfbyte data preview {named}\n  halfbyte train {named}")
 
 
 def _ask(question: str, default: str, asking: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -164,13 +165,19 @@ def summary(recipe: Recipe, result: Result, cut: str = "") -> str:
         f"Numbers:  {result.output / metrics.METRICS}",
         "",
         "Next:",
-        f"  halfbyte chat {result.adapter}{' --format none' if whole else ''}",
-        f"  halfbyte eval {result.adapter}{' --format none' if whole else ''}",
-        f"  halfbyte quantize {result.adapter} --format nf4 --out {result.output / 'nf4'}"
-        if whole
-        else f"  halfbyte merge {result.adapter} --out {result.output / 'merged'}",
+        *(f"  {shlex.join(command)}" for command in _next(result, whole)),
     ]
     return "\n".join(lines)
+
+
+def _next(result: Result, whole: bool) -> list[list[str]]:
+    """Commands to go on with, as words: a path may have spaces, and the lines are there to be copied into a shell."""
+    trained, dense = str(result.adapter), ["--format", "none"] if whole else []
+    if whole:
+        export = ["halfbyte", "quantize", trained, "--format", "nf4", "--out", str(result.output / "nf4")]
+    else:
+        export = ["halfbyte", "merge", trained, "--out", str(result.output / "merged")]
+    return [["halfbyte", "chat", trained, *dense], ["halfbyte", "eval", trained, *dense], export]
 
 
 def _answers(result: Result) -> list[str]:
