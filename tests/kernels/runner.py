@@ -61,12 +61,32 @@ def prove_forced(module: ModuleType, twin: str, names: Sequence[str] = ()) -> No
     assert not any(found.values()), "\n".join(f"{name}: {said}" for name, said in found.items() if said)
 
 
+SHARED = {70: 98_304, 75: 65_536, 80: 101_376, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Bytes of shared memory that a program may have, by compute capability; for 80 those of 86 and 89, which run the same code."""
+FITTING = """
+import sys
+import triton
+
+SHARED = {shared}[int(sys.argv[1])]
+compiled_by_triton = triton.compile
+
+def compile_fitting(source, **rest):
+    made = compiled_by_triton(source, **rest)
+    assert made.metadata.shared <= SHARED, f"{{source.name}}: {{made.metadata.shared}} bytes of shared memory, there are {{SHARED}}"
+    return made
+
+triton.compile = compile_fitting
+"""
+"""Goes before a program of `compile_for`: a kernel that compiles may still not start."""
+
+
 def compile_for(capability: int, program: str, folder: Path) -> None:
-    """Runs `program`, which compiles kernels for a GPU that need not be there and prints `compiled` at its end."""
+    """Runs `program`, which compiles kernels for a GPU that need not be there and prints `compiled` at its end; each fits the
+    shared memory of that GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": PATHS}
     file = folder / "build.py"
-    file.write_text(program)
+    file.write_text(FITTING.format(shared=SHARED) + program)
     command = [sys.executable, str(file), str(capability)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.stdout.strip() == "compiled", done.stderr

@@ -15,12 +15,12 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from halfbyte.kernels.outer import fused
+from halfbyte.kernels.outer import WIDEST, fused
 
 kernel, tile = fused._outer, fused.Tile()
-for count in (2, 3, 4):
+for count, width in ((2, 16), (3, 16), (4, WIDEST)):
     constants = {f"{name}{i}": None for i in range(count, 4) for name in ("total", "big", "small")}
-    constants |= dict(COUNT=count, SPAN=512, WIDTH=16, COLUMNS=tile.columns, ROWS=tile.rows, SPLITS=16, STAGES=tile.stages)
+    constants |= dict(COUNT=count, SPAN=512, WIDTH=width, COLUMNS=tile.columns, ROWS=tile.rows, SPLITS=16, STAGES=tile.stages)
     constants |= dict(INTERPRETED=False)
     types = {}
     for name in kernel.arg_names:

@@ -39,7 +39,6 @@ for extra in (True, False):
     types = dict(z="*bf16", d="*bf16", h="*bf16", w="*bf16", hits="*i32", targets="*i64", bias="*fp32") | numbers | floats
     build(softmax._softmax, types, kind | dict(SQUARED=extra, GRAD=True, LANES=2048, VEC=8, KEEP=True, STAGES=1, INTERPRETED=False),
           softmax.Tuning().warps)
-    build(tiled._logits, types, kind | dict(H=4096, M=128, N=128, K=32, INTERPRETED=False), tiled.Tile().warps)
     build(tiled._combine, types, kind | dict(TILES=501, WIDE=512, SQUARED=extra, N=256))
     build(tiled._gradient, types, kind | dict(SPAN=8192, INTERPRETED=False), 8)
 build(loss._expand, dict(out="*bf16", compact="*bf16", index="*i32", factor="*fp32"), dict(BLOCK=4096, INTERPRETED=False))
@@ -52,3 +51,38 @@ print("compiled")
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
     """Ampere and Hopper."""
     runner.compile_for(capability, PROGRAM, tmp_path)
+
+
+TILED = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from halfbyte.kernels.cross_entropy import tiled
+
+capability = int(sys.argv[1])
+# An A100 has more than the cards that run its code.
+shared = 166_912 if capability == 80 else SHARED
+tile, kernel = tiled.fitting(shared), tiled._logits
+assert (tile == tiled.TILE) is (shared > 101_376)
+half = "*bf16" if capability >= 80 else "*fp16"
+pointers = dict.fromkeys(("tops", "sums", "plain_sums"), "*fp32") | dict.fromkeys(("z", "h", "w"), half)
+for extra in (False, True):
+    constants = dict.fromkeys(("BIAS", "SCALED", "CAPPED", "SMOOTH"), extra)
+    constants |= dict(V=50257 if extra else 128256, H=4096, M=tile.m, N=tile.n, K=tile.k, INTERPRETED=False)
+    types = pointers | dict(bias="*fp32" if extra else half, scale="fp32", cap="fp32")
+    types = {name: types.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+    even = ("h", "w", "z", "stride_h", "stride_w", "stride_z")
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
+    options = dict(num_warps=tile.warps, num_stages=tile.stages)
+    source = ASTSource(kernel, types, constants, aligned)
+    made = compiled_by_triton(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert made.metadata.shared <= shared, (tile, made.metadata.shared, shared)
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 120])
+def test_the_tile_of_logits_fits_every_gpu(capability: int, tmp_path: Path) -> None:
+    """With the sides and the stages that run there: four stages are more than a card for games has."""
+    runner.compile_for(capability, TILED, tmp_path)

@@ -55,12 +55,22 @@ def _choose(task: Task) -> Way:
         return "chunked"
     key = (hidden.device, hidden.dtype, tuple(weight.shape), task.head.bias is None, task.head.scale, task.head.cap, task.extras)
     if key not in _chosen:
-        ways: tuple[Way, Way] = ("chunked", "tiled")
-        ms = {way: _milliseconds(task, way) for way in ways}
-        _chosen[key] = min(ms, key=lambda way: ms[way])
-        told = ", ".join(f"{way} {value:.2f} ms" for way, value in ms.items())
-        log.warning("loss: %s (auto: measured on %d rows, %s)", _chosen[key], ROWS, told)
+        _chosen[key], why = _fastest(task)
+        log.warning("loss: %s (auto: %s)", _chosen[key], why)
     return _chosen[key]
+
+
+def _fastest(task: Task) -> tuple[Way, str]:
+    """The faster way, and why. `tiled` is out where this GPU has not the room that its kernel takes; `chunked` needs hardly any."""
+    from triton.runtime.errors import OutOfResources
+
+    ms: dict[Way, float] = {"chunked": _milliseconds(task, "chunked")}
+    try:
+        ms["tiled"] = _milliseconds(task, "tiled")
+    except OutOfResources as error:
+        return "chunked", f"tiled cannot be launched on this GPU, {error}"
+    told = ", ".join(f"{way} {value:.2f} ms" for way, value in ms.items())
+    return min(ms, key=lambda way: ms[way]), f"measured on {ROWS} rows, {told}"
 
 
 def _milliseconds(task: Task, way: Way) -> float:

@@ -27,7 +27,7 @@ from halfbyte.kernels.cross_entropy.choice import Way
 from halfbyte.kernels.cross_entropy.parts import Head, Results, Task
 from halfbyte.kernels.cross_entropy.slices import slices
 from halfbyte.kernels.cross_entropy.softmax import TUNING, Tuning, softmax_
-from halfbyte.kernels.cross_entropy.tiled import TILE, Tile
+from halfbyte.kernels.cross_entropy.tiled import Tile
 from halfbyte.kernels.dequantize import decode
 from halfbyte.kernels.dequantize.fused import INTERPRETED, to_dtype
 from halfbyte.kernels.gemm import matmul
@@ -104,7 +104,7 @@ class Products:
         out.copy_(total)
 
 
-def cross_entropy(task: Task, tuning: Tuning = TUNING, way: Way = "chunked", tile: Tile = TILE) -> Results:
+def cross_entropy(task: Task, tuning: Tuning = TUNING, way: Way = "chunked", tile: Tile | None = None) -> Results:
     """Sum of losses, correct tokens, and the gradients of the sum; by a method that `choice` describes."""
     hidden, head, wants, n = task.hidden, task.head, task.wants, task.labelled
     vocabulary = head.vocabulary

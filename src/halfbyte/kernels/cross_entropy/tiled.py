@@ -12,6 +12,8 @@ Letters: n = rows of the chunk, H = hidden size, V = vocabulary, M, N, K = the t
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,8 @@ from torch import Tensor
 from halfbyte.kernels.cross_entropy.parts import Task
 from halfbyte.kernels.cross_entropy.softmax import LOWEST, gradient_of, logits_of
 from halfbyte.kernels.dequantize.fused import INTERPRETED, to_dtype
+
+log = logging.getLogger("halfbyte")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Tile:
 
 
 TILE = Tile()
+SHALLOW = Tile(stages=3)
+DEEP = 147_456
+"""Bytes of shared memory that `TILE` takes on sm_80; on sm_90 and sm_100 it takes more, and there is more. Cards of sm_86, sm_89
+and sm_120 have 101,376 a block, of which `SHALLOW` takes 98,304."""
 SPAN = 8192
 """Logits a program of the gradient kernel turns."""
 
@@ -131,6 +139,23 @@ def _gradient(
     tl.store(d + row * stride_d + k, to_dtype(g, d.dtype.element_ty, INTERPRETED), mask=k < stride_d)
 
 
+def fitting(shared: int) -> Tile:
+    """The tile for a GPU with so many bytes of shared memory a block."""
+    return TILE if shared >= DEEP else SHALLOW
+
+
+@functools.cache
+def tile_of(device: torch.device) -> Tile:
+    """The tile that runs on `device`; one of fewer stages is told, once."""
+    if device.type != "cuda":
+        return TILE
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in the stub
+    tile = fitting(shared)
+    if tile != TILE:
+        log.info("loss: tiled loads %d tiles ahead, not %d (%d KiB of shared memory)", tile.stages, TILE.stages, shared >> 10)
+    return tile
+
+
 def chunk(
     h: Tensor,
     weight: Tensor,
@@ -140,10 +165,11 @@ def chunk(
     losses: Tensor,
     hits: Tensor,
     task: Task,
-    tile: Tile = TILE,
+    tile: Tile | None = None,
 ) -> None:
     """Losses fp32 `[c]` and hits int32 `[c]` of hidden rows h `[c, H]`; z `[c, V]` (aligned rows) receives the products, and d,
-    which may be z, their gradient."""
+    which may be z, their gradient. tile: measured otherwise."""
+    tile = tile or tile_of(h.device)
     head, extras, (rows, vocabulary) = task.head, task.extras, z.shape
     bias = z if head.bias is None else head.bias
     kind = {"V": vocabulary, "BIAS": head.bias is not None, "SCALED": head.scale != 1.0, "CAPPED": head.cap != 0.0}
