@@ -227,6 +227,19 @@ def test_a_finished_run_goes_on_with_more_steps(files: Path, tmp_path: Path) -> 
     assert [line["step"] for line in lines(tmp_path / "run") if line["kind"] == "train"] == [1, 2, 3, 4, 5]
 
 
+def test_a_finished_run_started_again_repeats_its_summary_and_leaves_its_picture(files: Path, tmp_path: Path) -> None:
+    first = run(files, tmp_path / "run", "train.max_steps=2")
+    written = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (tmp_path / "run" / "memory.png").write_bytes(b"drawn")
+    again = run(files, tmp_path / "run", "train.max_steps=2")
+    assert again == first and again.memory.peak > 0 and again.memory_bytes > 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == written
+    assert (tmp_path / "run" / "memory.png").read_bytes() == b"drawn"
+    # With nothing left of it, a start still ends: there is a plan and no truth.
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    assert run(files, tmp_path / "run", "train.max_steps=2").memory.planned_peak > 0
+
+
 def test_automatic_choices_are_kept_on_resume(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(files, tmp_path / "run", "compute=auto", "train.max_steps=2")
     chosen = newest(tmp_path / "run").documents["choices"]

@@ -62,7 +62,9 @@ def plot(parts: Parts, account: Account, output: Path, name: str) -> None:
     assert isinstance(parts.report, Report)
     try:
         metrics.plot(parts.report.metrics.read(), output / PLOT, name)
-        account.draw(output, name, parts.ladder.rung, parts.watch)
+        # Without a step here, a picture that is there shows more than one of now would.
+        if parts.watch.steps or not (output / PICTURE).exists():
+            account.draw(output, name, parts.ladder.rung, parts.watch)
     except OSError as error:
         parts.report.tell(f"WARNING: {output / PLOT} was not written: {error.strerror}")
 
@@ -105,6 +107,7 @@ def _result(parts: Parts, account: Account, state: State, output: Path, where: P
     events = report.metrics.read()
     losses = [e["loss"] for e in events if e["kind"] == "train" and e["loss"] is not None]
     scores = {e["step"]: e["sets"] for e in state.evaluations}
+    peak, memory = _memory(parts, account, output)
     return Result(
         adapter=where,
         output=output,
@@ -119,11 +122,23 @@ def _result(parts: Parts, account: Account, state: State, output: Path, where: P
         skipped=state.skipped,
         seconds=round(state.seconds, 1),
         tokens_per_s=round(state.step * parts.config.batch * parts.row_tokens / max(state.seconds, 1e-9), 1),
-        memory_bytes=parts.watch.whole,
-        memory=account.memory(parts.ladder.rung, parts.watch),
+        memory_bytes=peak,
+        memory=memory,
         samples=state.samples,
         shortages=state.shortages,
     )
+
+
+def _memory(parts: Parts, account: Account, output: Path) -> tuple[int, Memory]:
+    """The peak of the run, and plan and truth of its steps. A start that found the run finished has measured none: it keeps what
+    the start that ended the run has left."""
+    if not parts.watch.steps:
+        try:
+            left = json.loads((output / SUMMARY).read_text(encoding="utf-8"))
+            return int(left["memory_bytes"]), Memory(**left["memory"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # none is there, or of another version
+    return parts.watch.whole, account.memory(parts.ladder.rung, parts.watch)
 
 
 def _fields(result: Result) -> dict[str, Any]:
