@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,25 @@ def test_inspect(cli: Cli, place: Path) -> None:
     assert reasons["model.layers.0.mlp.down_proj.weight"] == "skip: *.down_proj"
     assert reasons["lm_head.weight"] == "output head"
     assert "2 x LlamaDecoderLayer: adopted if the probe agrees" in said.out
+
+
+@pytest.mark.parametrize("width", [80, 30])
+def test_inspect_cuts_nothing_on_a_narrow_terminal(cli: Cli, place: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    whole = cli("inspect", "model").out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(width))
+    narrow = re.sub(r"\x1b\[[0-9;]*m", "", cli("inspect", "model").out)
+    assert len(narrow.splitlines()[0]) <= 80 < len(whole.splitlines()[0])
+    assert "…" not in narrow
+    for word in [
+        *re.findall(r" [\d.,x]+ (?:[KMG]iB)?", whole.split("parameters in")[0]),
+        "stored",
+        "packed",
+        "is:",
+        "output",
+        "head",
+    ]:
+        assert word in narrow, word
 
 
 def test_data_preview(cli: Cli, place: Path) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from halfbyte.data.config import DataConfig
 from halfbyte.data.prepare import prepare
-from halfbyte.data.preview import of, pieces, renderable
+from halfbyte.data.preview import of, pieces, render, renderable
 
 
 def test_rendered_without_colour(tokenizer: Any, jsonl: Any, chat: Any, tmp_path: Any) -> None:
@@ -22,6 +22,21 @@ def test_rendered_without_colour(tokenizer: Any, jsonl: Any, chat: Any, tmp_path
     assert text.count("⟦It is a cat") == 2 and "<|im_start|>assistant⏎" in text and ".<|im_end|>⟧" in text
     for word in ("rows of 128 tokens", "row 1: 4 documents of", "left over (no loss)", "eval: data", "longest", "data.jsonl:"):
         assert word in text
+
+
+def test_a_narrow_terminal_cuts_no_number(tokenizer: Any, jsonl: Any, chat: Any, tmp_path: Any) -> None:
+    prepared = prepare(
+        DataConfig(train=[str(jsonl([chat("What?", f"A cat {i}.") for i in range(5)]))], tokens=128), tokenizer, 0, tmp_path
+    )
+    shown = of(prepared, tokenizer, 1, 0)
+    for width in (100, 40):
+        out = io.StringIO()
+        render(shown, Console(file=out, width=width, no_color=True))
+        told = " ".join(out.getvalue().split("learned tokens are")[0].split("lengths in tokens")[1].split())
+        assert f"{prepared.train.tokens():,}" in told and "longest" in told and "…" not in told, told
+        assert max(map(len, out.getvalue().splitlines())) <= width
+        bars = [line for line in out.getvalue().splitlines() if line.startswith("█")]
+        assert [len(bar) for bar in bars] == [min(96, width)] * len(shown.rows)
 
 
 def test_tokens_of_one_character_are_shown_together(tokenizer: Any) -> None:

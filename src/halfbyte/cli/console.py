@@ -18,12 +18,15 @@ DEFAULTS_OF_LIBRARIES = {
 """Environment variables that are set unless the user has: no telemetry, and no second voice beside ours."""
 
 
-def console(*, stderr: bool = False) -> Console:
-    """A rich console: stdout for what was asked for, stderr for words about it. 120 columns where it is no terminal."""
+def console(*, stderr: bool = False, least: int = 0) -> Console:
+    """A rich console: stdout for what was asked for, stderr for words about it. 120 columns where it is no terminal; never fewer
+    than `least`, below which rich would cut what it prints, where a terminal only breaks the line."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 120)
+    made = Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 120)
+    made.width = max(made.width, least)
+    return made
 
 
 def say(text: str) -> None:

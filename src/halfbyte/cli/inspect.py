@@ -10,6 +10,10 @@ import typer
 if TYPE_CHECKING:
     from halfbyte.layers.report import SwapReport
 
+NUMBERS = ("shape", "count", "weights", "bytes")
+NAME, WHY = 12, 12
+"""Columns that a tensor's name, and why it is stored as it is, have at least."""
+
 
 def inspect(
     model: str = typer.Argument(..., help="Hub id, directory, .gguf file or smollm2-135m."),
@@ -51,36 +55,43 @@ def inspect(
 
 
 def _print(report: SwapReport, full: bool) -> None:
-    from rich.table import Table
-
-    from halfbyte.cli.console import console
     from halfbyte.memory.table import size
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name, right in (
-        ("tensor", False),
-        ("shape", False),
-        ("count", True),
-        ("weights", True),
-        ("bytes", True),
-        ("stored", False),
-    ):
-        table.add_column(name, justify="right" if right else "left", no_wrap=name != "stored")
     rows = [(r.path, r) for r in report.rows] if full else [(_pattern(r.path), r) for r in report.rows]
     groups: dict[tuple[str, Any], list[Any]] = {}
     for name, row in rows:
         groups.setdefault((name, (row.shape, row.packed, row.reason)), []).append(row)
+    lines: list[tuple[str, ...]] = []
     for (name, (shape, packed, reason)), members in groups.items():
         weights, held = sum(r.params for r in members), sum(r.bytes for r in members)
         stored = f"packed, {8 * held / weights:.3f} bits" if packed else f"as it is: {reason}"
-        table.add_row(name, "x".join(map(str, shape)), str(len(members)), f"{weights:,}", size(held), stored)
-    console().print(table)
+        lines.append((name, "x".join(map(str, shape)), str(len(members)), f"{weights:,}", size(held), stored))
+    _table(lines)
     packed, kept = sum(r.bytes for r in report.packed), sum(r.bytes for r in report.kept)
     print(f"{report.params:,} parameters in {size(report.bytes)}: {size(packed)} packed, {size(kept)} as it is (in bf16);")
     print(f"all in bf16: {size(2 * report.params)}")
     layers = Counter((r.layer, r.reason) for r in report.layers)
     for (name, reason), count in layers.items():
         print(f"{count} x {name}: " + (f"left as it is: {reason}" if reason else "adopted if the probe agrees, when it is loaded"))
+
+
+def _table(lines: list[tuple[str, ...]]) -> None:
+    """Where the terminal is narrow, names fold and reasons wrap; numbers stay whole."""
+    from rich.table import Table
+
+    from halfbyte.cli.console import console
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("tensor", overflow="fold")
+    least = NAME + WHY + 2 * len(NUMBERS) + 2
+    for i, name in enumerate(NUMBERS, start=1):
+        width = max(len(name), *(len(line[i]) for line in lines))
+        table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True, min_width=width)
+        least += width
+    table.add_column("stored", overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    console(least=least).print(table)
 
 
 def _pattern(path: str) -> str:

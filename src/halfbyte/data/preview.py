@@ -187,28 +187,38 @@ def _text(run: list[int], tokenizer: Any) -> str:
 
 def render(shown: Preview, console: Console) -> None:
     """Prints the whole preview."""
-    console.print(renderable(shown))
+    console.print(renderable(shown, console.width))
 
 
-def renderable(shown: Preview) -> RenderableType:
-    """What was read, how long it is, some examples, and the first packed row."""
-    table = Table(*COLUMNS, title="lengths in tokens", title_justify="left")
-    for row in lengths(shown.prepared):
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else value for value in row))
+def renderable(shown: Preview, width: int = 120) -> RenderableType:
+    """What was read, how long it is, some examples, and the first packed row. width: columns that there are."""
     legend = f"learned tokens are green and stand in {OPEN}brackets{CLOSE}; special tokens are underlined; ⏎ is a newline"
     if any(example.weighted for example in shown.examples):
         legend += f"; {OPEN}0.5x tokens{CLOSE} count half in the loss (less than 1 is yellow, more is cyan)"
-    parts: list[RenderableType] = [Text("\n".join(shown.prepared.report.lines())), table, Text(legend)]
+    parts: list[RenderableType] = [Text("\n".join(shown.prepared.report.lines())), _table(shown.prepared, width), Text(legend)]
     for example in shown.examples:
         title = f"{example.where}: {example.tokens} tokens, {example.trained} learned"
         parts.append(Panel(_marked(example.pieces), title=Text(title), title_align="left"))
-    return Group(*parts, *(_drawn(number, row) for number, row in enumerate(shown.rows, 1)))
+    return Group(*parts, *(_drawn(number, row, min(WIDTH, width)) for number, row in enumerate(shown.rows, 1)))
 
 
-def _drawn(number: int, row: Row) -> RenderableType:
+def _table(prepared: Prepared, width: int) -> RenderableType:
+    """Lengths of every set; where a table would have to cut its numbers, a line a set."""
+    told = [[f"{value:,}" if isinstance(value, int) else value for value in row] for row in lengths(prepared)]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *told, strict=True)]
+    if sum(widths) + 3 * len(widths) + 1 > width:
+        lines = [f"{row[0]}: " + ", ".join(f"{n} {v}" for n, v in zip(COLUMNS[1:], row[1:], strict=True)) for row in told]
+        return Text("\n".join(["lengths in tokens", *lines]))
+    table = Table(*COLUMNS, title="lengths in tokens", title_justify="left")
+    for row in told:
+        table.add_row(*row)
+    return table
+
+
+def _drawn(number: int, row: Row, width: int) -> RenderableType:
     left = f", {row.left} left over (no loss)" if row.left else ""
     documents = " | ".join(map(str, row.tokens))
-    return Text(f"row {number}: {len(row.tokens)} documents of {documents} tokens{left}; none sees another\n{row.drawn()}")
+    return Text(f"row {number}: {len(row.tokens)} documents of {documents} tokens{left}; none sees another\n{row.drawn(width)}")
 
 
 def _marked(found: list[Piece]) -> Text:
