@@ -58,6 +58,19 @@ def test_mistakes(cli: Cli, args: list[str], told: str) -> None:
     assert told in said.err and "Traceback" not in said.err
 
 
+@pytest.mark.parametrize("command", [["chat"], ["eval"], ["inspect"], ["merge", "--out", "x"]])
+def test_what_is_no_model_is_named(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    (tmp_path / "runs" / "half" / "checkpoints").mkdir(parents=True)
+    assert "chats.jsonl is a file, not a model, run or adapter" in cli(*command, "chats.jsonl").err
+    said = cli(*command, "runs/half")
+    assert "runs/half is a run that has not finished\n" in said.err and "run its `halfbyte train` command again" in said.err
+    if command[0] != "merge":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert "there is no such directory here" in cli(*command, "runs/hafl").err
+        assert "no such directory" not in cli(*command, "owner/name").err
+
+
 @pytest.mark.parametrize(
     ("error", "code", "told"),
     [

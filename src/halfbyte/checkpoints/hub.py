@@ -51,11 +51,22 @@ def locate(model: ModelConfig, *, weights: bool = True) -> Source:
         if os.path.isfile(path):
             return Source(path.resolve(), model.name, None)
         raise CheckpointError(f"there is no file {path}", hint="a .gguf name is a path on this machine; download the file first")
+    refuse(path)
     if os.path.isdir(path):
         return Source(path.resolve(), model.name, None)
     if not HUB_ID.fullmatch(model.name):
         raise CheckpointError(f"there is no directory {path}, and it is not a Hub id (`owner/model`)", hint=_names())
     return _snapshot(model, weights)
+
+
+def refuse(path: Path) -> None:
+    """Raises CheckpointError where what lies at `path` is no model, run or adapter, and its name alone tells what it is."""
+    if os.path.isfile(path):
+        hint = f"give the directory that it is in ({path.parent})" if path.suffix == ".safetensors" else _names()
+        raise CheckpointError(f"{path} is a file, not a model, run or adapter", hint=hint)
+    if os.path.isdir(path / "checkpoints") and not any((path / left).exists() for left in ("adapter", "model", "config.json")):
+        hint = "run its `halfbyte train` command again: it goes on where it stopped"
+        raise CheckpointError(f"{path} is a run that has not finished", hint=hint)
 
 
 def adapter(name: str, revision: str | None = None) -> Path | None:
@@ -77,6 +88,13 @@ def adapter(name: str, revision: str | None = None) -> Path | None:
 
 def _names() -> str:
     return f"a model is a Hub id, a directory, a .gguf file or a bundled name ({', '.join(bundled.BUNDLES)})"
+
+
+def _path(name: str) -> str:
+    """What to say first of a Hub id that may have been meant as a path; it is none, or nobody would have asked the Hub."""
+    return (
+        "there is no such directory here, if a path was meant; " if Path(name).parent.is_dir() or name.startswith("runs/") else ""
+    )
 
 
 def _snapshot(model: ModelConfig, weights: bool) -> Source:
@@ -139,7 +157,7 @@ def _cached(model: ModelConfig, wanted: list[str], why: str, left_out: list[str]
     try:
         path = _download(model, wanted, left_out, offline=True)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        hint = f"download it once with a network (`hf download {model.name}`), or give a directory"
+        hint = f"{_path(model.name)}download it once with a network (`hf download {model.name}`), or give a directory"
         raise CheckpointError(f"{model.name} is not on this machine, and {why}", hint=hint, code="hub.offline") from error
     log.warning("%s: using the snapshot %s of the local cache: %s", model.name, path.name[:12], why)
     return Source(path, model.name, path.name)
@@ -156,7 +174,7 @@ def explain(error: HfHubHTTPError, model: ModelConfig) -> HalfbyteError:
             f"{model.name} has no revision {model.revision}", hint=f"{page}/commits/main lists them", code="hub.revision"
         )
     if isinstance(error, RepositoryNotFoundError):
-        hint = f"check the spelling; if it is private, set HF_TOKEN; {_names()}"
+        hint = f"{_path(model.name)}check the spelling; if it is private, set HF_TOKEN; {_names()}"
         return CheckpointError(f"the Hub has no model {model.name} (or hides it from you)", hint=hint, code="hub.not-found")
     status = error.response.status_code
     if status in (401, 403):

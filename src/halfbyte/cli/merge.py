@@ -20,7 +20,7 @@ def merge(
 
     Merged into the dequantised base, answers stay what they were; the report says by how much logits move on a probe text.
     """
-    from halfbyte.checkpoints import peft
+    from halfbyte.checkpoints import hub, peft
     from halfbyte.cli.arguments import adapter_directory, base_of, device
     from halfbyte.cli.console import Loading, emit, say
     from halfbyte.errors import RecipeError
@@ -31,6 +31,7 @@ def merge(
         raise RecipeError(f"`--into` must be dequantised or original, but is `{into}`")
     folder = adapter_directory(adapter)
     if folder is None:
+        hub.refuse(Path(adapter).expanduser())
         raise RecipeError(f"{adapter} holds no adapter", hint="give the directory with adapter_config.json, a run's, or a Hub id")
     base = base_of(peft.read(folder), kind, model, "auto", device())
     with Loading() as loading:
