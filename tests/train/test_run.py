@@ -21,6 +21,7 @@ from halfbyte.errors import CheckpointError, Interrupted, ModelError, TrainingEr
 from halfbyte.formats.config import FormatConfig
 from halfbyte.layers import head
 from halfbyte.layers.linear import Linear4bit
+from halfbyte.memory.table import size
 from halfbyte.recipe import load_recipe, recipe_from
 from halfbyte.train import choices, fusing, metrics
 from halfbyte.train.finish import Result
@@ -102,6 +103,9 @@ def test_memory_is_told_beside_its_plan_and_drawn(files: Path, tmp_path: Path) -
     # Rotary frequencies are no weights.
     assert memory.planned["other weights"] == pytest.approx(memory.actual["other weights"], rel=0.01)
     assert sum(memory.planned.values()) == memory.planned_peak and sum(memory.actual.values()) >= memory.peak > 0
+    (told,) = [e["text"] for e in events if e["kind"] == "message" and e["text"].startswith("memory: ")]
+    assert f"{size(memory.actual['decoded weights'])} of decoded weights" in told
+    assert told.endswith(f"{size(memory.planned_peak)} in all")
     for text in ("memory by part", "packed weights", "the step", "in all", f"(planned {memory.planned_peak / 2**30:.2f})"):
         assert text in result.summary
     assert (tmp_path / "run" / "memory.png").read_bytes().startswith(b"\x89PNG")

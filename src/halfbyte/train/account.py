@@ -6,7 +6,7 @@ activations, loss, backward, scratch and workspaces, which only a recorded step 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -79,6 +79,12 @@ class Account:
     def watch(self, device: torch.device, record: int | None) -> Watch:
         """For the loop."""
         return Watch(device, lru_cache(lambda rung: self.curve(rung).peak), self.standing, record)
+
+    def told(self, rung: Rung, tell: Callable[[str], None]) -> None:
+        """What is held that the plan, as it was printed, does not count: on a CPU, decoded weights, for which it left room."""
+        if self.decoded:
+            whole = size(self.curve(rung).peak)
+            tell(f"memory: {size(self.decoded)} of decoded weights are held beside the plan's parts, {whole} in all")
 
     def standing(self) -> dict[str, int]:
         """Bytes that are there all the time, by part."""

@@ -183,6 +183,7 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None, memory_time
     account = Account(
         chooser, base.model, optimizer, wanted if on["decoded weights"] else 0, started, recipe.adapter.kind == "none"
     )
+    account.told(rung, report.tell)
     watch = account.watch(device, accounting.RECORDED if memory_timeline else None)
     parts = _parts(recipe, report, device, compute, base, adapter, optimizer, prepared, chosen, steps, watch, rows)
     if stored is not None:
