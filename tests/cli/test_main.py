@@ -114,6 +114,14 @@ def test_init_writes_a_recipe(cli: Cli, tmp_path: Path) -> None:
     assert "halfbyte train 'my own.yaml'\n" in cli("init", "my own.yaml", "--yes").err
     assert "my.yaml exists" in cli("init", "my.yaml", "--yes").err
     assert cli("init", "my.yaml", "--yes", "--force").code == 0
+    said = cli("init", "other.yaml", "--format", "nf5")
+    assert said.code == 1 and "must be one of nf4" in said.err and not (tmp_path / "other.yaml").exists()
+
+
+def test_init_tells_the_defaults_that_it_could_not_ask_for(cli: Cli) -> None:
+    told = "defaults were taken: model smollm2-135m, format nf4\n"
+    assert told in cli("init", "a.yaml", "--data", "a.jsonl").err
+    assert "defaults" not in cli("init", "b.yaml", "--yes").err
 
 
 def test_doctor(cli: Cli) -> None:

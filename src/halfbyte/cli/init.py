@@ -19,6 +19,11 @@ data:
 train: {{batch: {batch}, epochs: {epochs}, lr: 2e-4}}
 output: {output}
 """
+QUESTIONS = {
+    "model": ("Base model (Hub id, directory, .gguf file)", "smollm2-135m"),
+    "data": ("Training data (file, directory, Hub dataset, python-docs)", "python-docs"),
+    "format": ("Format of the base (nf4, fp4, int4, int8, none)", "nf4"),
+}
 
 
 def init(
@@ -39,28 +44,32 @@ def init(
     """
     from halfbyte.cli.console import say
     from halfbyte.errors import RecipeError
-    from halfbyte.recipe import load_recipe
+    from halfbyte.recipe import parse, recipe_from
 
     if file.exists() and not force:
         raise RecipeError(f"{file} exists", hint="--force overwrites it; or give another name")
-    asking = not yes and sys.stdin.isatty()
-    chosen = {
-        "model": model or _ask("Base model (Hub id, directory, .gguf file)", "smollm2-135m", asking),
-        "data": data or _ask("Training data (file, directory, Hub dataset, python-docs)", "python-docs", asking),
-        "format": kind or _ask("Format of the base (nf4, fp4, int4, int8, none)", "nf4", asking),
-    }
+    chosen, taken = _chosen({"model": model, "data": data, "format": kind}, asking=not yes and sys.stdin.isatty())
     name = f"runs/{Path(chosen['model']).name.lower()}-{Path(chosen['data']).stem.lower()}"
     values = {key: _quoted(value) for key, value in (chosen | {"output": output or name}).items()}
     text = TEMPLATE.format(file=file, tokens=tokens, batch=8, epochs=f"{epochs:g}", **values)
+    recipe_from(parse(text, str(file)).data)  # a recipe with a mistake is not written
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
-    load_recipe(file)
+    if taken and not yes:
+        say(f"no terminal to ask on, so these defaults were taken: {', '.join(taken)}")
     named = shlex.quote(str(file))
     say(f"wrote {file}; next:\n  halfbyte plan {named}\n  halfbyte data preview {named}\n  halfbyte train {named}")
 
 
-def _ask(question: str, default: str, asking: bool) -> str:
-    return str(typer.prompt(question, default=default, err=True)) if asking else default
+def _chosen(given: dict[str, str | None], *, asking: bool) -> tuple[dict[str, str], list[str]]:
+    """What was given, answered, or else the default; and which defaults were taken without asking."""
+    chosen, taken = {}, []
+    for key, (question, default) in QUESTIONS.items():
+        answer = given[key] or (str(typer.prompt(question, default=default, err=True)) if asking else None)
+        chosen[key] = answer or default
+        if answer is None:
+            taken.append(f"{key} {default}")
+    return chosen, taken
 
 
 def _quoted(value: str) -> str:
