@@ -45,6 +45,13 @@ def test_user_errors_are_message_and_hint(cli: Cli, tmp_path: Path) -> None:
         (["merge", "x"], "Missing option '--out'"),
         (["train"], "which recipe?"),
         (["train", "train.lr=1"], "which recipe?"),
+        (["train", "a/chats.jsonl.gz"], "--model M --data a/chats.jsonl.gz`"),
+        (["train", "r.yaml", "--lr", "1e-4"], "settings of a recipe are written `train.lr=1e-4`"),
+        (["plan", "r.yaml", "--adapter.rank=8"], "settings of a recipe are written `adapter.rank=8`"),
+        (["train", "r.yaml", "--modle", "x"], "such as `train.lr=1e-4`; `halfbyte train --help` lists the options"),
+        (["train", "--model", "x"], "`--data` is missing"),
+        (["train", "--data", "x"], "`--model` is missing"),
+        (["train", "--model", "m", "--data", "x", "output=taken/x"], "`output: taken/x` is no directory: taken is a file"),
         (["train", "nope.yaml"], "there is no recipe nope.yaml"),
         (["plan", "--model", "nope/", "--gpu", "rtx4090x"], "did you mean `rtx4090`?"),
         (["merge", "nope", "--out", "x"], "nope holds no adapter"),
@@ -52,7 +59,8 @@ def test_user_errors_are_message_and_hint(cli: Cli, tmp_path: Path) -> None:
         (["inspect", "x", "--format", "nf5"], "`kind` must be one of nf4, fp4, int4, int8, none, but is `nf5`"),
     ],
 )
-def test_mistakes(cli: Cli, args: list[str], told: str) -> None:
+def test_mistakes(cli: Cli, tmp_path: Path, args: list[str], told: str) -> None:
+    (tmp_path / "taken").touch()
     said = cli(*args)
     assert (said.code, said.out) == (1, "")
     assert told in said.err and "Traceback" not in said.err

@@ -85,8 +85,7 @@ def _run(args: list[str], debug: bool) -> int:
         _trace(debug)
         return error.exit_code
     except UsageError as error:
-        context = getattr(error, "ctx", None)
-        fail(error.format_message(), f"`{context.command_path if context else 'halfbyte'} --help` lists the options")
+        fail(error.format_message(), _usage(error, args))
         return 1
     except (KeyboardInterrupt, typer.Abort):
         fail("stopped")
@@ -102,6 +101,16 @@ def _run(args: list[str], debug: bool) -> int:
         fail(f"unexpected {type(error).__name__}: {error}", "this is a defect in halfbyte; --debug prints where it happened")
         _trace(debug)
         return 1
+
+
+def _usage(error: Any, args: list[str]) -> str:
+    """The hint of a usage error. What takes a recipe's settings may have been given one as an option."""
+    from halfbyte.cli.recipes import as_setting
+
+    context, option = getattr(error, "ctx", None), getattr(error, "option_name", None)
+    told = f"`{context.command_path if context else 'halfbyte'} --help` lists the options"
+    settable = context is not None and any(p.name == "overrides" for p in context.command.params)
+    return f"{as_setting(option, args)}; {told}" if option and settable else told
 
 
 def _trace(debug: bool) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from halfbyte.checkpoints.atomic import alive
-from halfbyte.errors import TrainingError
+from halfbyte.errors import RecipeError, TrainingError
 
 try:
     import fcntl
@@ -26,7 +26,9 @@ NAME = "run.lock"
 
 @contextmanager
 def hold(output: Path, tell: Callable[[str], None]) -> Iterator[None]:
-    """Hold the output directory. Raises TrainingError (train.locked) when a living run holds it."""
+    """Hold the output directory. Raises TrainingError (train.locked) when a living run holds it, RecipeError where it is a file."""
+    if file := next((place for place in (output, *output.parents) if place.is_file()), None):
+        raise RecipeError(f"`output: {output}` is no directory: {file} is a file", hint="name another", code="recipe.output")
     output.mkdir(parents=True, exist_ok=True)
     path = output / NAME
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
