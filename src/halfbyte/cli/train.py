@@ -16,7 +16,7 @@ def train(
     model: str | None = typer.Option(None, "--model", "-m", help="Base model: Hub id, directory, .gguf file or smollm2-135m."),
     data: list[str] = typer.Option(None, "--data", "-d", help="Training data: file, directory, Hub id or python-docs."),
     show: bool = typer.Option(False, "--show", help="Print the resolved recipe and stop."),
-    as_json: bool = typer.Option(False, "--json", help="Print events as JSON, one a line, instead of words."),
+    as_json: bool = typer.Option(False, "--json", help="Print events as JSON to stdout, one a line; words still go to stderr."),
     memory_timeline: bool = typer.Option(
         False, "--memory-timeline", help="Record the memory of one step, and draw it over the plan's in memory.png."
     ),
