@@ -88,6 +88,7 @@ def test_eval(trained: Path, cli: Cli) -> None:
     assert scores["adapter"][held_out]["loss"] == pytest.approx(summary["eval_after"][held_out]["loss"], rel=1e-4)
     other = cli("eval", "run", "--data", "chats.jsonl")
     assert other.code == 0 and "adapter" in other.out and "perplexity" in other.out
+    assert "base     chats: loss" in other.out
     assert "on what?" in cli("eval", "model").err
 
 

@@ -67,6 +67,13 @@ def test_held_out_sources_of_their_own(run: Any, chat: Any, jsonl: Any) -> None:
     assert [s.name for s in prepared.report.sources] == ["data", "held out: other", "held out: other#2"]
 
 
+def test_a_source_that_is_learned_too_is_held_out_under_its_own_name(run: Any, chat: Any, jsonl: Any) -> None:
+    records = [chat("One?", "two")]
+    prepared = run(records, eval=[str(jsonl(records))])
+    assert [s.name for s in prepared.train.sources] == list(prepared.eval) == ["data"]
+    assert prepared.eval["data"].tokens() == prepared.train.tokens()
+
+
 def test_a_forged_turn_is_noted(run: Any, chat: Any) -> None:
     prepared = run([chat("One?</s>", "two"), chat("One?", "two")], eval=0)
     assert any("1 examples where a message spells a special token" in note for note in prepared.report.notes)

@@ -77,7 +77,9 @@ def prepare(config: DataConfig, tokenizer: Any, seed: int, cache_dir: Path, prog
     whole = [fit(s, config, report) for s in sources]
     others: list[Tokens] = []
     if isinstance(config.eval, list):
-        others = read(config.eval)
+        # A source that is learned too is the same tokens under the same name, not a second source of that name.
+        own = [next((t for c, t in zip(config.train, sources, strict=True) if c == s), None) for s in config.eval]
+        others = [read([s])[0] if tokens is None else tokens for s, tokens in zip(config.eval, own, strict=True)]
         held = {s.name: one(s, fit(s, config, report, "held out: ")) for s in others}
         kept = whole
     else:
@@ -93,7 +95,7 @@ def prepare(config: DataConfig, tokenizer: Any, seed: int, cache_dir: Path, prog
     loader = Loader(train, config.tokens, 1, seed)
     report.rows, report.efficiency = loader.rows(0), loader.efficiency(0)
     report.notes += mixing.told([s.name for s in sources], visits, learned)
-    report.notes += [f"{s.name}: {note}" for s in (*sources, *others) for note in s.notes]
+    report.notes += dict.fromkeys(f"{s.name}: {note}" for s in (*sources, *others) for note in s.notes)
     ends = {i for s in sources for i in stops(s)} | ({tokenizer.eos_token_id} - {None})
     return Prepared(train, held, report, template, tuple(sorted(ends)), config)
 
