@@ -114,6 +114,16 @@ def test_a_second_look_is_remembered(looked: Any, chat: Any, monkeypatch: pytest
     assert looked(records).findings.as_dict() == first.findings.as_dict() and first.findings.ids() == {"data.control"}
 
 
+def test_what_is_said_of_a_whole_source_has_no_count(looked: Any, tmp_path: Path) -> None:
+    (line, *_) = looked([], "empty.jsonl").findings.lines()
+    assert brief(line) == "error [data.empty] empty: `empty.jsonl` is empty"
+
+
+def test_an_unknown_role_is_told_with_its_fix(looked: Any, chat: Any) -> None:
+    found = looked([chat("a", "b"), {"messages": [{"role": "agent", "content": "x"}]}]).findings.errors
+    assert "roles: {agent: assistant}" in found[0].lines()[-1]
+
+
 def test_mistakes_of_all_sources_are_told_at_once(looked: Any, chat: Any, jsonl: Any, tmp_path: Path, tokenizer: Any) -> None:
     one = jsonl([chat("a", "b"), {"messages": None}, *[{"messages": [{"role": "robot", "content": "x"}]}] * 15], "one.jsonl")
     two = jsonl([{"prompt": "a", "completion": 3}], "two.jsonl")
@@ -121,6 +131,7 @@ def test_mistakes_of_all_sources_are_told_at_once(looked: Any, chat: Any, jsonl:
     found = run.check(config, tokenizer, 0, tmp_path / "cache")
     assert len(found.problems) == 17 and found.prepared is None
     assert {(f.source, f.count) for f in found.findings.errors} == {("one", 16), ("two", 1)}
+    assert found.findings.errors[1].lines()[0].startswith("error [data.bad-example] two: 1 of 1 (100.0%): ")
     assert "data.duplicates" in found.findings.not_run and len(found.as_dict()["wrong_lines"]) == 17
     written, missing = lines.write(found.problems, config.train, tmp_path, tmp_path / "bad.jsonl")
     assert (written, missing) == (17, 0)

@@ -134,7 +134,7 @@ def test_text_is_always_split(run: Any) -> None:
 def test_empty(records: list[Any], code: str, run: Any) -> None:
     with pytest.raises(DataError) as caught:
         run(records)
-    assert caught.value.code == code and caught.value.hint
+    assert caught.value.code == code and caught.value.hint and "data.jsonl`" in caught.value.message
 
 
 def test_zero_trained(run: Any, monkeypatch: pytest.MonkeyPatch, chat: Any) -> None:

@@ -132,6 +132,20 @@ def test_mistakes_name_the_field(data: dict[str, Any], said: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("role", "hint"),
+    [
+        ("agent", "say what it is: `data.train: [{path: ..., roles: {agent: assistant}}]`"),
+        ("a: b", "mend these lines"),
+        (None, "mend"),
+    ],
+)
+def test_an_unknown_role_is_mended_by_saying_what_it_is(role: Any, hint: str) -> None:
+    with pytest.raises(DataError) as caught:
+        convert({"messages": [{"role": role, "content": "a"}, A]}, "messages")[2].raise_any()
+    assert caught.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize(
     ("data", "why"),
     [
         ({"messages": [{"role": "user", "content": "a"}]}, "no answer by the assistant"),

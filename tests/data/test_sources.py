@@ -54,6 +54,8 @@ def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
         ("a.json", b'[\n{"a": 1}\n{"a": 2}\n]', "a.json:3: expected `,` or `]` after an element"),
         ("a.json", b'[{"a": 1}', "a.json:1: expected `,` or `]` after an element, got the end of the file"),
         ("a.json", b'[{"a": 1},\n 3]', "a.json:2: expected an object with named fields, got a number"),
+        ("a.jsonl", b'{"a": "\x01"}\n', "a.jsonl:1: expected a JSON object, got invalid control character at column 8"),
+        ("a.json", b'[{"a": "\x01"}]\n', "a.json:1: expected a JSON array of objects, got invalid control character"),
         ("a.csv", b"a,b\n1,2\n3\n4,5,6\n", "a.csv:3: expected 2 columns, got 1"),
         ("a.csv", b"a,b\n1,2\n4,5,6\n", "a.csv:3: expected 2 columns, got 3"),
         ("a.json", b'[{"a": ' + b"[" * 100_000, "a.json:1: expected a JSON array of objects, got brackets nested too deeply"),

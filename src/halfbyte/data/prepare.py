@@ -191,7 +191,7 @@ def _write(
         for raw in chain(ahead, records):
             parse(raw, problems)
         problems.raise_any()
-        raise DataError(f"`{name}` is empty", hint="it must hold at least one example", code="data.empty")
+        raise DataError(f"`{config.path}` is empty", hint="it must hold at least one example", code="data.empty")
     job = Job(*basis, config.shape, shapes.layout(config), first, crew.quick)
     converter = Converter(job, None if crew.quick else encoder)
     writer = store.Writer(folder)
@@ -212,7 +212,7 @@ def _write(
         if not count:
             reasons = f" ({'; '.join(notes)})" if notes else ""
             hint = "every example needs an answer by the assistant, or text"
-            raise DataError(f"`{name}` holds no usable example{reasons}", hint=hint, code="data.empty")
+            raise DataError(f"`{config.path}` holds no usable example{reasons}", hint=hint, code="data.empty")
         writer.close(converter.reader.shape, sorted(end), notes)
         whole = True
     finally:

@@ -38,13 +38,14 @@ class Where(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One mistake: `field` is empty when the whole line is meant."""
+    """One mistake: `field` is empty when the whole line is meant. hint: what to do, where it is not what HINTS say of `code`."""
 
     where: Where
     field: str
     expected: str
     got: str
     code: str
+    hint: str = ""
 
     def __str__(self) -> str:
         name = f"`{self.field}`: " if self.field else ""
@@ -61,11 +62,11 @@ class Problems:
     skipped: Counter[str] = field(default_factory=Counter)  # why -> examples left out on purpose, for the report
     noted: Counter[str] = field(default_factory=Counter)  # what -> examples that are odd but learned, for the report
 
-    def add(self, where: Where, name: str, expected: str, got: str, code: str = "data.bad-example") -> None:
+    def add(self, where: Where, name: str, expected: str, got: str, code: str = "data.bad-example", hint: str = "") -> None:
         """Notes a mistake; reading goes on."""
         self.total += 1
         if len(self.shown) < self.keep:
-            self.shown.append(Problem(where, name, expected, got, code))
+            self.shown.append(Problem(where, name, expected, got, code, hint))
 
     def merge(self, other: Problems) -> None:
         """Adds what was found in a later part of the same data."""
@@ -82,8 +83,8 @@ class Problems:
         if self.total > SHOWN:
             lines.append(f"  ... and {self.total - SHOWN} more")
         count = "1 example is wrong" if self.total == 1 else f"{self.total} examples are wrong"
-        code = self.shown[0].code
-        raise DataError("\n".join([f"{count}:", *lines]), hint=HINTS.get(code, ""), code=code)
+        first = self.shown[0]
+        raise DataError("\n".join([f"{count}:", *lines]), hint=first.hint or HINTS.get(first.code, ""), code=first.code)
 
 
 def kind_of(value: object) -> str:

@@ -108,7 +108,7 @@ def parse(raw: Raw, problems: Problems) -> Record | None:
     except UnicodeDecodeError as error:
         problems.add(where, "", "UTF-8 text", f"byte 0x{line[error.start]:02x} at position {error.start + 1}", "data.bad-file")
     except json.JSONDecodeError as error:
-        problems.add(where, "", "a JSON object", f"{error.msg.lower()} at column {error.colno}", "data.bad-file")
+        problems.add(where, "", "a JSON object", f"{_json(error)} at column {error.colno}", "data.bad-file")
     except (RecursionError, ValueError) as error:  # a thousand brackets, a number of a million digits
         problems.add(where, "", "a JSON object", _odd(error), "data.bad-file")
     else:
@@ -116,6 +116,11 @@ def parse(raw: Raw, problems: Problems) -> Record | None:
             return Record(where, data)
         problems.add(where, "", "an object with named fields", kind_of(data), "data.bad-file")
     return None
+
+
+def _json(error: json.JSONDecodeError) -> str:
+    """Some of its messages end in the "at" of a place that we say ourselves."""
+    return error.msg.lower().removesuffix(" at")
 
 
 def _odd(error: Exception) -> str:
@@ -238,7 +243,7 @@ def _element(window: _Window, where: Where, decoder: json.JSONDecoder, problems:
                 continue
             here = Where(where.file, window.line + ahead.count("\n"))
             column = f" at column {len(ahead) - ahead.rfind(chr(10))}" if "\n" in ahead else ""
-            problems.add(here, "", "a JSON array of objects", f"{error.msg.lower()}{column}", "data.bad-file")
+            problems.add(here, "", "a JSON array of objects", f"{_json(error)}{column}", "data.bad-file")
             return None
         except (RecursionError, ValueError) as error:
             problems.add(where, "", "a JSON array of objects", _odd(error), "data.bad-file")

@@ -119,7 +119,9 @@ def _turn(turn: Any, name: str, where: Where, problems: Problems, spelling: Spel
     spoken = turn.get(role_key)
     role = _role(spoken, spelling)
     if role is None:
-        problems.add(where, f"{name}.{role_key}", "system, user, assistant or tool (others: `roles`)", kind_of(spoken))
+        hint = f"say what it is: `data.train: [{{path: ..., roles: {{{spoken}: assistant}}}}]`" if _names_one(spoken) else ""
+        expected = "system, user, assistant or tool (others: `roles`)"
+        problems.add(where, f"{name}.{role_key}", expected, kind_of(spoken), hint=hint)
         return None
     calls = _calls(turn, name, where, problems)
     weight = _weight(turn, name, where, problems)
@@ -147,6 +149,11 @@ def _role(spoken: Any, spelling: Spelling) -> Role | None:
     if not isinstance(spoken, str):
         return None
     return dict(spelling.roles).get(spoken) or ROLES.get(spoken.strip().lower())
+
+
+def _names_one(spoken: Any) -> bool:
+    """Whether this is a word that a recipe can say the meaning of."""
+    return isinstance(spoken, str) and len(spoken) <= 40 and spoken.replace("-", "_").isidentifier()
 
 
 def _text_key(turn: Mapping[str, Any], role_key: str, name: str, where: Where, problems: Problems) -> str:

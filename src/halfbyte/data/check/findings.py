@@ -102,10 +102,11 @@ class Finding:
 
     def lines(self) -> list[str]:
         """As a person reads it: how many, what, where, and what to do."""
-        share = f" of {self.total:,} ({self.count / self.total:.1%})" if self.total else ""
+        # Without a total it is said of the whole source, and a count would read like a line number.
+        many = f"{self.count:,} of {self.total:,} ({self.count / self.total:.1%}): " if self.total else ""
         what = self.detail or CHECKS[self.id].sentence
         places = ", ".join(map(brief, self.where[:SHOWN])) + (f", and {self.count - SHOWN:,} more" if self.count > SHOWN else "")
-        head = f"{'error' if self.error else 'warning'} [{self.id}] {self.source}: {self.count:,}{share}: {what}"
+        head = f"{'error' if self.error else 'warning'} [{self.id}] {self.source}: {many}{what}"
         return [head, *([f"  at {places}"] if places else []), f"  fix: {self.fix or CHECKS[self.id].fix}"]
 
 

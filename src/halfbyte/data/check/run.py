@@ -179,7 +179,7 @@ def _tell_problems(source: str, problems: list[Problem], total: int, findings: F
     codes = dict.fromkeys(p.code for p in problems)
     for code in codes:
         mine = [p for p in problems if p.code == code]
-        findings.add(code, source, len(mine), total, tuple(str(p) for p in mine))
+        findings.add(code, source, len(mine), total, tuple(str(p) for p in mine), fix=mine[0].hint)
 
 
 def _encoding(config: DataConfig, tokenizer: Any, cache: Path) -> list[Problem]:

@@ -159,5 +159,5 @@ def _look(config: SourceConfig, source: Source, tests: Tests, most: int) -> Scan
     except DataError as error:
         found.error = (error.code, error.message, error.hint)
     if not found.examples and not look.problems.total and found.error is None:
-        found.error = ("data.empty", f"`{source.name}` is empty", "it must hold at least one example")
+        found.error = ("data.empty", f"`{config.path}` is empty", "it must hold at least one example")
     return look.end()
