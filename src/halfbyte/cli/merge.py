@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import typer
@@ -31,7 +32,7 @@ def merge(
         raise RecipeError(f"`--into` must be dequantised or original, but is `{into}`")
     folder = adapter_directory(adapter)
     if folder is None:
-        hub.refuse(Path(adapter).expanduser())
+        hub.refuse(Path(os.path.expanduser(adapter)))  # os.path: Path raises for an unknown user
         raise RecipeError(f"{adapter} holds no adapter", hint="give the directory with adapter_config.json, a run's, or a Hub id")
     base = base_of(peft.read(folder), kind, model, "auto", device())
     with Loading() as loading:
