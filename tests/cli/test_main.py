@@ -20,6 +20,9 @@ def test_help_names_every_command(cli: Cli) -> None:
     assert said.code == 0
     for command in ("init", "import", "train", "plan", "inspect", "data", "chat", "eval", "quantize", "merge", "doctor", "schema"):
         assert f"  {command} " in said.out
+    assert "..." not in (said.out + cli("data", "--help").out).split("Commands:", 1)[1].replace("[ARGS]...", "").replace(
+        "runs/...", ""
+    )
     assert cli().out == said.out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from halfbyte.config import Recipe
 from halfbyte.errors import MemoryPlanError, RecipeError
@@ -27,6 +29,7 @@ from halfbyte.memory.parts import parts
 from halfbyte.memory.plan import Plan, compute_of, json_schema, plan, rates_of
 from halfbyte.memory.rungs import Rung
 from halfbyte.memory.shapes import shapes, skeleton
+from halfbyte.memory.table import render
 from halfbyte.recipe import recipe_from
 from support import QWEN3_8B, SMOLLM2
 
@@ -294,6 +297,15 @@ def test_table_is_readable_without_colour() -> None:
     for word in ("packed weights", "activations", "in all", "yes, it fits", "microbatch: ", "rtx4090"):
         assert word in text
     assert "no, it does not fit" in plan(recipe_of(), "2GiB", config=QWEN3_8B).table()
+
+
+def test_the_bar_is_as_wide_as_the_terminal_allows() -> None:
+    found = plan(recipe_of(), "rtx4090", config=QWEN3_8B)
+    for width, wide in ((110, 72), (60, 40)):
+        out = io.StringIO()
+        render(found, Console(file=out, width=width, no_color=True))
+        (bar,) = (line for line in out.getvalue().splitlines() if line.startswith("["))
+        assert bar.index("]") == wide + 1 and bar.endswith(" free") and len(bar) <= width
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def _leave(found: Checked) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="Show examples token by token, what is learned marked.")
 def preview(
     recipe: str | None = RECIPE,
     overrides: list[str] = OVERRIDES,

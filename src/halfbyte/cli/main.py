@@ -27,16 +27,16 @@ app = typer.Typer(
     epilog="First steps: `halfbyte init`, `halfbyte plan recipe.yaml`, `halfbyte train recipe.yaml`, `halfbyte chat runs/...`.",
 )
 app.command("init")(init.init)
-app.command("import")(importing.import_)
+app.command("import", short_help="Turn another trainer's settings into a recipe.")(importing.import_)
 app.command("train")(train.train)
-app.command("plan")(plan.plan)
-app.command("inspect")(inspect.inspect)
+app.command("plan", short_help="Print the bytes of every part of a run: does it fit?")(plan.plan)
+app.command("inspect", short_help="Print what of a model is packed, what is not and why.")(inspect.inspect)
 app.add_typer(data.app, name="data")
 app.command("chat")(chat.chat)
-app.command("eval")(evaluate.evaluate)
+app.command("eval", short_help="Loss and accuracy of a base, and of what was trained.")(evaluate.evaluate)
 app.command("quantize")(quantize.quantize)
-app.command("merge")(merge.merge)
-app.command("doctor")(doctor.doctor)
+app.command("merge", short_help="Merge an adapter into ordinary 16-bit weights.")(merge.merge)
+app.command("doctor", short_help="Check this machine: platform, GPU, versions, kernels.")(doctor.doctor)
 app.command("schema")(schema.schema)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from halfbyte.memory.plan import Plan
 
 BAR = 24
-WIDE = 72
+WIDE, BESIDE = 72, 20  # columns of the bar, and of what stands beside it
 SHADES, COLOURS = "█▓▒░", ("cyan", "blue", "magenta", "yellow", "green")
 
 
@@ -52,20 +52,20 @@ def render(plan: Plan, console: Console) -> None:
     verdict = Text("yes, it fits: " if plan.fits else "no, it does not fit: ", style="bold green" if plan.fits else "bold red")
     room = f"{size(plan.bytes)} of {size(plan.budget.bytes)} on {plan.budget.name} ({plan.budget.note})"
     console.print(verdict + Text(room, style="none"))
-    console.print(_whole(plan))
+    console.print(_whole(plan, max(1, min(WIDE, console.width - BESIDE))))
     for line in _outlook(plan):
         console.print(Text(line))
     for advice in plan.advice:
         console.print(Text(f"  try: {advice}"))
 
 
-def _whole(plan: Plan) -> Text:
-    """All parts behind each other in one bar as wide as the budget, and what stays free."""
+def _whole(plan: Plan, wide: int) -> Text:
+    """All parts behind each other in one bar as wide as the budget, and what stays free. wide: in characters."""
     scale, bar, used = max(plan.budget.bytes, plan.bytes, 1), Text("["), 0.0
     for i, part in enumerate(plan.parts):
-        before, used = round(WIDE * used / scale), used + part.bytes
-        bar.append(SHADES[i % len(SHADES)] * (round(WIDE * used / scale) - before), style=COLOURS[i % len(COLOURS)])
-    bar.append("·" * (WIDE - round(WIDE * used / scale)), style="dim")
+        before, used = round(wide * used / scale), used + part.bytes
+        bar.append(SHADES[i % len(SHADES)] * (round(wide * used / scale) - before), style=COLOURS[i % len(COLOURS)])
+    bar.append("·" * (wide - round(wide * used / scale)), style="dim")
     free = max(plan.spare, 0)
     return bar.append(f"] {size(free)} free")
 
