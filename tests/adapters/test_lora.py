@@ -76,7 +76,7 @@ def test_summary_shares_of_base_and_adapter() -> None:
     base = sum(p.numel() for p in tiny_model().parameters())
     adapter = lora.attach(model, AdapterConfig(rank=4), 0)
     share = adapter.trainable / (base + adapter.trainable)
-    assert adapter.summary() == f"{adapter.trainable:,} trainable parameters ({share:.4%}) in 14 LoRA layers"
+    assert adapter.summary() == f"{adapter.trainable:,} trainable parameters ({share:.2%}) in 14 LoRA layers"
 
 
 def test_rank_alpha_and_scale_by_pattern() -> None:

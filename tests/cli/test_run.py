@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -44,6 +45,9 @@ def test_events_as_json(place: Path, cli: Cli) -> None:
     said = cli("train", "recipe.yaml", "--json")
     events = [json.loads(line) for line in said.out.splitlines()]
     assert {"train", "eval", "sample"} <= {e["kind"] for e in events}
+    told = "\n".join(e["text"] for e in events if e["kind"] == "message")
+    (planned,), (real,) = (re.findall(words, told) for words in (r" learn \((\S+)\)", r"trainable parameters \((\S+)\)"))
+    assert planned == real and re.fullmatch(r"\d+\.\d\d%", real), "one share of the same parameters"
     assert events[-1]["kind"] == "done" and events[-1]["adapter"].endswith("run/adapter")
 
 

@@ -288,7 +288,7 @@ def test_json_is_what_the_schema_says() -> None:
     part = schema["$defs"]["Part"]["properties"]
     again = json.loads(json.dumps(found))
     assert all(set(p) == set(part) for p in again["parts"])
-    assert again["version"] == 6 and again["lengths"] is None and again["tokens_per_second"] is None
+    assert again["version"] == 7 and again["lengths"] is None and again["tokens_per_second"] is None
 
 
 def test_table_is_readable_without_colour() -> None:

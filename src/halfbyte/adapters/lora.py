@@ -151,7 +151,7 @@ class Adapter:
         """One line for people: how much learns, as a share of base and adapter together."""
         added = sum(layer.lora_a.numel() + layer.lora_b.numel() for layer in self.layers.values())
         share = self.trainable / (_base_params(self.model) + added)
-        return f"{self.trainable:,} trainable parameters ({share:.4%}) in {len(self.layers)} LoRA layers"
+        return f"{self.trainable:,} trainable parameters ({share:.2%}) in {len(self.layers)} LoRA layers"
 
     def remove(self) -> None:
         """Takes the LoRA layers off the model and gives trained parameters of the base their old values back."""

@@ -33,18 +33,20 @@ from halfbyte.memory.speed import Rates
 
 __all__ = ["ASKED", "Neighbour", "Parameters", "Plan", "chooser", "compute_of", "json_schema", "plan", "settled"]
 
-VERSION = 6
+VERSION = 7
 MORE = 2 << 30
 """Bytes less and more for which a plan tells what would be chosen."""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """base: weights of the model; packed: those stored in a format; trained: what learns."""
+    """base: weights of the model; packed: those stored in a format; trained: what learns; added: what the adapter adds to the
+    base."""
 
     base: int
     packed: int
     trained: int
+    added: int
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ def _plan(chooser: Chooser, rungs: list[Rung], rung: Rung) -> Plan:
         embedding=chooser.embedding_reason(rung),
         streamed=0,
         tokens_per_second=recipe.train.batch * recipe.data.tokens / seconds if known else None,
-        parameters=Parameters(s.report.params, sum(r.params for r in s.report.packed), s.trained),
+        parameters=Parameters(s.report.params, sum(r.params for r in s.report.packed), s.trained, s.added),
         reason=chooser.reason(rungs, rung, fits),
         advice=() if fits else tuple(advising.advice(chooser, rung, budget.bytes)),
         help=tuple(advising.advice(chooser, leanest, 0)),

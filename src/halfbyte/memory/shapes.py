@@ -35,10 +35,10 @@ class Shapes:
     """What the arithmetic of `parts` needs.
 
     report: packed and kept rows with bytes at `compute`. layers: decoder layers. hidden, vocab: widths. linears: (N, K) of
-    every linear layer of the widest decoder layer, attention first. heads. trained: elements that learn; padded: the same in
-    the flat buffer; rank_sum: of all adapters' ranks in that layer. largest: elements of the largest packed weight. layer: the
-    widest decoder layer as the fused path sees it, or why it cannot take it. embedding: bytes of the input embedding;
-    embedding_stays: why it must be on the device, or ""."""
+    every linear layer of the widest decoder layer, attention first. heads. trained: elements that learn; added: those of them
+    that the adapter adds to the base; padded: what learns in the flat buffer; rank_sum: of all adapters' ranks in that layer.
+    largest: elements of the largest packed weight. layer: the widest decoder layer as the fused path sees it, or why it cannot
+    take it. embedding: bytes of the input embedding; embedding_stays: why it must be on the device, or ""."""
 
     report: SwapReport
     layers: int
@@ -47,6 +47,7 @@ class Shapes:
     heads: int
     linears: tuple[tuple[int, int], ...]
     trained: int
+    added: int
     padded: int
     rank_sum: int
     largest: int
@@ -84,8 +85,9 @@ def shapes(net: PreTrainedModel, fmt: FormatConfig, adapter: AdapterConfig) -> S
         raise ModelError(message, hint="docs/guides/models.md lists the families that are tested", code="model.family")
     by_layer = _by_layer(report.rows)
     widest = max(by_layer.values(), key=lambda rows: sum(r.params for r in rows), default=[])
-    sizes = _trained(net, report, adapter)
     ranks = _ranks(net, adapter) if adapter.kind == "lora" else {}
+    added = _added(net, ranks)
+    sizes = added + _own(net, report, adapter, ranks)
     return Shapes(
         report=report,
         layers=len(by_layer),
@@ -94,6 +96,7 @@ def shapes(net: PreTrainedModel, fmt: FormatConfig, adapter: AdapterConfig) -> S
         heads=int(config.num_attention_heads),
         linears=tuple(_nk(r) for r in widest),
         trained=sum(sizes),
+        added=sum(added),
         padded=sum(-(-n // SEGMENT) * SEGMENT for n in sizes),
         rank_sum=sum(ranks.get(r.module, 0) for r in widest),
         largest=max((r.params for r in report.rows if r.kind in ("linear", "conv1d")), default=0),
@@ -144,19 +147,23 @@ def _ranks(net: nn.Module, adapter: AdapterConfig) -> dict[str, int]:
     return {path: int(targets.patterned(adapter.rank_pattern, path, adapter.rank)) for path in targets.match(net, adapter)}
 
 
-def _trained(net: PreTrainedModel, report: SwapReport, adapter: AdapterConfig) -> list[int]:
-    """Elements of each parameter that learns."""
-    if adapter.kind == "none":
-        return [row.params for row in report.rows]
+def _added(net: PreTrainedModel, ranks: dict[str, int]) -> list[int]:
+    """Elements of each parameter of an adapter's layers."""
     sizes = []
-    matched = _ranks(net, adapter)
-    for path, rank in matched.items():
+    for path, rank in ranks.items():
         weight = net.get_submodule(path).weight
         assert isinstance(weight, torch.Tensor)
         n, k = (weight.shape[1], weight.shape[0]) if isinstance(net.get_submodule(path), Conv1D) else weight.shape
         sizes += [rank * k, n * rank]
+    return sizes
+
+
+def _own(net: PreTrainedModel, report: SwapReport, adapter: AdapterConfig, ranks: dict[str, int]) -> list[int]:
+    """Elements of each parameter of the base that learns."""
+    if adapter.kind == "none":
+        return [row.params for row in report.rows]
     whole = targets.modules_named(net, adapter.modules_to_save)
-    sizes += [r.params for r in report.rows if any(r.path.startswith(f"{path}.") for path in whole)]
+    sizes = [r.params for r in report.rows if any(r.path.startswith(f"{path}.") for path in whole)]
     if adapter.bias != "none":
-        sizes += [r.params for r in report.rows if r.kind == "bias" and (adapter.bias == "all" or r.module in matched)]
+        sizes += [r.params for r in report.rows if r.kind == "bias" and (adapter.bias == "all" or r.module in ranks)]
     return sizes

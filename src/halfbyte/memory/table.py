@@ -39,7 +39,7 @@ def render(plan: Plan, console: Console) -> None:
         table.add_row(part.name, size(part.bytes), _bar(part.bytes, scale, "cyan"), Text(part.note, style="dim"))
     table.add_row("in all", size(plan.bytes), _bar(plan.bytes, scale, "green" if plan.fits else "red"), "", style="bold")
     p = plan.parameters
-    share = f"{p.trained / p.base:.2%}" if p.base else "0"
+    share = f"{p.trained / (p.base + p.added):.2%}" if p.base else "0"
     console.print(Text(f"{plan.model}: {p.base:,} parameters, {p.packed:,} packed in {plan.format}, {p.trained:,} learn ({share})"))
     console.print(table)
     waits = "".join(
