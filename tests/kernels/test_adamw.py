@@ -12,7 +12,7 @@ import torch
 from halfbyte.formats.dynamic8 import dynamic_map, quantize_blockwise
 from halfbyte.kernels import adamw
 from halfbyte.kernels.adamw import Part, Rule
-from kernels import checks_adamw, runner
+from kernels import capabilities, checks_adamw, runner
 
 COMPILE = """
 import sys
@@ -51,8 +51,7 @@ def test_the_triton_twin_interpreted() -> None:
     runner.prove_forced(checks_adamw, "fused")
 
 
-@pytest.mark.cpu
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", capabilities.ALL)
 def test_the_triton_twin_compiles(capability: int, tmp_path: Path) -> None:
     runner.compile_for(capability, COMPILE, tmp_path)
 

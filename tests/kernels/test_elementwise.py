@@ -9,7 +9,7 @@ import torch
 
 from halfbyte.kernels import norm, rotary
 from halfbyte.layers.decoder import rotate
-from kernels import checks_elementwise as checks
+from kernels import capabilities, checks_elementwise as checks
 from kernels import runner
 
 PROGRAM = """
@@ -98,8 +98,7 @@ def test_norms_agree_with_transformers(dtype: torch.dtype) -> None:
         assert error <= 2 * torch.finfo(dtype).eps * float(expected.abs().max()), kind.__name__
 
 
-@pytest.mark.cpu
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", capabilities.ALL)
 def test_kernels_compile_and_move_16_bytes(capability: int, tmp_path: Path) -> None:
-    """For Ampere and Hopper, without a GPU."""
+    """For Ampere, Hopper and Blackwell, without a GPU."""
     runner.compile_for(capability, PROGRAM, tmp_path)

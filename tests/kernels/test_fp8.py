@@ -13,7 +13,7 @@ from halfbyte.kernels import fp8
 from halfbyte.kernels.augmented import Group
 from halfbyte.kernels.lora_linear.members import LowRank, Member
 from halfbyte.kernels.products import Augmented, Float8
-from kernels import checks_fp8, runner
+from kernels import capabilities, checks_fp8, runner
 
 SOURCE = Path(__file__).parents[2] / "src"
 INTERPRETED = ("fp8_rows", "fp8_rows_not_finite", "fp8_tail", "fp8_both", "fp8_elementwise", "fp8_weights", "fp8_held", "fp8_moved")
@@ -79,10 +79,9 @@ print("compiled")
 """
 
 
-@pytest.mark.cpu
-@pytest.mark.parametrize("capability", [89, 90])
+@pytest.mark.parametrize("capability", capabilities.FLOAT8)
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
-    """For the first GPUs with fp8 products, and Hopper; none is needed."""
+    """For the first GPUs with fp8 products, Hopper and Blackwell; none is needed."""
     runner.compile_for(capability, PROGRAM, tmp_path)
 
 

@@ -154,7 +154,7 @@ print("compiled")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 120])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
-    """Ampere and Hopper: what the interpreter accepts, the compiler may refuse; instructions given as text are read here only."""
+    """What the interpreter accepts, the compiler may refuse; instructions given as text are read here only."""
     runner.compile_for(capability, COMPILED, tmp_path)

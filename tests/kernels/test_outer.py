@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels import checks_outer as checks
+from kernels import capabilities, checks_outer as checks
 from kernels import runner
 
 PROGRAM = """
@@ -51,8 +51,7 @@ def test_interpreted() -> None:
     runner.prove_forced(checks, "fused")
 
 
-@pytest.mark.cpu
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", capabilities.ALL)
 def test_it_compiles_to_wide_loads_and_matrix_instructions(capability: int, tmp_path: Path) -> None:
-    """For Ampere and Hopper, without a GPU."""
+    """For Ampere, Hopper and Blackwell, without a GPU."""
     runner.compile_for(capability, PROGRAM, tmp_path)

@@ -47,9 +47,9 @@ print("compiled")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 120])
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
-    """Ampere and Hopper."""
+    """Ampere, Hopper and Blackwell."""
     runner.compile_for(capability, PROGRAM, tmp_path)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels import runner
+from kernels import capabilities, runner
 
 PROGRAM = """
 import sys
@@ -45,8 +45,7 @@ print("compiled")
 """
 
 
-@pytest.mark.cpu
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", capabilities.ALL)
 def test_kernels_compile(capability: int, tmp_path: Path) -> None:
-    """Ampere and Hopper."""
+    """Ampere, Hopper and Blackwell."""
     runner.compile_for(capability, PROGRAM, tmp_path)
