@@ -9,8 +9,8 @@ import torch
 
 from halfbyte.kernels import norm, rotary
 from halfbyte.layers.decoder import rotate
-from kernels import capabilities, checks_elementwise as checks
-from kernels import runner
+from kernels import capabilities, runner
+from kernels import checks_elementwise as checks
 
 PROGRAM = """
 import re

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kernels import capabilities, checks_outer as checks
-from kernels import runner
+from kernels import capabilities, runner
+from kernels import checks_outer as checks
 
 PROGRAM = """
 import re
