@@ -29,7 +29,7 @@ from halfbyte.memory.parts import parts
 from halfbyte.memory.plan import Plan, compute_of, json_schema, plan, rates_of
 from halfbyte.memory.rungs import Rung
 from halfbyte.memory.shapes import shapes, skeleton
-from halfbyte.memory.table import render
+from halfbyte.memory.table import render, size
 from halfbyte.recipe import recipe_from
 from support import QWEN3_8B, SMOLLM2
 
@@ -299,12 +299,13 @@ def test_table_is_readable_without_colour() -> None:
     assert "no, it does not fit" in plan(recipe_of(), "2GiB", config=QWEN3_8B).table()
 
 
-def test_the_bar_is_as_wide_as_the_terminal_allows() -> None:
+def test_bars_are_as_wide_as_the_terminal_allows() -> None:
     found = plan(recipe_of(), "rtx4090", config=QWEN3_8B)
     for width, wide in ((110, 72), (60, 40)):
         out = io.StringIO()
         render(found, Console(file=out, width=width, no_color=True))
         (bar,) = (line for line in out.getvalue().splitlines() if line.startswith("["))
+        assert "…" not in out.getvalue() and f"{size(found.bytes)}  {'█' * min(24, (width - 40) // 2)} " in out.getvalue()
         assert bar.index("]") == wide + 1 and bar.endswith(" free") and len(bar) <= width
 
 

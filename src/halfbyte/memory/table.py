@@ -14,7 +14,7 @@ from halfbyte.memory.lengths import UNKNOWN
 if TYPE_CHECKING:
     from halfbyte.memory.plan import Plan
 
-BAR = 24
+BAR, NAMED = 24, 40  # columns of a part's bar, and of its name and bytes at most
 WIDE, BESIDE = 72, 20  # columns of the bar, and of what stands beside it
 SHADES, COLOURS = "█▓▒░", ("cyan", "blue", "magenta", "yellow", "green")
 
@@ -30,14 +30,16 @@ def size(count: int) -> str:
 def render(plan: Plan, console: Console) -> None:
     """Prints the plan."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("part")
-    table.add_column("bytes", justify="right")
-    table.add_column("")
+    # Where the terminal is narrow, bars are shorter and notes wrap; nothing is cut.
+    bar = max(1, min(BAR, (console.width - NAMED) // 2))
+    table.add_column("part", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     table.add_column("", overflow="fold")
     scale = max(plan.bytes, 1)
     for part in plan.parts:
-        table.add_row(part.name, size(part.bytes), _bar(part.bytes, scale, "cyan"), Text(part.note, style="dim"))
-    table.add_row("in all", size(plan.bytes), _bar(plan.bytes, scale, "green" if plan.fits else "red"), "", style="bold")
+        table.add_row(part.name, size(part.bytes), _bar(part.bytes, scale, bar, "cyan"), Text(part.note, style="dim"))
+    table.add_row("in all", size(plan.bytes), _bar(plan.bytes, scale, bar, "green" if plan.fits else "red"), "", style="bold")
     p = plan.parameters
     share = f"{p.trained / (p.base + p.added):.2%}" if p.base else "0"
     console.print(Text(f"{plan.model}: {p.base:,} parameters, {p.packed:,} packed in {plan.format}, {p.trained:,} learn ({share})"))
@@ -98,5 +100,5 @@ def as_text(plan: Plan) -> str:
     return out.getvalue()
 
 
-def _bar(count: int, scale: int, style: str) -> Text:
-    return Text("█" * max(1, round(BAR * count / scale)) if count else "", style=style)
+def _bar(count: int, scale: int, wide: int, style: str) -> Text:
+    return Text("█" * max(1, round(wide * count / scale)) if count else "", style=style)
