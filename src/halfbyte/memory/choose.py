@@ -44,7 +44,8 @@ ASKED = "asked for"
 
 @dataclass(frozen=True)
 class Chooser:
-    """A recipe on a device. compute: by name. rates: of the device, as far as they are known. lengths: of the data, if known."""
+    """A recipe on a device. compute: by name. rates: of the device, as far as they are known. lengths: of the data, if known.
+    context: bytes that this process has before the model, of a run on a CPU; 0 where the usual ones are counted."""
 
     s: Shapes
     recipe: Recipe
@@ -52,6 +53,7 @@ class Chooser:
     compute: str
     rates: Rates
     lengths: Lengths | None = None
+    context: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,7 +67,8 @@ class Chooser:
 
     def parts(self, rung: Rung) -> list[Part]:
         """The bytes of a rung."""
-        return count(self.s, self.recipe, rung, self.dtype, self.budget.kind, self.layer)
+        found = count(self.s, self.recipe, rung, self.dtype, self.budget.kind, self.layer)
+        return [replace(p, bytes=self.context) if self.context and p.name == "context" else p for p in found]
 
     def bytes_of(self, rung: Rung) -> int:
         """All of them."""

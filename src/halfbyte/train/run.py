@@ -146,6 +146,8 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None, memory_time
     prepared = _data(recipe, report)
     planned = recipe.model_copy(update={"compute": chosen["compute"].value})
     chooser = planning.chooser(planned, budget_here(recipe.memory.gpu), lengths=lengths(prepared, recipe))
+    if device.type == "cpu":  # what libraries take differs by processor and system, by a quarter of a GiB
+        chooser = replace(chooser, context=started)
     plan = planning.settled(chooser).require()
     fallen = stored.documents["trainer"].get("shortages", []) if stored is not None else []
     rung, standing = ladder.begin(plan, recipe, kept, fallen)
