@@ -36,6 +36,7 @@ from halfbyte.layers import decoded, embedding, forward, head, recompute
 from halfbyte.memory import measure, segments
 from halfbyte.memory import plan as planning
 from halfbyte.memory.budget import budget_here
+from halfbyte.memory.choose import Chooser
 from halfbyte.memory.plan import Plan
 from halfbyte.memory.rungs import Rung
 from halfbyte.memory.watch import Watch
@@ -145,9 +146,7 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None, memory_time
     compute = choosing.DTYPES[chosen["compute"].value]
     prepared = _data(recipe, report)
     planned = recipe.model_copy(update={"compute": chosen["compute"].value})
-    chooser = planning.chooser(planned, budget_here(recipe.memory.gpu), lengths=lengths(prepared, recipe))
-    if device.type == "cpu":  # what libraries take differs by processor and system, by a quarter of a GiB
-        chooser = replace(chooser, context=started)
+    chooser = _chooser(planned, prepared, started if device.type == "cpu" else 0)
     plan = planning.settled(chooser).require()
     fallen = stored.documents["trainer"].get("shortages", []) if stored is not None else []
     rung, standing = ladder.begin(plan, recipe, kept, fallen)
@@ -191,6 +190,12 @@ def compose(recipe: Recipe, report: Report, stored: Contents | None, memory_time
     if stored is not None:
         resume.refuse_other_run(stored, parts.identity, parts.checkpoints)
     return base, adapter, prepared, parts, plan, account
+
+
+def _chooser(recipe: Recipe, prepared: Prepared, context: int) -> Chooser:
+    """context: on a CPU, what this process has: libraries take a quarter of a GiB more or less by processor and system."""
+    found = planning.chooser(recipe, budget_here(recipe.memory.gpu), lengths=lengths(prepared, recipe))
+    return replace(found, context=context)
 
 
 def _data(recipe: Recipe, report: Report) -> Prepared:
