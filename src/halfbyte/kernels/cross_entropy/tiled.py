@@ -168,7 +168,7 @@ def chunk(
     tile: Tile | None = None,
 ) -> None:
     """Losses fp32 `[c]` and hits int32 `[c]` of hidden rows h `[c, H]`; z `[c, V]` (aligned rows) receives the products, and d,
-    which may be z, their gradient. tile: measured otherwise."""
+    which may be z, their gradient. tile: the one that fits the device, unless given."""
     tile = tile or tile_of(h.device)
     head, extras, (rows, vocabulary) = task.head, task.extras, z.shape
     bias = z if head.bias is None else head.bias
